@@ -1,0 +1,6 @@
+"""`python -m mirai_ds` is `mirai-ds`."""
+
+from mirai_ds.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The whole schema: strict models, YAML recipes with overrides, and the DeepSpeed file."""
+
+from mirai_ds.config.errors import ConfigError, UserError
+from mirai_ds.config.foresight_config import EncoderConfig, ForesightConfig, LambdaSchedule
+from mirai_ds.config.load import build, dump, load, recipe_names, recipe_text
+from mirai_ds.config.model_config import SIZES, ModelConfig
+from mirai_ds.config.run_config import (
+    DataConfig,
+    OptimizerConfig,
+    RecomputeConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    Weights,
+)
+
+__all__ = [
+    "SIZES", "ConfigError", "DataConfig", "EncoderConfig", "ForesightConfig", "LambdaSchedule", "ModelConfig",
+    "OptimizerConfig", "RecomputeConfig", "RunConfig", "SamplingConfig", "TrainConfig", "UserError", "Weights",
+    "build", "dump", "load", "recipe_names", "recipe_text",
+]

@@ -1,0 +1,129 @@
+"""The model section: LlamaGen's sizes and its GPT's hyper-parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mirai_ds.config.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are not coerced from strings."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, str_strip_whitespace=True)
+
+
+class Size(NamedTuple):
+    """Width, depth and heads of a named model."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+
+
+# LlamaGen, autoregressive/models/gpt.py (its table of sizes).
+SIZES: dict[str, Size] = {
+    "GPT-B": Size(768, 12, 12),
+    "GPT-L": Size(1024, 24, 16),
+    "GPT-XL": Size(1280, 36, 20),
+    "GPT-XXL": Size(1536, 48, 24),
+    "GPT-XXXL": Size(2560, 48, 40),
+    "GPT-1B": Size(2048, 22, 32),
+    "GPT-3B": Size(3200, 24, 32),
+    "GPT-7B": Size(4096, 32, 32),
+}
+
+
+class ModelConfig(Section):
+    """LlamaGen's class-conditional GPT.  `size` names a row of `SIZES`; `custom` needs dim, n_layer and n_head."""
+
+    size: str = "GPT-B"
+    dim: int | None = Field(None, ge=2)
+    n_layer: int | None = Field(None, ge=1)
+    n_head: int | None = Field(None, ge=1)
+    vocab_size: int = Field(16384, ge=2)
+    num_classes: int = Field(1000, ge=1)
+    block_size: int = Field(256, ge=1, description="tokens of one image, a square number")
+    grid_size: int | None = Field(None, ge=1, description="side of the token grid; derived from block_size")
+    ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
+    norm_eps: float = Field(1e-5, gt=0)
+    rope_base: float = Field(10000.0, gt=0)
+    init_std: float = Field(0.02, ge=0)
+    token_dropout: float = Field(0.1, ge=0, lt=1)
+    resid_dropout: float = Field(0.1, ge=0, lt=1)
+    ffn_dropout: float = Field(0.1, ge=0, lt=1)
+    class_dropout: float = Field(0.1, ge=0, le=1, description="label replaced by the unconditional id, per sample")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate of the last block; linear from 0 over depth")
+
+    @model_validator(mode="after")
+    def _fill_and_check(self) -> ModelConfig:
+        self._fill_size()
+        side = math.isqrt(self.block_size)
+        if side * side != self.block_size:
+            raise ConfigError(
+                "model.block_size", self.block_size, f"is not a square grid; use {side**2} or {(side + 1) ** 2}"
+            )
+        if self.grid_size not in (None, side):
+            raise ConfigError("model.grid_size", self.grid_size, f"must be sqrt(block_size) = {side}")
+        self.__dict__["grid_size"] = side
+        dim, n_head = self.width, self.heads
+        if dim % n_head:
+            good = [h for h in range(1, dim + 1) if dim % h == 0 and (dim // h) % 4 == 0]
+            raise ConfigError("model.n_head", n_head, f"does not divide model.dim = {dim}; use one of {good[:8]}")
+        if (dim // n_head) % 4:
+            raise ConfigError(
+                "model.n_head", n_head, f"head width {dim // n_head} must be a multiple of 4 (2D rotary pairs)"
+            )
+        return self
+
+    def _fill_size(self) -> None:
+        if self.size != "custom" and self.size not in SIZES:
+            raise ConfigError("model.size", self.size, nearest(self.size, [*SIZES, "custom"]))
+        for name in Size._fields:
+            given = getattr(self, name)
+            if self.size == "custom":
+                if given is None:
+                    raise ConfigError(f"model.{name}", None, "model.size = 'custom' needs a value")
+                continue
+            value = getattr(SIZES[self.size], name)
+            if given not in (None, value):
+                raise ConfigError(f"model.{name}", given, f"{self.size} has {value}; set model.size = 'custom'")
+            self.__dict__[name] = value
+
+    @property
+    def width(self) -> int:
+        """Model width D."""
+        assert self.dim is not None
+        return self.dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        assert self.n_layer is not None
+        return self.n_layer
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        assert self.n_head is not None
+        return self.n_head
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid."""
+        return math.isqrt(self.block_size)
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Feed-forward width: floor(2/3 * 4D) rounded up to `ffn_multiple_of` (LlamaGen's rule)."""
+        hidden = int(2 * (4 * self.width) / 3)
+        return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @classmethod
+    def from_reference(cls, config: dict[str, Any]) -> ModelConfig:
+        """From a configuration in LlamaGen's own names (dim, n_layer, n_head, vocab_size, block_size, num_classes)."""
+        names = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_classes")
+        return cls(size="custom", **{name: config[name] for name in names})

@@ -1,0 +1,212 @@
+"""The whole of a run as one strict schema; a resolved run is stored with every default written out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mirai_ds.config.errors import ConfigError
+from mirai_ds.config.foresight_config import ForesightConfig
+from mirai_ds.config.model_config import ModelConfig, Section
+
+Weights = Literal["raw", "ema"]
+
+
+class DataConfig(Section):
+    """Where the tokens come from.  `digits` ships with scikit-learn; `npz` is a file of codes and labels."""
+
+    source: Literal["digits", "npz"] = "digits"
+    path: str | None = Field(None, description="npz: codes (n, [views,] tokens), labels (n,), optional images uint8")
+    held_out_fraction: float = Field(0.1, gt=0, lt=1)
+    split_seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.source == "npz" and not self.path:
+            raise ConfigError("data.path", self.path, "source: npz needs the file")
+        if self.source == "digits" and self.path:
+            raise ConfigError("data.path", self.path, "digits come with scikit-learn; remove path or use source: npz")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's groups)."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="global norm; 0 turns clipping off")
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(0.0, ge=0, description="cosine: learning rate at the last step")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("optimizer.betas", list(self.betas), "each must be in [0, 1)")
+        if self.final_lr > self.lr:
+            raise ConfigError("optimizer.final_lr", self.final_lr, f"is above optimizer.lr = {self.lr}")
+        if self.schedule == "constant" and self.final_lr:
+            raise ConfigError("optimizer.final_lr", self.final_lr, "needs schedule: cosine")
+        return self
+
+
+class RecomputeConfig(Section):
+    """Activation checkpointing.  Dropout is a function of the sample, so every policy replays it exactly."""
+
+    policy: Literal["none", "full", "every-n"] = "none"
+    every: int = Field(2, ge=1, description="every-n: recompute blocks 0, n, 2n, ...")
+    implementation: Literal["torch", "deepspeed"] = "torch"
+    partition_activations: bool = False
+    cpu_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> RecomputeConfig:
+        for name in ("partition_activations", "cpu_checkpointing"):
+            if getattr(self, name) and (self.implementation != "deepspeed" or self.policy == "none"):
+                raise ConfigError(
+                    f"train.recompute.{name}", True, "needs implementation: deepspeed and a policy other than none"
+                )
+        return self
+
+
+class TrainConfig(Section):
+    """Length, batch and numerics of the run."""
+
+    epochs: float = Field(300, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop here even if the epochs are not done")
+    global_batch_size: int = Field(256, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="per rank; default global / world / accumulation")
+    grad_accum_steps: int | None = Field(None, ge=1)
+    precision: Literal["fp32", "bf16", "bf16-autocast"] = "bf16-autocast"
+    recompute: RecomputeConfig = RecomputeConfig()
+    init_from: str | None = Field(None, description="weights to start from: a LlamaGen file, an export or a run")
+    deterministic: bool = Field(True, description="deterministic kernels where torch has them")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        for name in ("micro_batch_size", "grad_accum_steps"):
+            value = getattr(self, name)
+            if value is not None and self.global_batch_size % value:
+                raise ConfigError(
+                    f"train.{name}", value, f"does not divide train.global_batch_size = {self.global_batch_size}"
+                )
+        if self.micro_batch_size and self.grad_accum_steps:
+            per_rank = self.micro_batch_size * self.grad_accum_steps
+            if self.global_batch_size % per_rank:
+                raise ConfigError(
+                    "train.grad_accum_steps",
+                    self.grad_accum_steps,
+                    f"micro_batch_size * grad_accum_steps = {per_rank} does not divide global_batch_size = "
+                    f"{self.global_batch_size}; leave one of them out",
+                )
+        return self
+
+
+class EmaConfig(Section):
+    """fp32 average of the fp32 master weights, sharded like the optimizer state; mirai-e's teacher."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep."""
+
+    every_steps: int | None = Field(None, ge=1)
+    at_end: bool = True
+    keep_last: int = Field(2, ge=1)
+
+
+class LoggingConfig(Section):
+    """Metrics leave the device only every `every_steps` steps."""
+
+    every_steps: int = Field(100, ge=1)
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class EvaluateConfig(Section):
+    """Held-out next-token loss during training."""
+
+    every_steps: int | None = Field(None, ge=1)
+    at_end: bool = True
+    batch_size: int = Field(64, ge=1)
+    max_samples: int | None = Field(None, ge=1)
+    weights: list[Weights] = ["raw", "ema"]
+
+
+class SamplingConfig(Section):
+    """Sampling of image grids: LlamaGen's rules."""
+
+    cfg_scale: float = Field(2.0, ge=0)
+    cfg_interval: int = Field(-1, ge=-1, description="guide decode steps 0..interval only; -1 = all")
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0, description="0 = off")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    weights: Weights = "ema"
+    per_class: int = Field(8, ge=1)
+    classes: int = Field(10, ge=1, description="classes shown in a grid")
+    every_steps: int | None = Field(None, ge=1)
+    at_end: bool = False
+
+
+class ScoreConfig(Section):
+    """At the end, let a classifier trained on real training images judge generated ones (small images only)."""
+
+    enabled: bool = False
+    per_class: int = Field(50, ge=1)
+
+
+class LaunchConfig(Section):
+    """How `mirai-ds train` starts ranks on this machine: one a GPU, or `cpu_ranks` without any."""
+
+    cpu_ranks: int = Field(1, ge=1)
+    timeout_minutes: float = Field(30, gt=0, description="of a collective; a dead rank is noticed after this")
+
+
+class RunConfig(Section):
+    """Everything a run needs to be repeated."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    output_dir: str = "runs"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    foresight: ForesightConfig = ForesightConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    score: ScoreConfig = ScoreConfig()
+    launch: LaunchConfig = LaunchConfig()
+    deepspeed: str | dict[str, Any] = "zero2"
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        self.foresight.fill_from_model(self.model)
+        f = self.foresight
+        if f.active and f.warmup_epochs is not None and f.warmup_epochs >= self.train.epochs:
+            raise ConfigError(
+                "foresight.warmup_epochs",
+                f.warmup_epochs,
+                f"alignment would never start within train.epochs = {self.train.epochs}; lower it",
+            )
+        if f.schedule.kind == "cosine" and f.schedule.start_epoch >= self.train.epochs:
+            raise ConfigError("foresight.schedule.start_epoch", f.schedule.start_epoch, "is not before train.epochs")
+        if self.sampling.classes > self.model.num_classes:
+            self._give_up_classes()
+        if self.sampling.top_k > self.model.vocab_size:
+            raise ConfigError("sampling.top_k", self.sampling.top_k, f"vocab_size is {self.model.vocab_size}")
+        return self
+
+    def _give_up_classes(self) -> None:
+        if "classes" in self.sampling.model_fields_set:
+            raise ConfigError(
+                "sampling.classes", self.sampling.classes, f"the model has {self.model.num_classes} classes"
+            )
+        self.sampling.__dict__["classes"] = self.model.num_classes

@@ -1,0 +1,149 @@
+"""The training engine: an objective under DeepSpeed, with its fp32 masters, EMA and parameter groups in our hands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mirai_ds.config import RunConfig, UserError
+from mirai_ds.engine.layout import StateLayout
+from mirai_ds.engine.recompute import block_runner
+from mirai_ds.engine.sharded_ema import ShardedEma, gather
+from mirai_ds.foresight import MiraiObjective
+from mirai_ds.model import initial_value
+
+HEADS = "projectors."
+
+
+def parameter_groups(objective: MiraiObjective, config: RunConfig) -> list[dict[str, Any]]:
+    """Groups by who reads them (teacher's blocks, rest of the GPT, heads) and by weight decay (dim >= 2 only).
+
+    The teacher's blocks are apart so that only their shards travel when the teacher is refreshed; the heads are apart
+    because neither gradient nor decay may touch them during warm-up.
+    """
+    last = config.foresight.teacher_layer or 0
+    prefixes = ("gpt.cls_embedding.", "gpt.tok_embeddings.", *(f"gpt.layers.{i}." for i in range(last)))
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        owner = "heads" if name.startswith(HEADS) else "teacher" if last and name.startswith(prefixes) else "gpt"
+        groups.setdefault((owner, parameter.dim() >= 2), []).append(parameter)
+    decay = config.optimizer.weight_decay
+    return [
+        {"params": parameters, "owner": owner, "weight_decay": decay if decayed else 0.0, "decay": decay if decayed else 0.0}
+        for (owner, decayed), parameters in groups.items()
+    ]
+
+
+class TrainEngine:
+    """Gradients, steps, masters and averages of one objective.  `backward` once a micro-batch, then `step`."""
+
+    def __init__(
+        self,
+        objective: MiraiObjective,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        device: torch.device,
+        optimizer_factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        import deepspeed
+
+        self.config, self.device = config, device
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        objective.gpt.run_block = block_runner(config.train.recompute)
+        groups = parameter_groups(objective, config)
+        make = optimizer_factory or self._adamw
+        self.ds = _initialize(deepspeed, objective, make(groups), ds_config)
+        self.layout = StateLayout(self.ds)
+        self._write_initial_masters()
+        self.ema = ShardedEma(self.layout, config.ema.decay)
+        self._heads_active: bool | None = None
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        o = self.config.optimizer
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+
+    def _write_initial_masters(self) -> None:
+        """Give the masters the fp32 initial weights: DeepSpeed made them from the model's, already rounded to bf16."""
+        if self.config.train.precision != "bf16":
+            return
+        model, seed = self.config.model, self.config.seed
+        for shard in self.layout.shards:
+            for piece in shard.pieces():
+                value = initial_value(piece.name.removeprefix("gpt."), piece.shape, seed, model.init_std).flatten()
+                part = shard.master.data[piece.local : piece.local + piece.length]
+                part.copy_(value[piece.start : piece.start + piece.length])
+
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`MiraiObjective.forward` under the engine's hooks and precision."""
+        out: tuple[Tensor, dict[str, Tensor]] = self.ds(*arguments, **named)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        """Once a micro-batch, of the total loss (two calls are wrong on ZeRO-1 and 2)."""
+        self.ds.backward(loss)
+
+    def step(self) -> tuple[bool, float]:
+        """After every `backward`.  At the accumulation boundary: (whether an update was applied, gradient norm before
+        clipping); between boundaries (False, nan).  Non-finite gradients are never applied."""
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()
+            return False, math.nan
+        norm, finite = self._stage0_norm() if self.stage == 0 else (None, True)
+        self.ds.step()
+        if norm is None:
+            norm = float(self.ds.get_global_grad_norm() or 0.0)
+        applied = bool(self.ds.was_step_applied()) and finite
+        if applied:
+            self.ema.update()
+        return applied, norm
+
+    def _stage0_norm(self) -> tuple[float, bool]:
+        """Stage 0 reports no norm and applies NaN: measure it here and drop non-finite gradients."""
+        grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if math.isfinite(norm):
+            return norm, True
+        for parameter in self.ds.module.parameters():
+            parameter.grad = None
+        return norm, False
+
+    def set_rates(self, lr: float, heads_active: bool) -> None:
+        """Learning rate of the coming step.  Inactive heads get neither rate nor decay; when they wake up, AdamW
+        starts anew for them, as in plain PyTorch for parameters that never had a gradient."""
+        for group in self.layout.base_optimizer.param_groups:
+            asleep = group["owner"] == "heads" and not heads_active
+            group["lr"] = 0.0 if asleep else lr
+            group["weight_decay"] = 0.0 if asleep else group["decay"]
+        if heads_active and self._heads_active is False:
+            self.layout.restart_adam(HEADS)
+        self._heads_active = heads_active
+
+    def gather_weights(self, kind: str, dtype: torch.dtype = torch.float32, prefix: str = "gpt.") -> dict[str, Tensor]:
+        """Whole tensors (`raw` masters or `ema`) whose names start with `prefix`, without it, on every rank."""
+        values = self.ema.values if kind == "ema" else self.layout.masters
+        names = {p.name for s in self.layout.shards for p in s.parameters if p.name.startswith(prefix)}
+        found = gather(self.layout.shards, values, dtype, self.device, names)
+        return {name.removeprefix(prefix): tensor.clone() for name, tensor in found}
+
+    def destroy(self) -> None:
+        """Release hooks and buffers, so that another engine can live in this process."""
+        self.ds.destroy()
+
+
+def _initialize(deepspeed: Any, objective: MiraiObjective, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    except ValidationError as error:  # a value of a wrong type in the user's file
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"deepspeed file: {field} = {first.get('input')!r}: {first['msg']}") from None
+    if dist.get_world_size() != engine.dp_world_size:
+        raise UserError(f"{dist.get_world_size()} ranks but DeepSpeed sees {engine.dp_world_size} data-parallel ones")
+    return engine

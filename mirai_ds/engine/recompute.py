@@ -1,0 +1,47 @@
+"""Activation checkpointing of blocks: none, full, every n-th; torch's implementation or DeepSpeed's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mirai_ds.config import RecomputeConfig
+from mirai_ds.model.gpt import BlockCall
+
+
+def block_runner(config: RecomputeConfig) -> BlockCall | None:
+    """What `GPTTrunk.run_block` is set to, or None to keep all activations.
+
+    Dropout is a function of the sample's key, so no random state is stored or restored.  DeepSpeed's implementation is
+    there for its options (activations partitioned or in host memory); torch's is the default.
+    """
+    if config.policy == "none":
+        return None
+    every = config.every if config.policy == "every-n" else 1
+    call = _deepspeed_call(config) if config.implementation == "deepspeed" else _torch_call
+
+    def run(index: int, block: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> Tensor:
+        if index % every or not torch.is_grad_enabled():
+            return block(*arguments)
+        return call(block, *arguments)
+
+    return run
+
+
+def _torch_call(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    out: Tensor = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _deepspeed_call(config: RecomputeConfig) -> Callable[..., Tensor]:
+    import deepspeed
+
+    deepspeed.checkpointing.configure(
+        None, partition_activations=config.partition_activations, checkpoint_in_cpu=config.cpu_checkpointing
+    )
+    call: Callable[..., Tensor] = deepspeed.checkpointing.checkpoint
+    return call

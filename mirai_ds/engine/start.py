@@ -1,0 +1,48 @@
+"""Before any engine: the version that computes right gradients, quiet logs, the process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+
+from mirai_ds.config import UserError
+from mirai_ds.runtime.distributed import World, export_world
+
+MINIMUM_DEEPSPEED = (0, 19, 8)
+
+
+def check_version(version: str) -> None:
+    """Refuse releases with wrong gradients under accumulation (seen in 0.18.2 to 0.19.5, ZeRO-1 and 2)."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if numbers < MINIMUM_DEEPSPEED:
+        wanted = ".".join(map(str, MINIMUM_DEEPSPEED))
+        raise UserError(
+            f"deepspeed {version}: computes wrong accumulated gradients on ZeRO-1 and 2 (up to 96 % off, the loss still "
+            f"falls); install deepspeed>={wanted}"
+        )
+
+
+def start_process_group(world: World, timeout_minutes: float) -> None:
+    """Join the process group: NCCL where there are GPUs, gloo otherwise.  Does nothing when it is there already."""
+    import deepspeed
+    import deepspeed.ops
+    import torch.distributed as dist
+
+    check_version(deepspeed.__version__)
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(os.environ.get("MIRAI_DS_DEEPSPEED_LOG", "ERROR").upper())
+    for handler in logger.handlers:
+        handler.setLevel(logging.NOTSET)
+    # A C++ build of minutes at the first CPU run, for collectives that gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        return
+    export_world(world)
+    backend = "nccl" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
+    )

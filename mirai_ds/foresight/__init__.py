@@ -1,0 +1,11 @@
+"""Foresight alignment: neighbours, heads, teachers, schedules and the objective that joins them to the model."""
+
+from mirai_ds.foresight.neighbours import index_table, offsets, slot_counts
+from mirai_ds.foresight.objective import MiraiObjective
+from mirai_ds.foresight.schedule import alignment_multiplier
+from mirai_ds.foresight.teachers import EmaTeacher, EncoderTeacher, Teacher
+
+__all__ = [
+    "EmaTeacher", "EncoderTeacher", "MiraiObjective", "Teacher", "alignment_multiplier", "index_table", "offsets",
+    "slot_counts",
+]

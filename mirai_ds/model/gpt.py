@@ -1,0 +1,194 @@
+"""LlamaGen's class-conditional GPT: the same state-dict keys, numbers and traps; single-device maths only.
+
+Facts: FoundationVision/LlamaGen, autoregressive/models/gpt.py (commit ce98ec4).  Slot 0 of a sequence is the class,
+slot p >= 1 holds token x_p and predicts x_{p+1}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirai_ds.config import ModelConfig
+from mirai_ds.model.keyed_dropout import drop_path, dropout
+from mirai_ds.model.rope2d import apply_rope, rope_table
+from mirai_ds.runtime.counter_random import uniform
+
+# Sites of randomness: 0 label, 1 tokens, then four a block (attention, feed-forward, and their drop paths).
+_LABEL_SITE, _TOKEN_SITE, _BLOCK_SITE, _SITES_PER_BLOCK = 0, 1, 2, 4
+
+BlockCall = Callable[[int, Callable[..., Tensor], tuple[Tensor | None, ...]], Tensor]
+
+
+class KVCache(NamedTuple):
+    """Static key and value buffers of one block, each (B, heads, slots, head_dim)."""
+
+    key: Tensor
+    value: Tensor
+
+
+class GPTOutput(NamedTuple):
+    """logits (B, S, V) float32; hidden: raw residual stream (B, S, D) after each tapped block (1-based)."""
+
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) in fp32, cast to x's dtype, *then* times the weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Full multi-head causal attention; rows of wqkv are q, k, v, head-major inside each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.heads
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
+        """x (B, S, D), rope (S, head_dim/2, 2); with `cache`, x are slots start..start+S-1 after cached ones."""
+        batch, slots, dim = x.shape
+        q, k, v = self.wqkv(x).view(batch, slots, 3, self.n_head, -1).unbind(2)
+        q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            stop = start + slots
+            cache.key[:, :, start:stop], cache.value[:, :, start:stop] = k, v
+            k, v = cache.key[:, :, :stop], cache.value[:, :, :stop]
+        # One new slot sees everything before it; several new slots only ever come first (start 0).
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=slots > 1)
+        return self.wo(out.transpose(1, 2).reshape(batch, slots, dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.ffn_hidden, bias=False)
+        self.w3 = nn.Linear(config.width, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with dropout after `wo` and after `w2` only (never on attention probabilities)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.site = _BLOCK_SITE + _SITES_PER_BLOCK * index
+        self.path_rate = config.drop_path * index / max(1, config.depth - 1)
+        # LlamaGen's scripts switch both off where stochastic depth is used.
+        self.resid_rate = 0.0 if config.drop_path else config.resid_dropout
+        self.ffn_rate = 0.0 if config.drop_path else config.ffn_dropout
+
+    def forward(
+        self, x: Tensor, rope: Tensor, keys: Tensor | None = None, cache: KVCache | None = None, start: int = 0
+    ) -> Tensor:
+        """x (B, S, D) -> (B, S, D); `keys` (B,) int64 turn dropout on."""
+        a = dropout(self.attention(self.attention_norm(x), rope, cache, start), self.resid_rate, keys, self.site)
+        h = x + drop_path(a, self.path_rate, keys, self.site + 2)
+        f = dropout(self.feed_forward(self.ffn_norm(h)), self.ffn_rate, keys, self.site + 1)
+        return h + drop_path(f, self.path_rate, keys, self.site + 3)
+
+
+class LabelEmbedding(nn.Module):
+    """Table of num_classes + 1 rows; the last is the unconditional id."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)
+        self.num_classes, self.rate = config.num_classes, config.class_dropout
+
+    def forward(self, labels: Tensor, keys: Tensor | None) -> Tensor:
+        """labels (B,) int64 -> (B, 1, D); with `keys` each label is dropped with probability `class_dropout`."""
+        if keys is not None and self.rate > 0:
+            labels = torch.where(uniform(keys, _LABEL_SITE) < self.rate, self.num_classes, labels)
+        return self.embedding_table(labels)[:, None]
+
+
+class GPTTrunk(nn.Module):
+    """Embeddings and the first `n_blocks` blocks: all that a Mirai-E teacher needs."""
+
+    rope: Tensor
+
+    def __init__(self, config: ModelConfig, n_blocks: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(n_blocks or config.depth))
+        table = rope_table(config.grid, config.width // config.heads, config.rope_base)
+        self.register_buffer("rope", table, persistent=False)
+        # Set by the engine to recompute activations; (index, block, arguments) -> block output.
+        self.run_block: BlockCall | None = None
+
+    def embed(self, tokens: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
+        """tokens (B, T) and labels (B,) int64 -> (B, 1 + T, D)."""
+        x = torch.cat([self.cls_embedding(labels, keys), self.tok_embeddings(tokens)], dim=1)
+        return dropout(x, self.config.token_dropout, keys, _TOKEN_SITE)
+
+    def blocks(self, x: Tensor, keys: Tensor | None, tap: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all blocks on x (B, S, D), S <= 1 + N; also return the residual stream after the blocks in `tap`."""
+        rope, hidden = self.rope[: x.shape[1]], {}
+        for index, block in enumerate(self.layers):
+            x = block(x, rope, keys) if self.run_block is None else self.run_block(index, block, (x, rope, keys))
+            if index + 1 in tap:
+                hidden[index + 1] = x
+        return x, hidden
+
+    def features(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Residual stream (B, 1 + T, D) after the last block held, without dropout."""
+        return self.blocks(self.embed(tokens, labels, None), None)[0]
+
+
+class GPT(GPTTrunk):
+    """The whole network; `forward` gives next-token logits at every slot."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Residual stream (B, S, D) -> logits (B, S, V) float32."""
+        return self.output(self.norm(x)).float()
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, keys: Tensor | None = None, tap: tuple[int, ...] = ()
+    ) -> GPTOutput:
+        """tokens (B, T) int64, T <= N - 1 in training; labels (B,) int64; keys (B,) int64 or None (no dropout).
+
+        Returns logits (B, 1 + T, V) float32 and the hidden states after the blocks in `tap` (1-based).
+        """
+        x, hidden = self.blocks(self.embed(tokens, labels, keys), keys, tap)
+        return GPTOutput(self.head(x), hidden)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy over all positions: logits (B, N, V), tokens (B, N) int64 -> scalar float32."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())

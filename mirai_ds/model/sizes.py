@@ -1,0 +1,21 @@
+"""Parameter counts by formula, without building the network."""
+
+from __future__ import annotations
+
+from mirai_ds.config import ModelConfig
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block: attention 4 D^2, feed-forward 3 D h, two norms 2 D."""
+    return 4 * config.width**2 + 3 * config.width * config.ffn_hidden + 2 * config.width
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters of the GPT; does not depend on block_size, since positions have none."""
+    tables = (2 * config.vocab_size + config.num_classes + 1) * config.width
+    return tables + config.depth * block_parameters(config) + config.width
+
+
+def projector_parameters(dim: int, hidden: int, target: int) -> int:
+    """Parameters of one MLP head D -> hidden -> hidden -> C with biases (7,344,896 for 768 -> 2048 -> 2048 -> 768)."""
+    return dim * hidden + hidden + hidden * hidden + hidden + hidden * target + target

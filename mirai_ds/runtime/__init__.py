@@ -1,0 +1,1 @@
+"""Facts about the process, its peers and its machine, and randomness without state."""

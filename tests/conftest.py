@@ -1,0 +1,24 @@
+"""Shared fixtures: pools of ranks, started once a session on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[dict[int, RankPool]]:
+    """`ranks[n]`: a pool of n ranks, started when first asked for."""
+
+    class Pools(dict[int, RankPool]):
+        def __missing__(self, world: int) -> RankPool:
+            self[world] = RankPool(world)
+            return self[world]
+
+    pools = Pools()
+    yield pools
+    for pool in pools.values():
+        pool.close()
