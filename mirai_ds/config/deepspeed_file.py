@@ -5,13 +5,15 @@ DeepSpeed itself crashes on "auto" and trusts the rest, so what reaches `deepspe
 
 from __future__ import annotations
 
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.config.deepspeed_schema import ELSEWHERE, OFFLOAD, SECTIONS
+from mirai_ds.config.deepspeed_schema import ELSEWHERE, EXCLUDED, OFFLOAD, SECTION, SECTIONS, Keys, is_a
 from mirai_ds.config.errors import ConfigError, UserError, nearest, shown
 from mirai_ds.config.run_config import RunConfig
+from mirai_ds.config.yaml_text import number_in
 
 
 def packaged_names() -> list[str]:
@@ -27,18 +29,23 @@ def read(source: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return dict(source)
     path, name = Path(source), Path(source).name.removesuffix(".json")
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name in packaged_names() and path.parent.name in ("", "ds_configs"):
-        text = (resources.files("mirai_ds.ds_configs") / f"{name}.json").read_text(encoding="utf-8")
-    else:
-        raise UserError(f"deepspeed = {source!r}: no such file; give a .json file or one of: {', '.join(packaged_names())}")
     try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif name in packaged_names() and path.parent in (Path("."), Path("ds_configs")):
+            text = (resources.files("mirai_ds.ds_configs") / f"{name}.json").read_text(encoding="utf-8")
+        else:
+            known = ", ".join(packaged_names())
+            raise ConfigError("deepspeed", source, f"no such file; give a .json file or one of: {known}")
         data = hjson.loads(text, object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(f"deepspeed file {source}: cannot be read: {error.strerror}") from None
+    except UserError as error:
+        raise error if isinstance(error, ConfigError) else UserError(f"deepspeed file {source}: {error}") from None
     except (hjson.HjsonDecodeError, ValueError) as error:
         raise UserError(f"deepspeed file {source}: not valid JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"deepspeed file {source}: must be a JSON object")
+    if not text.strip() or not isinstance(data, dict):
+        raise UserError(f"deepspeed file {source}: must be a JSON object {{ ... }}")
     return data
 
 
@@ -46,61 +53,65 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f"key {key!r} is given twice")
+            raise UserError(f"{key}: given twice; keep one")
         out[key] = value
     return out
 
 
 def check_keys(data: dict[str, Any]) -> None:
-    """Refuse unknown and foreign keys, at the top and in every section, with the nearest name."""
-    for key, value in data.items():
-        if key in ELSEWHERE:
-            raise ConfigError(f"deepspeed.{key}", value, f"remove it: {ELSEWHERE[key]}")
-        if key not in SECTIONS:
-            raise UserError(f"deepspeed.{key}: unknown key; {nearest(key, SECTIONS)}")
-        allowed = SECTIONS[key]
-        if allowed is None:
-            if isinstance(value, dict):
-                raise ConfigError(f"deepspeed.{key}", value, "must be a plain value, not a section")
-            continue
-        if not isinstance(value, dict):
-            raise ConfigError(f"deepspeed.{key}", value, "must be a section { ... }")
-        _check_section(f"deepspeed.{key}", value, allowed)
+    """Refuse unknown and foreign keys and values of a wrong kind, at the top and in every section."""
+    top = {key: kind if isinstance(kind, str) else SECTION for key, kind in SECTIONS.items()}
+    _check_section("deepspeed", data, top)
+    for key, kind in SECTIONS.items():
+        if key in data and not isinstance(kind, str):
+            _check_section(f"deepspeed.{key}", data[key], kind)
     zero = data.get("zero_optimization", {})
     for key, allowed in OFFLOAD.items():
-        if isinstance(zero.get(key), dict):
+        if key in zero:
             _check_section(f"deepspeed.zero_optimization.{key}", zero[key], allowed)
 
 
-def _check_section(where: str, section: dict[str, Any], allowed: frozenset[str]) -> None:
-    for key in section:
+def _check_section(where: str, section: dict[str, Any], allowed: Keys) -> None:
+    name = where.rpartition(".")[2]
+    left_out = ELSEWHERE if where == "deepspeed" else EXCLUDED.get(name, {})
+    for key, value in section.items():
+        field = f"{where}.{key}"
+        if key in left_out:
+            raise ConfigError(field, value, f"remove it: {left_out[key]}")
         if key not in allowed:
-            raise UserError(f"{where}.{key}: unknown key; {nearest(key, allowed)}")
+            raise UserError(f"{field}: unknown key; {nearest(str(key), allowed)}")
+        if value is None:
+            raise ConfigError(field, value, "remove the key for DeepSpeed's default")
+        if not is_a(allowed[key], value) and (value != "auto" or allowed[key] == SECTION):
+            quoted = isinstance(value, str) and is_a(allowed[key], _unquoted(value))
+            raise ConfigError(field, value, f"must be {allowed[key]}{', without quotes' if quoted else ''}")
+
+
+def _unquoted(text: str) -> object:
+    flags: dict[str, bool] = {"true": True, "false": False}
+    return flags.get(text.lower(), number_in(text))
 
 
 def batch_arithmetic(config: RunConfig, world_size: int) -> tuple[int, int]:
     """(micro batch, accumulation steps) with micro * accumulation * world == global batch."""
     train = config.train
-    micro, steps = train.micro_batch_size, train.grad_accum_steps
-    per_rank, rest = divmod(train.global_batch_size, world_size)
+    micro, steps, whole = train.micro_batch_size, train.grad_accum_steps, train.global_batch_size
+    per_rank, rest = divmod(whole, world_size)
     if rest:
-        raise ConfigError(
-            "train.global_batch_size", train.global_batch_size, f"is not divisible by the {world_size} ranks"
-        )
-    if micro is None:
-        micro, rest = divmod(per_rank, steps or 1)
-        if rest:
-            raise ConfigError(
-                "train.grad_accum_steps", steps, f"does not divide the {per_rank} samples a rank gets per step"
-            )
-    if steps is None:
-        steps, rest = divmod(per_rank, micro)
-        if rest or steps == 0:
-            raise ConfigError("train.micro_batch_size", micro, f"does not divide the {per_rank} samples a rank gets per step")
-    if micro * steps * world_size != train.global_batch_size:
+        below = per_rank * world_size
+        fix = f"use {f'{below} or ' if below else ''}{below + world_size}"
+        raise ConfigError("train.global_batch_size", whole, f"is not divisible by the {world_size} ranks; {fix}")
+    for name, value in (("micro_batch_size", micro), ("grad_accum_steps", steps)):
+        if value is not None and per_rank % value:
+            good = max(d for d in range(1, min(value, per_rank) + 1) if per_rank % d == 0)
+            problem = f"does not divide the {per_rank} samples that each of {world_size} ranks gets per step"
+            raise ConfigError(f"train.{name}", value, f"{problem}; use e.g. {good}")
+    micro = micro or per_rank // (steps or 1)
+    steps = steps or per_rank // micro
+    if micro * steps != per_rank:
         raise ConfigError(
             "train.global_batch_size",
-            train.global_batch_size,
+            whole,
             f"must be micro_batch_size * grad_accum_steps * ranks = {micro} * {steps} * {world_size} = "
             f"{micro * steps * world_size}; leave micro_batch_size or grad_accum_steps out",
         )
@@ -113,35 +124,37 @@ class _Filler:
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
 
-    def put(self, path: str, value: Any, run_field: str) -> None:
+    def put(self, path: str, value: Any, reason: str) -> None:
+        """`reason`: what in the run decides it, e.g. `train.global_batch_size = 256`."""
         *sections, last = path.split(".")
         here = self.data
         for name in sections:
             here = here.setdefault(name, {})
         given = here.get(last, "auto")
-        if given == "auto":
-            here[last] = value
-        elif given != value or isinstance(given, bool) != isinstance(value, bool):
-            raise ConfigError(
-                f"deepspeed.{path}", given, f"contradicts {run_field} = {shown(value)}; change one, or write \"auto\""
-            )
+        if given not in ("auto", value):
+            raise ConfigError(f"deepspeed.{path}", given, f'contradicts {reason}; change one, or write "auto"')
+        here[last] = value
 
 
 def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of `config` on `world_size` ranks; raises `UserError` on contradictions."""
-    data = {key: dict(value) if isinstance(value, dict) else value for key, value in read(config.deepspeed).items()}
+    data = deepcopy(read(config.deepspeed))
     check_keys(data)
     fill = _Filler(data)
     micro, steps = batch_arithmetic(config, world_size)
-    fill.put("train_batch_size", config.train.global_batch_size, "train.global_batch_size")
-    fill.put("train_micro_batch_size_per_gpu", micro, "train.micro_batch_size")
-    fill.put("gradient_accumulation_steps", steps, "train.grad_accum_steps")
-    fill.put("gradient_clipping", float(config.optimizer.grad_clip), "optimizer.grad_clip")
-    stage = _check_stage(config, data)
-    _fill_precision(config, data, fill, stage, steps)
-    recompute = config.train.recompute
+    train, clip = config.train, float(config.optimizer.grad_clip)
+    fill.put("train_batch_size", train.global_batch_size, f"train.global_batch_size = {train.global_batch_size}")
+    fill.put("train_micro_batch_size_per_gpu", micro, f"train.micro_batch_size = {micro}")
+    fill.put("gradient_accumulation_steps", steps, f"train.grad_accum_steps = {steps}")
+    fill.put("gradient_clipping", clip, f"optimizer.grad_clip = {clip}")
+    _check_stage(config, data, world_size)
+    _fill_precision(config, data, fill)
     for name in ("partition_activations", "cpu_checkpointing"):
-        fill.put(f"activation_checkpointing.{name}", getattr(recompute, name), f"train.recompute.{name}")
+        value = getattr(train.recompute, name)
+        fill.put(f"activation_checkpointing.{name}", value, f"train.recompute.{name} = {shown(value)}")
+    # True (DeepSpeed's default on stage 3) replaces torch.nn.functional.linear in the whole process, for good: other
+    # engines, evaluation and torch.compile get another kernel with other rounding.
+    data["zero_optimization"].setdefault("memory_efficient_linear", False)
     data.setdefault("steps_per_print", 10**9)  # the run logs itself
     data.setdefault("zero_allow_untested_optimizer", True)  # torch's AdamW: no C++ build at the first run
     data.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -149,51 +162,46 @@ def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
     return data
 
 
-def _check_stage(config: RunConfig, data: dict[str, Any]) -> int:
+def _check_stage(config: RunConfig, data: dict[str, Any], world_size: int) -> None:
     zero = data.setdefault("zero_optimization", {})
+    where = "deepspeed.zero_optimization"
     stage = zero.setdefault("stage", 2)
-    field = "deepspeed.zero_optimization.stage"
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(field, stage, "must be 0, 1, 2 or 3")
+    if stage == "auto":
+        raise ConfigError(f"{where}.stage", stage, "nothing in the run decides this; write 0, 1, 2 or 3")
     if stage == 0 and config.train.precision == "bf16":
         raise ConfigError(
-            field, 0, "with train.precision: bf16 DeepSpeed steps the optimizer once before training; "
-            "use stage 1 (also on one rank), or precision bf16-autocast or fp32"
-        )
-    for key in OFFLOAD:
-        offload = zero.get(key)
-        if offload is not None and not isinstance(offload, dict):
-            raise ConfigError(f"deepspeed.zero_optimization.{key}", offload, "must be a section { \"device\": ... }")
-        device = (offload or {}).get("device", "none")
+            f"{where}.stage", 0, "with train.precision: bf16 DeepSpeed steps the optimizer once before training; "
+            "use stage 1 (also on one rank), or train.precision: bf16-autocast or fp32"
+        )  # fmt: skip
+    for key, lowest in (("offload_param", 3), ("offload_optimizer", 1)):
+        device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu"):
-            raise ConfigError(f"deepspeed.zero_optimization.{key}.device", device, "only cpu and none are supported")
-        if device == "cpu" and stage < (3 if key == "offload_param" else 1):
-            raise ConfigError(f"deepspeed.zero_optimization.{key}.device", device, f"needs a higher stage than {stage}")
-    for key, value in zero.items():
-        if key.endswith("_size") and key != "zero_hpz_partition_size" and (not isinstance(value, int) or value <= 0):
-            if value == "auto":
-                continue
-            raise ConfigError(f"deepspeed.zero_optimization.{key}", value, "must be a positive number of elements")
-    return stage
+            raise ConfigError(f"{where}.{key}.device", device, "only cpu and none are supported; use cpu")
+        if device == "cpu" and stage < lowest:
+            raise ConfigError(f"{where}.{key}.device", device, f"needs {where}.stage {lowest} or more, not {stage}")
+    group = zero.get("zero_hpz_partition_size", 1)
+    if group != "auto" and world_size % min(group, world_size):
+        raise ConfigError(f"{where}.zero_hpz_partition_size", group, f"must divide the number of ranks, {world_size}")
 
 
-def _fill_precision(config: RunConfig, data: dict[str, Any], fill: _Filler, stage: int, steps: int) -> None:
+def _fill_precision(config: RunConfig, data: dict[str, Any], fill: _Filler) -> None:
     precision = config.train.precision
-    fill.put("bf16.enabled", precision == "bf16", f"(train.precision: {precision}) bf16.enabled")
+    reason = f"train.precision = {precision!r}"
+    fill.put("bf16.enabled", precision == "bf16", reason)
     autocast = precision == "bf16-autocast"
-    fill.put("torch_autocast.enabled", autocast, f"(train.precision: {precision}) torch_autocast.enabled")
+    fill.put("torch_autocast.enabled", autocast, reason)
     if autocast:
-        fill.put("torch_autocast.dtype", "bfloat16", "train.precision: bf16-autocast, dtype")
+        fill.put("torch_autocast.dtype", "bfloat16", reason)
         # An empty list: no module's gradients are reduced in bf16.
-        fill.put("torch_autocast.lower_precision_safe_modules", [], "fp32 reduction, lower_precision_safe_modules")
+        fill.put("torch_autocast.lower_precision_safe_modules", [], "gradients being reduced in fp32")
     else:
         data["torch_autocast"] = {"enabled": False}
     if precision == "bf16":
         # Sums over ranks and micro-steps in fp32: relative error of a gradient 2e-6 instead of 3e-3.
-        fill.put("communication_data_type", "fp32", "fp32 gradient reduction, communication_data_type")
-        fill.put("data_types.grad_accum_dtype", "fp32", "fp32 gradient accumulation, grad_accum_dtype")
+        fill.put("communication_data_type", "fp32", f"fp32, in which {reason} reduces gradients")
+        fill.put("data_types.grad_accum_dtype", "fp32", f"fp32, in which {reason} sums gradients")
         if data["bf16"].get("check_grad_overflow") is False:
-            raise ConfigError("deepspeed.bf16.check_grad_overflow", False, "would apply non-finite gradients; remove it")
+            raise ConfigError("deepspeed.bf16.check_grad_overflow", False, "applies non-finite gradients; remove it")
 
 
 def _refuse_auto(value: Any, where: str) -> None:

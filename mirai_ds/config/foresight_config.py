@@ -11,7 +11,8 @@ from mirai_ds.config.model_config import ModelConfig, Section
 
 Method = Literal["none", "mirai-e", "mirai-i"]
 
-# What a convention means.  `official`: the authors' code (github y0urOy/Mirai-Code); `paper`: the text, Sec. 3 and Eq. 8-11.
+# What a convention means.
+# `official`: the authors' code (github y0urOy/Mirai-Code); `paper`: the text, Sec. 3 and Eq. 8-11.
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "official": {
         "head_order": "official",
@@ -32,6 +33,10 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# The fields that mean something with one kind of schedule only.
+_OF_KIND = {"step": ("at_epochs", "multipliers"), "cosine": ("start_epoch", "final")}
+
+
 class LambdaSchedule(Section):
     """Multiplier on the alignment loss over epochs.
 
@@ -48,10 +53,13 @@ class LambdaSchedule(Section):
     @model_validator(mode="after")
     def _check(self) -> LambdaSchedule:
         name = "foresight.schedule"
+        for kind, fields in _OF_KIND.items():
+            for field in fields:
+                if kind != self.kind and getattr(self, field):
+                    raise ConfigError(
+                        f"{name}.{field}", getattr(self, field), f"{name}.kind is {self.kind!r}; use kind: {kind}"
+                    )
         if self.kind != "step":
-            for field in ("at_epochs", "multipliers"):
-                if getattr(self, field) is not None:
-                    raise ConfigError(f"{name}.{field}", getattr(self, field), f"kind is {self.kind!r}; use kind: step")
             return self
         if not self.at_epochs:
             raise ConfigError(f"{name}.at_epochs", self.at_epochs, "kind: step needs the epochs, e.g. [80]")
@@ -60,8 +68,12 @@ class LambdaSchedule(Section):
         multipliers = self.multipliers or []
         if len(multipliers) != len(self.at_epochs) + 1:
             raise ConfigError(
-                f"{name}.multipliers", multipliers, f"{len(self.at_epochs)} steps need {len(self.at_epochs) + 1} values"
+                f"{name}.multipliers",
+                multipliers,
+                f"must have {len(self.at_epochs) + 1} values, one before and one after each of at_epochs",
             )
+        if any(m < 0 for m in multipliers):
+            raise ConfigError(f"{name}.multipliers", multipliers, "must not be negative")
         if any(b <= a for a, b in zip(self.at_epochs, self.at_epochs[1:], strict=False)) or self.at_epochs[0] < 0:
             raise ConfigError(f"{name}.at_epochs", self.at_epochs, "must be non-negative and rising")
         return self
@@ -73,9 +85,15 @@ class EncoderConfig(Section):
     name: str = "vit_base_patch14_dinov2"
     weights: str | None = Field(None, description="file with the encoder's state dict (.safetensors, .pth, .bin)")
     image_size: int | None = Field(None, ge=1, description="encoder input side; default patch size * token grid")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)  # YAML has lists, not tuples
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), strict=False)
     dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderConfig:
+        if min(self.std) <= 0:
+            raise ConfigError("foresight.encoder.std", list(self.std), "each must be greater than 0")
+        return self
 
 
 class ForesightConfig(Section):
@@ -90,14 +108,16 @@ class ForesightConfig(Section):
     weights: list[float] | None = Field(None, description="lambda of each head; default 2 each")
     heads_reduction: Literal["sum", "mean"] | None = None
     head_order: Literal["official", "nearest"] | None = None
-    slots: Literal["input", "predict"] | None = Field(None, description="cell n is the slot that holds, or predicts, it")
+    slots: Literal["input", "predict"] | None = Field(None, description="cell n: the slot that holds, or predicts, it")
     border: Literal["mask", "wrap", "clamp"] | None = None
     normalizer: Literal["valid", "constant"] | None = Field(None, description="divide by valid cells, or by all")
     class_slot: bool | None = Field(None, description="mirai-e: align the class slot too; official only")
     teacher_sees_last_token: bool | None = Field(None, description="mirai-e: teacher reads x_1..x_N, not x_1..x_{N-1}")
     flat_stride: int | None = Field(None, ge=1, description="wrap: flat shift of one row down; default the grid side")
     schedule: LambdaSchedule = LambdaSchedule()
-    warmup_epochs: float | None = Field(None, ge=0, description="epochs without alignment; 15 for mirai-e, 0 for mirai-i")
+    warmup_epochs: float | None = Field(
+        None, ge=0, description="epochs without alignment; 15 for mirai-e, 0 for mirai-i"
+    )
     projector_dim: int = Field(2048, ge=1)
     teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     kernel: Literal["auto", "reference"] = "auto"
@@ -134,7 +154,7 @@ class ForesightConfig(Section):
     def _check(self) -> None:
         weights = self.weights or []
         if len(weights) != self.heads:
-            raise ConfigError("foresight.weights", weights, f"num_heads = {self.heads} needs {self.heads} values")
+            raise ConfigError("foresight.weights", weights, f"must have {self.heads} values (foresight.num_heads)")
         if any(w < 0 for w in weights):
             raise ConfigError("foresight.weights", weights, "must not be negative")
         if self.class_slot and self.method == "mirai-i":
@@ -142,11 +162,13 @@ class ForesightConfig(Section):
         if self.class_slot and self.slots == "predict":
             raise ConfigError("foresight.class_slot", True, "with slots: predict slot 0 is the first cell; use false")
         if self.flat_stride is not None and (self.border != "wrap" or self.layout == "1d"):
-            raise ConfigError("foresight.flat_stride", self.flat_stride, "only means something with border: wrap in 2d")
+            raise ConfigError("foresight.flat_stride", self.flat_stride, "needs layout: 2d and border: wrap; remove it")
         if self.method == "mirai-i" and self.teacher_layer is not None:
-            raise ConfigError("foresight.teacher_layer", self.teacher_layer, "is for mirai-e; the encoder gives one output")
+            problem = "is for method: mirai-e (an encoder gives one output); remove it"
+            raise ConfigError("foresight.teacher_layer", self.teacher_layer, problem)
         if self.method == "mirai-e" and self.encoder is not None:
-            raise ConfigError("foresight.encoder", self.encoder.name, "is for mirai-i; mirai-e's teacher is the EMA")
+            problem = "is for method: mirai-i (mirai-e's teacher is the EMA); remove it"
+            raise ConfigError("foresight.encoder", self.encoder.name, problem)
 
     def fill_from_model(self, model: ModelConfig) -> None:
         """Fill and check what depends on the model: layers within depth, offsets within the grid."""
@@ -159,6 +181,7 @@ class ForesightConfig(Section):
         for name in ("layer", "teacher_layer"):
             value = getattr(self, name)
             if value is not None and value > model.depth:
-                raise ConfigError(f"foresight.{name}", value, f"the model has {model.depth} blocks; use 1..{model.depth}")
+                raise ConfigError(f"foresight.{name}", value, f"must be at most the model's depth, {model.depth}")
         if model.grid < 3 and self.heads > model.grid**2:
-            raise ConfigError("foresight.num_heads", self.heads, f"a {model.grid}x{model.grid} grid has fewer neighbours")
+            problem = f"must be at most {model.grid**2}, the cells of the grid"
+            raise ConfigError("foresight.num_heads", self.heads, problem)

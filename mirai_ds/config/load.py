@@ -9,8 +9,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mirai_ds.config import deepspeed_file
 from mirai_ds.config.errors import ConfigError, UserError, from_validation, nearest
 from mirai_ds.config.run_config import RunConfig
+from mirai_ds.config.yaml_text import parse
+
+_KINDS = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
 def recipe_names() -> list[str]:
@@ -27,39 +31,33 @@ def recipe_text(name: str) -> str:
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{place}: not valid YAML: {problem}") from None
+    data = parse(text, where)
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{where}: a recipe is a mapping of sections, not a {type(data).__name__}")
+        kind = _KINDS.get(type(data), type(data).__name__)
+        raise UserError(f"{where}: a recipe is a mapping, not {kind}; write `section:` and its fields below")
     bad = [key for key in data if not isinstance(key, str)]
     if bad:
-        raise UserError(f"{where}: keys must be names, not {bad[0]!r}")
+        raise UserError(f"{where}: keys must be names, not {bad[0]!r}; quote it if it is one")
     return data
 
 
 def _read_source(source: str, beside: Path | None) -> tuple[str, str, Path | None]:
-    """(text, label, folder) of a recipe name or a file; relative files are looked for beside the including one too."""
-    is_file = source.endswith((".yaml", ".yml")) or "/" in source
-    if not is_file:
+    """(text, label, folder) of a recipe name or a file; a `base:` file is looked for beside its recipe first."""
+    if not source.endswith((".yaml", ".yml")):
         if Path(source).is_file():
-            raise UserError(f"{source}: a recipe file must end in .yaml")
-        return recipe_text(source), source, None
-    candidates = [Path(source)] + ([beside / source] if beside else [])
+            raise UserError(f"{source}: a recipe file must end in .yaml; rename it")
+        if "/" not in source:
+            return recipe_text(source), source, None
+    candidates = [*([beside / source] if beside else []), Path(source)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        known = ", ".join(recipe_names())
-        raise UserError(f"{source}: no such recipe file; give a .yaml file or one of: {known}")
+        raise UserError(f"{source}: no such recipe file; give a .yaml file or one of: {', '.join(recipe_names())}")
     try:
         return path.read_text(encoding="utf-8"), str(path), path.parent
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from None
+        raise UserError(f"{source}: cannot be read: {error}; a recipe is UTF-8 text") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -73,71 +71,67 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """The raw mapping of a recipe with its `base:` recipes merged below it."""
-    text, label, folder = _read_source(source, beside)
-    if label in seen:
-        raise UserError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, label])})")
+    try:
+        text, label, folder = _read_source(source, beside)
+    except UserError as error:
+        if not seen:
+            raise
+        raise UserError(f"{seen[-1]}: base = {source!r}: {error}") from None
+    identity = label if folder is None else str(Path(label).resolve())
+    if identity in seen:
+        raise UserError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, identity])}); remove one `base:`")
     data = _parse(text, label)
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise ConfigError("base", base, "must be the name or file of one recipe")
-    return merge(read_recipe(base, folder, (*seen, label)), data)
+        raise UserError(f"{label}: {ConfigError('base', base, 'must be the name or file of one recipe')}")
+    return merge(read_recipe(base, folder, (*seen, identity)), data)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply one `a.b.c=value` (the value is YAML) in place."""
+    """Apply one `a.b.c=value` (the value is YAML) in place.  `deepspeed.x=...` changes a copy of the DeepSpeed file."""
     key, sign, raw = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise UserError(f"--set {override}: write it as section.field=value")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML; quote it") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a string; a user means a number.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+        raise UserError(f"--set {override!r}: write it as section.field=value")
+    if parts[0] == "base":
+        raise UserError(f"--set {override!r}: base belongs into the recipe file; give that recipe's name instead")
+    value = parse(raw, f"--set {override!r}")
+    if parts[0] == "deepspeed" and len(parts) > 1 and isinstance(data.setdefault("deepspeed", _default_file()), str):
+        data["deepspeed"] = deepspeed_file.read(data["deepspeed"])
     here = data
-    for part in parts[:-1]:
-        if not isinstance(here.get(part), dict):
-            here[part] = {}
-        here = here[part]
+    for depth, part in enumerate(parts[:-1], start=1):
+        inner = here.get(part)
+        if inner is None:
+            inner = here[part] = {}
+        if not isinstance(inner, dict):
+            error = ConfigError(".".join(parts[:depth]), inner, "is a value, not a section; set the whole value")
+            raise UserError(f"--set {override!r}: {error}")
+        here = inner
     here[parts[-1]] = value
 
 
-def _fix_numbers(value: Any) -> Any:
-    """1e-4 without a dot is a string in YAML 1.1; make numbers of such strings, everywhere but in free text."""
-    if isinstance(value, dict):
-        return {key: _fix_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fix_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _default_file() -> str:
+    default: str = RunConfig.model_fields["deepspeed"].default
+    return default
 
 
 def build(data: dict[str, Any], where: str = "") -> RunConfig:
     """Validate a mapping into a `RunConfig`; raises `UserError` with one line an error."""
     try:
-        return RunConfig.model_validate(_fix_numbers(data))
+        return RunConfig.model_validate(data)
     except ValidationError as error:
         raise from_validation(error, RunConfig, where) from None
 
 
 def load(source: str, overrides: tuple[str, ...] | list[str] = (), deepspeed: str | None = None) -> RunConfig:
-    """A run from a recipe name or file, dotted overrides and optionally another DeepSpeed file."""
+    """A run from a recipe name or file, optionally another DeepSpeed file, and dotted overrides on top."""
     data = read_recipe(source)
-    for override in overrides:
-        apply_override(data, override)
     if deepspeed is not None:
         data["deepspeed"] = deepspeed
+    for override in overrides:
+        apply_override(data, override)
     return build(data, where=source)
 
 

@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mirai_ds.config.errors import ConfigError, nearest
+from mirai_ds.config.yaml_text import number_in
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are not coerced from strings."""
+    """Base of every section: unknown keys are errors, types are exact (`true` is no number), numbers are finite.
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, str_strip_whitespace=True)
+    The one kindness: `1e-4` (text to YAML) is a number, and 1e5 or 8.0 a whole one, where a number is wanted.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, str_strip_whitespace=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_numbers(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: _as_number(value, _leaf_types(cls.model_fields[key].annotation)) if key in cls.model_fields else value
+            for key, value in data.items()
+        }
+
+
+def _leaf_types(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: `list[float] | None` -> {float, NoneType}."""
+    if get_origin(annotation) is Literal:
+        return {str}
+    inner = get_args(annotation)
+    return set().union(*map(_leaf_types, inner)) if inner else {annotation}
+
+
+def _as_number(value: Any, types: set[Any]) -> Any:
+    if str in types or not types & {int, float}:
+        return value
+    if isinstance(value, list):
+        return [_as_number(item, types) for item in value]
+    if isinstance(value, str):
+        number = number_in(value)
+        value = value if number is None else number
+    return int(value) if int in types and isinstance(value, float) and value.is_integer() else value
 
 
 class Size(NamedTuple):
@@ -64,19 +99,22 @@ class ModelConfig(Section):
         side = math.isqrt(self.block_size)
         if side * side != self.block_size:
             raise ConfigError(
-                "model.block_size", self.block_size, f"is not a square grid; use {side**2} or {(side + 1) ** 2}"
+                "model.block_size", self.block_size, f"is not a square number; use {side**2} or {(side + 1) ** 2}"
             )
         if self.grid_size not in (None, side):
-            raise ConfigError("model.grid_size", self.grid_size, f"must be sqrt(block_size) = {side}")
+            raise ConfigError(
+                "model.grid_size", self.grid_size, f"must be sqrt(model.block_size) = {side}; leave it out"
+            )
         self.__dict__["grid_size"] = side
         dim, n_head = self.width, self.heads
-        if dim % n_head:
-            good = [h for h in range(1, dim + 1) if dim % h == 0 and (dim // h) % 4 == 0]
-            raise ConfigError("model.n_head", n_head, f"does not divide model.dim = {dim}; use one of {good[:8]}")
-        if (dim // n_head) % 4:
-            raise ConfigError(
-                "model.n_head", n_head, f"head width {dim // n_head} must be a multiple of 4 (2D rotary pairs)"
-            )
+        if dim % (4 * n_head):
+            good = [h for h in range(1, dim // 4 + 1) if dim % (4 * h) == 0]
+            close = sorted(sorted(good, key=lambda h: abs(h - n_head))[:4])
+            fix = f"use one of {close}" if good else f"make model.dim a multiple of {4 * n_head}"
+            wrong = f"does not divide model.dim = {dim}"
+            if dim % n_head == 0:
+                wrong = f"makes heads of width {dim // n_head}, not a multiple of 4 (2D rotary pairs)"
+            raise ConfigError("model.n_head", n_head, f"{wrong}; {fix}")
         return self
 
     def _fill_size(self) -> None:
@@ -86,7 +124,7 @@ class ModelConfig(Section):
             given = getattr(self, name)
             if self.size == "custom":
                 if given is None:
-                    raise ConfigError(f"model.{name}", None, "model.size = 'custom' needs a value")
+                    raise ConfigError(f"model.{name}", None, "model.size = 'custom' has no default; give it a value")
                 continue
             value = getattr(SIZES[self.size], name)
             if given not in (None, value):

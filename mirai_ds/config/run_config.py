@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mirai_ds.config.errors import ConfigError
 from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig, Section
+from mirai_ds.config.yaml_text import number_in
 
 Weights = Literal["raw", "ema"]
 
@@ -24,7 +25,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.source == "npz" and not self.path:
-            raise ConfigError("data.path", self.path, "source: npz needs the file")
+            raise ConfigError("data.path", self.path, "give the .npz file: data.source = 'npz' needs one")
         if self.source == "digits" and self.path:
             raise ConfigError("data.path", self.path, "digits come with scikit-learn; remove path or use source: npz")
         return self
@@ -34,7 +35,7 @@ class OptimizerConfig(Section):
     """AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's groups)."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)  # YAML has lists, not tuples
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, ge=0, description="global norm; 0 turns clipping off")
@@ -45,11 +46,11 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("optimizer.betas", list(self.betas), "each must be in [0, 1)")
+            raise ConfigError("optimizer.betas", list(self.betas), "each must be at least 0 and less than 1")
         if self.final_lr > self.lr:
-            raise ConfigError("optimizer.final_lr", self.final_lr, f"is above optimizer.lr = {self.lr}")
+            raise ConfigError("optimizer.final_lr", self.final_lr, f"must be at most optimizer.lr = {self.lr}")
         if self.schedule == "constant" and self.final_lr:
-            raise ConfigError("optimizer.final_lr", self.final_lr, "needs schedule: cosine")
+            raise ConfigError("optimizer.final_lr", self.final_lr, "set optimizer.schedule: cosine, or remove it")
         return self
 
 
@@ -90,9 +91,10 @@ class TrainConfig(Section):
         for name in ("micro_batch_size", "grad_accum_steps"):
             value = getattr(self, name)
             if value is not None and self.global_batch_size % value:
-                raise ConfigError(
-                    f"train.{name}", value, f"does not divide train.global_batch_size = {self.global_batch_size}"
-                )
+                whole = self.global_batch_size
+                good = max(d for d in range(1, min(value, whole) + 1) if whole % d == 0)
+                problem = f"does not divide train.global_batch_size = {whole}; use e.g. {good}"
+                raise ConfigError(f"train.{name}", value, problem)
         if self.micro_batch_size and self.grad_accum_steps:
             per_rank = self.micro_batch_size * self.grad_accum_steps
             if self.global_batch_size % per_rank:
@@ -134,7 +136,7 @@ class EvaluateConfig(Section):
     at_end: bool = True
     batch_size: int = Field(64, ge=1)
     max_samples: int | None = Field(None, ge=1)
-    weights: list[Weights] = ["raw", "ema"]
+    weights: list[Weights] = Field(["raw", "ema"])
 
 
 class SamplingConfig(Section):
@@ -186,6 +188,13 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     deepspeed: str | dict[str, Any] = "zero2"
 
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _name_or_section(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict)):
+            raise ConfigError("deepspeed", value, "must be a file, the name of a shipped one (zero2), or a section")
+        return _numbers(value) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         self.foresight.fill_from_model(self.model)
@@ -197,16 +206,25 @@ class RunConfig(Section):
                 f"alignment would never start within train.epochs = {self.train.epochs}; lower it",
             )
         if f.schedule.kind == "cosine" and f.schedule.start_epoch >= self.train.epochs:
-            raise ConfigError("foresight.schedule.start_epoch", f.schedule.start_epoch, "is not before train.epochs")
+            problem = f"must be less than train.epochs = {self.train.epochs}"
+            raise ConfigError("foresight.schedule.start_epoch", f.schedule.start_epoch, problem)
         if self.sampling.classes > self.model.num_classes:
             self._give_up_classes()
         if self.sampling.top_k > self.model.vocab_size:
-            raise ConfigError("sampling.top_k", self.sampling.top_k, f"vocab_size is {self.model.vocab_size}")
+            problem = f"must be at most model.vocab_size = {self.model.vocab_size}"
+            raise ConfigError("sampling.top_k", self.sampling.top_k, problem)
         return self
 
     def _give_up_classes(self) -> None:
         if "classes" in self.sampling.model_fields_set:
-            raise ConfigError(
-                "sampling.classes", self.sampling.classes, f"the model has {self.model.num_classes} classes"
-            )
+            problem = f"must be at most model.num_classes = {self.model.num_classes}"
+            raise ConfigError("sampling.classes", self.sampling.classes, problem)
         self.sampling.__dict__["classes"] = self.model.num_classes
+
+
+def _numbers(value: Any) -> Any:
+    """A DeepSpeed section from YAML, where 5e8 is text: numbers made of it."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    number = number_in(value) if isinstance(value, str) and "e" in value.lower() else None
+    return value if number is None else number

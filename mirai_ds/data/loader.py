@@ -25,11 +25,20 @@ class BatchLoader:
     """Micro-batch a of rank r holds positions (a * world + r) * micro ... of the global batch."""
 
     def __init__(
-        self, source: TokenSource, order: DataOrder, micro: int, rank: int, world: int, device: torch.device, images: bool
+        self,
+        source: TokenSource,
+        order: DataOrder,
+        micro: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        images: bool,
     ) -> None:
         self.source, self.order, self.micro, self.rank, self.world = source, order, micro, rank, world
         self.device, self.images = device, images
-        self.accumulation = order.global_batch_size // (micro * world)
+        self.accumulation, rest = divmod(order.global_batch_size, micro * world)
+        if rest:
+            raise ValueError(f"micro * world = {micro} * {world} does not divide {order.global_batch_size}")
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The accumulation steps of global step `step` (0-based)."""
@@ -37,5 +46,5 @@ class BatchLoader:
             start = (a * self.world + self.rank) * self.micro
             indices, keys = self.order.batch(step, start, start + self.micro)
             tokens, labels, images = self.source.gather(indices, self.order.views(keys, self.source.num_views))
-            move = [t.to(self.device, non_blocking=True) for t in (tokens, labels, keys)]
-            yield Batch(*move, images.to(self.device) if self.images and images is not None else None)
+            tokens, labels, keys = (t.to(self.device, non_blocking=True) for t in (tokens, labels, keys))
+            yield Batch(tokens, labels, keys, images.to(self.device) if self.images and images is not None else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,20 +85,29 @@ def from_npz(path: str) -> TokenSource:
     file = Path(path)
     if not file.is_file():
         raise ConfigError("data.path", path, "no such file")
+    if not zipfile.is_zipfile(file):
+        raise ConfigError("data.path", path, "is not a whole .npz file; write it again with numpy.savez")
     try:
         with np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ConfigError("data.path", path, f"is not a readable .npz file ({error})") from None
+            arrays = {name: value for name in data.files if isinstance(value := data[name], np.ndarray)}
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("data.path", path, f"is not a readable .npz file ({reason}); write it again") from None
     for name in ("codes", "labels"):
         if name not in arrays:
             raise ConfigError("data.path", path, f"has no array `{name}`; it holds {sorted(arrays) or 'nothing'}")
     codes, labels = arrays["codes"], arrays["labels"]
     if codes.dtype.kind not in "iu" or codes.ndim not in (2, 3):
-        raise ConfigError("data.path", path, f"codes must be integers (n, [views,] tokens), not {codes.dtype} {codes.shape}")
+        found = f"{codes.dtype} {codes.shape}"
+        raise ConfigError("data.path", path, f"codes must be integers (n, [views,] tokens), not {found}")
     codes = codes if codes.ndim == 3 else codes[:, None]
+    if codes.size == 0:
+        raise ConfigError("data.path", path, f"codes are empty: {arrays['codes'].shape}; write at least two images")
     if labels.dtype.kind not in "iu" or labels.shape != (len(codes),):
         raise ConfigError("data.path", path, f"labels must be {len(codes)} integers, not {labels.dtype} {labels.shape}")
+    for name, array in (("codes", codes), ("labels", labels)):
+        if int(array.min()) < 0:
+            raise ConfigError("data.path", path, f"{name} must not be negative; the smallest is {array.min()}")
     return TokenSource(codes, labels.astype(np.int64), _images(arrays, codes.shape[1], path), _codebook(arrays, path))
 
 
@@ -106,36 +117,42 @@ def _images(arrays: dict[str, Array], views: int, path: str) -> Array | None:
         return None
     if images.dtype != np.uint8:
         raise ConfigError("data.path", path, f"images must be uint8, not {images.dtype}")
-    if images.shape[-1] != 3:
+    if images.ndim and images.shape[-1] != 3:
         images = np.repeat(images[..., None], 3, axis=-1)
     if images.ndim == 4:
         images = images[:, None]
     if images.ndim != 5 or images.shape[:2] != (len(arrays["codes"]), views):
-        raise ConfigError("data.path", path, f"images {arrays['images'].shape} do not fit codes {arrays['codes'].shape}")
+        shape, codes = arrays["images"].shape, arrays["codes"].shape
+        raise ConfigError("data.path", path, f"images must be (n, [views,] H, W[, 3]) as codes {codes}, not {shape}")
     return np.ascontiguousarray(np.moveaxis(images, -1, 2))
 
 
 def _codebook(arrays: dict[str, Array], path: str) -> Array | None:
     codebook = arrays.get("codebook")
-    if codebook is not None and (codebook.ndim != 4 or codebook.shape[-1] != 3 or codebook.dtype != np.uint8):
-        raise ConfigError("data.path", path, f"codebook must be uint8 (V, p, p, 3), not {codebook.dtype} {codebook.shape}")
+    if codebook is None:
+        return None
+    square = codebook.ndim == 4 and codebook.shape[1] == codebook.shape[2] and codebook.shape[3] == 3
+    if not square or codebook.dtype != np.uint8:
+        found = f"{codebook.dtype} {codebook.shape}"
+        raise ConfigError("data.path", path, f"codebook must be uint8 (V, p, p, 3), not {found}")
     return codebook
 
 
 def check_fits(source: TokenSource, model: ModelConfig) -> None:
     """Codes, labels and token count within the model's; raises ConfigError naming the field to change."""
     if source.codes.shape[2] != model.block_size:
-        raise ConfigError("model.block_size", model.block_size, f"the data has {source.codes.shape[2]} tokens an image")
-    if int(source.codes.max()) >= model.vocab_size or int(source.codes.min()) < 0:
-        raise ConfigError(
-            "model.vocab_size", model.vocab_size, f"the data's codes span {source.codes.min()}..{source.codes.max()}"
-        )
-    if int(source.labels.max()) >= model.num_classes or int(source.labels.min()) < 0:
-        raise ConfigError(
-            "model.num_classes", model.num_classes, f"the data's labels span {source.labels.min()}..{source.labels.max()}"
-        )
+        problem = f"the data has {source.codes.shape[2]} tokens an image; use that"
+        raise ConfigError("model.block_size", model.block_size, problem)
+    codes, labels = int(source.codes.max()), int(source.labels.max())
+    if codes >= model.vocab_size:
+        problem = f"the data's codes go up to {codes}; use at least {codes + 1}"
+        raise ConfigError("model.vocab_size", model.vocab_size, problem)
+    if labels >= model.num_classes:
+        problem = f"the data's labels go up to {labels}; use at least {labels + 1}"
+        raise ConfigError("model.num_classes", model.num_classes, problem)
     if source.codebook is not None and len(source.codebook) != model.vocab_size:
-        raise ConfigError("model.vocab_size", model.vocab_size, f"the data's codebook has {len(source.codebook)} entries")
+        problem = f"the data's codebook has {len(source.codebook)} entries; use that"
+        raise ConfigError("model.vocab_size", model.vocab_size, problem)
 
 
 def load_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
@@ -144,11 +161,13 @@ def load_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
 
     source = digits() if data.source == "digits" else from_npz(data.path or "")
     if len(source) < 2:
-        raise ConfigError("data.path", data.path, f"holds {len(source)} images; training needs more")
+        raise ConfigError("data.path", data.path, f"holds {len(source)} images; it must hold at least 2")
     check_fits(source, model)
-    counts = np.bincount(source.labels)
-    held = max(1, round(len(source) * data.held_out_fraction))
-    stratify = source.labels if counts[counts > 0].min() > 1 and held >= (counts > 0).sum() else None
+    counts = np.unique(source.labels, return_counts=True)[1]
+    held = min(max(1, round(len(source) * data.held_out_fraction)), len(source) - 1)
+    # By class where every class can be in both parts.
+    possible = counts.min() > 1 and min(held, len(source) - held) >= len(counts)
+    stratify = source.labels if possible else None
     train, held_out = train_test_split(
         np.arange(len(source)), test_size=held, random_state=data.split_seed, stratify=stratify
     )

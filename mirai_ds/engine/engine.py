@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config import RunConfig, UserError, Weights
 from mirai_ds.engine.layout import StateLayout
 from mirai_ds.engine.recompute import block_runner
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
+from mirai_ds.engine.start import quiet
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.model import initial_value
 
@@ -34,8 +37,9 @@ def parameter_groups(objective: MiraiObjective, config: RunConfig) -> list[dict[
         groups.setdefault((owner, parameter.dim() >= 2), []).append(parameter)
     decay = config.optimizer.weight_decay
     return [
-        {"params": parameters, "owner": owner, "weight_decay": decay if decayed else 0.0, "decay": decay if decayed else 0.0}
+        {"params": parameters, "owner": owner, "weight_decay": wd, "decay": wd}
         for (owner, decayed), parameters in groups.items()
+        for wd in [decay if decayed else 0.0]
     ]
 
 
@@ -69,14 +73,26 @@ class TrainEngine:
 
     def _write_initial_masters(self) -> None:
         """Give the masters the fp32 initial weights: DeepSpeed made them from the model's, already rounded to bf16."""
-        if self.config.train.precision != "bf16":
-            return
         model, seed = self.config.model, self.config.seed
+        if self.config.train.precision == "bf16":
+            self._write_masters(
+                lambda name, shape: initial_value(name.removeprefix("gpt."), shape, seed, model.init_std)
+            )
+
+    @torch.no_grad()
+    def _write_masters(self, value_of: Callable[[str, tuple[int, ...]], Tensor | None]) -> None:
         for shard in self.layout.shards:
             for piece in shard.pieces():
-                value = initial_value(piece.name.removeprefix("gpt."), piece.shape, seed, model.init_std).flatten()
-                part = shard.master.data[piece.local : piece.local + piece.length]
-                part.copy_(value[piece.start : piece.start + piece.length])
+                value = value_of(piece.name, piece.shape)
+                if value is not None:
+                    part = shard.master.data.flatten()[piece.local : piece.local + piece.length]
+                    part.copy_(value.flatten()[piece.start : piece.start + piece.length])
+        self.layout.refresh_parameters()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Start from foreign weights (GPT keys, and `projectors.*` where there are any): masters in fp32, EMA a copy."""
+        self._write_masters(lambda name, shape: weights.get(name.removeprefix("gpt.")))
+        self.ema.reset()
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`MiraiObjective.forward` under the engine's hooks and precision."""
@@ -123,23 +139,37 @@ class TrainEngine:
             self.layout.restart_adam(HEADS)
         self._heads_active = heads_active
 
-    def gather_weights(self, kind: str, dtype: torch.dtype = torch.float32, prefix: str = "gpt.") -> dict[str, Tensor]:
-        """Whole tensors (`raw` masters or `ema`) whose names start with `prefix`, without it, on every rank."""
+    def gather_named(
+        self, kind: Weights, dtype: torch.dtype, names: Collection[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole tensor) of `raw` masters or the `ema`, for these full names, on every rank."""
         values = self.ema.values if kind == "ema" else self.layout.masters
+        return gather(self.layout.shards, values, dtype, self.device, names)
+
+    def gather_weights(self, kind: Weights, prefix: str = "gpt.") -> dict[str, Tensor]:
+        """fp32 copies of all tensors whose names start with `prefix`, without it, on every rank."""
         names = {p.name for s in self.layout.shards for p in s.parameters if p.name.startswith(prefix)}
-        found = gather(self.layout.shards, values, dtype, self.device, names)
-        return {name.removeprefix(prefix): tensor.clone() for name, tensor in found}
+        return {n.removeprefix(prefix): t.clone() for n, t in self.gather_named(kind, torch.float32, names)}
+
+    def resume_counters(self, step: int, accumulation: int) -> None:
+        """Tell DeepSpeed how many steps are behind it."""
+        self.ds.global_steps, self.ds.micro_steps = step, step * accumulation
+        self.ds.global_samples = step * self.config.train.global_batch_size
 
     def destroy(self) -> None:
         """Release hooks and buffers, so that another engine can live in this process."""
         self.ds.destroy()
 
 
-def _initialize(deepspeed: Any, objective: MiraiObjective, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+def _initialize(
+    deepspeed: Any, objective: MiraiObjective, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+) -> Any:
     from pydantic import ValidationError
 
+    talk = contextlib.redirect_stdout(io.StringIO()) if quiet() else contextlib.nullcontext()
     try:
-        engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+        with talk:  # some of DeepSpeed's memory reports cannot be switched off
+            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     except ValidationError as error:  # a value of a wrong type in the user's file
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -40,8 +40,16 @@ def _torch_call(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
 def _deepspeed_call(config: RecomputeConfig) -> Callable[..., Tensor]:
     import deepspeed
 
+    # On a CPU device the activations are in host memory already, and DeepSpeed would empty the only copy.
+    in_host_memory = config.cpu_checkpointing and deepspeed.accelerator.get_accelerator().device_name() != "cpu"
     deepspeed.checkpointing.configure(
-        None, partition_activations=config.partition_activations, checkpoint_in_cpu=config.cpu_checkpointing
+        None, partition_activations=config.partition_activations, checkpoint_in_cpu=in_host_memory
     )
-    call: Callable[..., Tensor] = deepspeed.checkpointing.checkpoint
+
+    def call(block: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        # With partitioned activations DeepSpeed empties the tensors it is given after use: a view of x leaves the
+        # tapped hidden state whole, and the rotary table stays out of its reach.
+        out: Tensor = deepspeed.checkpointing.checkpoint(lambda y: block(y, *rest), x.view_as(x))
+        return out
+
     return call

@@ -14,6 +14,16 @@ from mirai_ds.runtime.distributed import World, export_world
 MINIMUM_DEEPSPEED = (0, 19, 8)
 
 
+def log_level() -> str:
+    """Level of DeepSpeed's own log: MIRAI_DS_DEEPSPEED_LOG, or ERROR."""
+    return os.environ.get("MIRAI_DS_DEEPSPEED_LOG", "ERROR").upper()
+
+
+def quiet() -> bool:
+    """Whether DeepSpeed is to keep its reports to itself."""
+    return log_level() in ("ERROR", "CRITICAL")
+
+
 def check_version(version: str) -> None:
     """Refuse releases with wrong gradients under accumulation (seen in 0.18.2 to 0.19.5, ZeRO-1 and 2)."""
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
@@ -34,7 +44,7 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     check_version(deepspeed.__version__)
     from deepspeed.utils.logging import logger
 
-    logger.setLevel(os.environ.get("MIRAI_DS_DEEPSPEED_LOG", "ERROR").upper())
+    logger.setLevel(log_level())
     for handler in logger.handlers:
         handler.setLevel(logging.NOTSET)
     # A C++ build of minutes at the first CPU run, for collectives that gloo does as well.

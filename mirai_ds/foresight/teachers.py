@@ -1,7 +1,8 @@
-"""Teachers: the model's own EMA (Mirai-E) and a frozen vision encoder (Mirai-I).  Both give features, never gradients."""
+"""Teachers: the model's own EMA (Mirai-E) and a frozen vision encoder (Mirai-I); features, never gradients."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ class Teacher(Protocol):
 
 
 class EmaTeacher:
-    """The first `teacher_layer` blocks with averaged weights, eval mode: true labels, no dropout, raw residual stream."""
+    """The first `teacher_layer` blocks with averaged weights: true labels, no dropout, raw residual stream."""
 
     def __init__(
         self, model: ModelConfig, foresight: ForesightConfig, dtype: torch.dtype, device: torch.device, autocast: bool
@@ -105,28 +106,59 @@ def load_encoder(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
             "foresight.encoder.image_size", size, f"patch {patch} on a {grid}x{grid} grid needs {patch * grid}"
         )
     model = timm.create_model(config.name, pretrained=False, num_classes=0, img_size=size)
-    state = read_weights(path)
-    filter_fn = getattr(timm.models.vision_transformer, "checkpoint_filter_fn", None)
-    if filter_fn is not None and isinstance(model, timm.models.VisionTransformer):
-        state = filter_fn(state, model)  # resamples the position table to this grid
-    wanted = set(model.state_dict())
-    missing = sorted(wanted - set(state))
-    if missing:
-        raise ConfigError(
-            "foresight.encoder.weights", config.weights, f"lacks {len(missing)} tensors of {config.name}, e.g. {missing[0]}"
-        )
-    model.load_state_dict({name: state[name] for name in wanted})
+    model.load_state_dict(_fitting_weights(model, path, config, patch))
     return model, size
+
+
+# Parts of published files that give no patch features: classifiers, masked tokens, decoders.
+_NOT_FEATURES = ("head", "fc_norm.", "mask_token", "decoder", "pre_logits.")
+
+
+def _fitting_weights(model: nn.Module, path: Path, config: EncoderConfig, patch: int) -> dict[str, Tensor]:
+    """The file's tensors for exactly this encoder, its position table resampled to this grid; ConfigError otherwise.
+
+    Nothing else may be dropped or bent: a file of a relative (layer scales, another patch) would give wrong features.
+    """
+
+    def unfit(problem: str) -> ConfigError:
+        return ConfigError("foresight.encoder.weights", config.weights, f"{problem}; encoder.name is {config.name}")
+
+    try:
+        state = read_weights(path)
+    except Exception as error:  # bytes from anywhere: the readers raise nearly any type on them
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise unfit(f"cannot be read as weights: {type(error).__name__}: {reason}") from None
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != patch:
+        raise unfit(f"is of an encoder with patch {kernel.shape[-1]}, not {patch}")
+    convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)  # timm's own, for published files
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            raise unfit(f"is not of this encoder: {type(error).__name__} when converted by timm") from None
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    missing = sorted(set(wanted) - set(state))
+    if missing:
+        raise unfit(f"lacks {len(missing)} of {len(wanted)} tensors, e.g. {missing[0]}")
+    extra = sorted(name for name in set(state) - set(wanted) if not name.startswith(_NOT_FEATURES))
+    if extra:
+        raise unfit(f"holds {len(extra)} tensors that this encoder has not, e.g. {extra[0]}")
+    bent = [name for name, shape in wanted.items() if state[name].shape != shape]
+    if bent:
+        shapes = f"{tuple(state[bent[0]].shape)}, not {tuple(wanted[bent[0]])}"
+        raise unfit(f"has {len(bent)} tensors of other shapes, e.g. {bent[0]} {shapes}")
+    return {name: state[name] for name in wanted}
 
 
 def _patch_size(name: str) -> int:
     import timm
 
     model = timm.create_model(name, pretrained=False, num_classes=0)
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or not hasattr(embed, "patch_size"):
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if size is None or not hasattr(model, "num_prefix_tokens"):
         raise ConfigError("foresight.encoder.name", name, "is not a patch-based vision transformer")
-    return int(embed.patch_size[0])
+    return int(size if isinstance(size, int) else size[0])
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """Single-device maths, torch only: the GPT, its positions, dropout, initial weights, parameter counts and sampling."""
 
-from mirai_ds.model.gpt import GPT, GPTOutput, GPTTrunk, next_token_loss
+from mirai_ds.model.gpt import GPT, GPTOutput, GPTTrunk, gpt_from_weights, next_token_loss
 from mirai_ds.model.init import initial_value, initialise
 from mirai_ds.model.sampling import SamplingRules, sample_tokens
 from mirai_ds.model.sizes import parameter_count
 
 __all__ = [
-    "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "initial_value", "initialise", "next_token_loss",
+    "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "gpt_from_weights", "initial_value", "initialise", "next_token_loss",
     "parameter_count", "sample_tokens",
 ]

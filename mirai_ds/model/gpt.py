@@ -192,3 +192,13 @@ class GPT(GPTTrunk):
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy over all positions: logits (B, N, V), tokens (B, N) int64 -> scalar float32."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def gpt_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
+    """A frozen GPT in eval mode that owns `weights` (official keys); nothing is initialised or drawn on the way."""
+    with torch.device("meta"):
+        gpt = GPT(config)
+    gpt.load_state_dict(weights, assign=True)
+    device = gpt.norm.weight.device
+    gpt.rope = rope_table(config.grid, config.width // config.heads, config.rope_base).to(device)
+    return gpt.eval().requires_grad_(False)

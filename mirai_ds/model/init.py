@@ -18,7 +18,8 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float = 0.0
         return torch.zeros(shape)
     if len(shape) < 2:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+    # One 32-bit number of both: torch's CPU generator takes the low 32 bits of a seed and drops the others.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 

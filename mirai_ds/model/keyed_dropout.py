@@ -28,18 +28,19 @@ def _threshold(rate: float) -> int:
 def dropout(x: Tensor, rate: float, keys: Tensor | None, site: int) -> Tensor:
     """Inverted dropout of x (B, ...) by each sample's key; identity when `keys` is None or the rate is 0.
 
-    `rate` is honoured to 2^-16 and survivors are scaled by the exact reciprocal, so the expectation is unbiased.
+    `rate` is honoured to 2^-16 and survivors are scaled by the exact reciprocal, so the expectation is unbiased; also
+    in bf16, where the scale must stay a Python number: rounded to bf16, 1/0.9 is 0.16% too small.
     """
     threshold = _threshold(rate)
     if keys is None or threshold == 0:
         return x
     mask = keep_mask(keys, site, x[0].numel(), rate).view(x.shape)
-    return x * (mask.to(x.dtype) * (65536.0 / (65536 - threshold)))
+    return (x * mask) * (65536.0 / (65536 - threshold))
 
 
 def drop_path(x: Tensor, rate: float, keys: Tensor | None, site: int) -> Tensor:
     """Stochastic depth: the whole residual branch of a sample x (B, ...) is dropped with probability `rate`."""
     if keys is None or rate == 0.0:
         return x
-    keep = (uniform(keys, site) >= rate).to(x.dtype) / (1.0 - rate)
-    return x * keep.view(-1, *[1] * (x.dim() - 1))
+    keep = uniform(keys, site) >= rate
+    return (x * keep.view(-1, *[1] * (x.dim() - 1))) * (1.0 / (1.0 - rate))

@@ -59,7 +59,7 @@ def image_keys(seed: int, indices: Tensor) -> Tensor:
 
 
 def new_cache(model: GPT, batch: int, dtype: torch.dtype) -> list[KVCache]:
-    """Empty buffers for `batch` sequences of 1 + N slots."""
+    """Empty buffers for `batch` sequences of N slots: the class and x_1..x_{N-1} (x_N is never an input)."""
     config, device = model.config, model.rope.device
     shape = (batch, config.heads, config.block_size, config.width // config.heads)
     return [

@@ -13,12 +13,12 @@ from mirai_ds.config import RunConfig, build
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource
 from mirai_ds.engine.engine import TrainEngine
-from mirai_ds.engine.recompute import block_runner
-from mirai_ds.foresight import MiraiObjective
+from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import initialise
 
 SGD_LR = 2.0**14  # a power of two: (before - after) / lr is the applied gradient, exactly scaled
 ENCODER_DIM = 24
+HEAD_SCALE = 0.3
 
 
 def toy_config(
@@ -57,20 +57,31 @@ def toy_source(samples: int = 120) -> TokenSource:
     return TokenSource(rng.integers(0, 20, (samples, 1, 16)), rng.integers(0, 5, samples))
 
 
-def toy_objective(config: RunConfig, output_scale: float = 0.05) -> MiraiObjective:
-    """Initialised, with an output matrix that is not zero (else the trunk would have no gradient from the logits)."""
+def toy_objective(config: RunConfig, head_scale: float = 0.02) -> MiraiObjective:
+    """Initialised, with an output matrix that is not zero (else the trunk would have no gradient from the logits).
+
+    Heads of scale 0.02 project this narrow model to tiny vectors, whose cosine is ill-conditioned: tests of gradients
+    take a larger `head_scale`.
+    """
     width = ENCODER_DIM if config.foresight.method == "mirai-i" else None
     objective = MiraiObjective(config.model, config.foresight, width)
     initialise(objective, config.seed)
     with torch.no_grad():
-        objective.gpt.output.weight.normal_(0, output_scale, generator=torch.Generator().manual_seed(5))
+        generator = torch.Generator().manual_seed(5)
+        objective.gpt.output.weight.normal_(0, 0.05, generator=generator)
+        for p in objective.projectors.parameters():
+            p.normal_(0, head_scale, generator=generator)
     return objective
 
 
-def toy_engine(config: RunConfig, optimizer_factory: Any = None) -> TrainEngine:
+def toy_engine(config: RunConfig, optimizer_factory: Any = None, head_scale: float = 0.02) -> TrainEngine:
     """An engine on this rank's CPU."""
     ds_config = resolve(config, dist.get_world_size())
-    return TrainEngine(toy_objective(config), config, ds_config, torch.device("cpu"), optimizer_factory)
+    objective = toy_objective(config, head_scale)
+    weights = {name.removeprefix("gpt."): p.detach().clone() for name, p in objective.named_parameters()}
+    engine = TrainEngine(objective, config, ds_config, torch.device("cpu"), optimizer_factory)
+    engine.load_weights(weights)  # fp32 masters, also where the model itself is bf16
+    return engine
 
 
 def toy_loader(config: RunConfig, rank: int, world: int, accumulation: int) -> BatchLoader:
@@ -99,8 +110,11 @@ def release(engine: TrainEngine) -> None:
 
 
 def reference_gradients(config: RunConfig, steps: int, world: int, accumulation: int, active: bool) -> dict[str, Any]:
-    """Autograd's mean over all micro-batches of the global batch, in one process, activations kept."""
-    objective = toy_objective(config)
+    """Autograd's mean over all micro-batches of the global batch, in one process, activations kept, summed in fp32."""
+    objective = toy_objective(config, HEAD_SCALE)
+    if config.train.precision == "bf16":
+        for p in objective.parameters():  # parameters only, as DeepSpeed does: buffers stay fp32
+            p.data = p.data.bfloat16()
     total: dict[str, torch.Tensor] = {}
     for rank in range(world):
         for batch in toy_loader(config, rank, world, accumulation).micro_batches(steps):
@@ -110,17 +124,18 @@ def reference_gradients(config: RunConfig, steps: int, world: int, accumulation:
             loss.backward()
             for name, p in objective.named_parameters():
                 grad = torch.zeros_like(p) if p.grad is None else p.grad
-                total[name] = total.get(name, torch.zeros_like(p)) + grad / (world * accumulation)
+                total[name] = total.get(name, torch.zeros(p.shape)) + grad.float() / (world * accumulation)
     return {name: grad.numpy() for name, grad in total.items()}
 
 
 def gradient_case(
-    method: str, stage: int, accumulation: int, recompute: dict[str, Any], precision: str = "fp32", active: bool = True
+    method: str, stage: int, accumulation: int, recompute: dict[str, Any], precision: str = "fp32", active: bool = True,
+    compare_step: int = 0,
 ) -> float:
     """Largest error of any parameter's applied gradient, relative to that parameter's largest gradient."""
     config = toy_config(method, stage, precision, accumulation, recompute=recompute)
     world, rank = dist.get_world_size(), dist.get_rank()
-    engine = toy_engine(config, lambda groups: torch.optim.SGD(groups, lr=SGD_LR))
+    engine = toy_engine(config, lambda groups: torch.optim.SGD(groups, lr=SGD_LR), HEAD_SCALE)
     for group in engine.layout.base_optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = engine.gather_weights("raw", prefix="")
@@ -131,7 +146,7 @@ def gradient_case(
         engine.step()
     after = engine.gather_weights("raw", prefix="")
     release(engine)
-    expected = reference_gradients(config, 0, world, accumulation, active)
+    expected = reference_gradients(config, compare_step, world, accumulation, active)
     worst = 0.0
     for name, want in expected.items():
         # w - lr * g rounds to an ulp of w + lr * g; lr is large, so g survives.
@@ -142,6 +157,167 @@ def gradient_case(
     return float(worst)
 
 
-def uses_recompute(recompute: dict[str, Any]) -> bool:
-    """Whether a policy really wraps blocks (so that the matrix does not test `none` four times)."""
-    return block_runner(build({"train": {"recompute": recompute}}).train.recompute) is not None
+def losses_case(
+    method: str, stage: int, accumulation: int = 1, recompute: dict[str, Any] | None = None, precision: str = "fp32",
+    steps: int = 20, convention: str = "official",
+) -> list[float]:
+    """Global-batch losses of `steps` AdamW steps with dropout, the real EMA teacher and clipping."""
+    foresight = {"convention": convention} if method != "none" else {}
+    config = toy_config(
+        method, stage, precision, accumulation, recompute=recompute, foresight=foresight,
+        optimizer={"lr": 3e-3, "grad_clip": 0.5},
+    )  # fmt: skip
+    engine = toy_engine(config)
+    teacher = EmaTeacher(config.model, config.foresight, torch.float32, torch.device("cpu"), False) \
+        if method == "mirai-e" else None  # fmt: skip
+    loader = toy_loader(config, dist.get_rank(), dist.get_world_size(), accumulation)
+    losses = []
+    for step in range(steps):
+        engine.set_rates(config.optimizer.lr, heads_active=True)
+        if teacher is not None:
+            names = {f"gpt.{name}" for name in teacher.names}
+            teacher.load((n.removeprefix("gpt."), t) for n, t in engine.gather_named("ema", torch.float32, names))
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in loader.micro_batches(step):
+            target = teacher.features(batch.tokens, batch.labels, None) if teacher else fixed_target(config, batch, step)
+            loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, target, 1.0)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / accumulation
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+    release(engine)
+    return losses
+
+
+def plain_losses(method: str, steps: int = 20) -> list[float]:
+    """The same run written out in plain PyTorch: one process, no engine, whole EMA, torch's clipping and AdamW."""
+    config = toy_config(method, 0, optimizer={"lr": 3e-3, "grad_clip": 0.5})
+    objective = toy_objective(config)
+    o = config.optimizer
+    groups = [
+        {"params": [p for p in objective.parameters() if (p.dim() >= 2) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, o.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    ema = {name: p.detach().clone() for name, p in objective.gpt.named_parameters()}
+    teacher = EmaTeacher(config.model, config.foresight, torch.float32, torch.device("cpu"), False) \
+        if method == "mirai-e" else None  # fmt: skip
+    losses = []
+    for step in range(steps):
+        (batch,) = toy_loader(config, 0, 1, 1).micro_batches(step)
+        if teacher is not None:
+            teacher.load((name, value) for name, value in ema.items() if name in teacher.names)
+        target = teacher.features(batch.tokens, batch.labels, None) if teacher else fixed_target(config, batch, step)
+        loss, _ = objective(batch.tokens, batch.labels, batch.keys, target, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), o.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in objective.gpt.named_parameters():
+                ema[name].lerp_(p, 1.0 - config.ema.decay)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def ema_case(stage: int, precision: str, steps: int = 6) -> dict[str, Any]:
+    """Sharded EMA against an unsharded fp32 one that follows the gathered masters; and what a bf16 one would give."""
+    config = toy_config("mirai-e", stage, precision, 2 if precision == "bf16" else 1)
+    config.ema.decay = 0.9999
+    accumulation = config.train.grad_accum_steps or 1
+    engine = toy_engine(config)
+    start = engine.gather_weights("raw", prefix="")
+    whole = {name: value.clone() for name, value in start.items()}
+    low = {name: value.bfloat16() for name, value in start.items()}
+    at_start = engine.gather_weights("ema", prefix="")
+    for step in range(steps):
+        for batch in toy_loader(config, dist.get_rank(), dist.get_world_size(), accumulation).micro_batches(step):
+            loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, fixed_target(config, batch, step), 1.0)
+            engine.backward(loss)
+            engine.step()
+        masters = engine.gather_weights("raw", prefix="")
+        for name, value in masters.items():
+            whole[name] = torch.lerp(whole[name], value, 1.0 - config.ema.decay)
+            low[name] = torch.lerp(low[name], value.bfloat16(), 1.0 - config.ema.decay)
+    sharded = engine.gather_weights("ema", prefix="")
+    wrong_at_start = [name for name, value in start.items() if not torch.equal(at_start[name], value)]
+    differs = [name for name, value in whole.items() if not torch.equal(sharded[name], value)]
+    bf16_differs = [name for name, value in whole.items() if not torch.equal(low[name].float(), value)]
+    moved = sum(int((sharded[n] != start[n]).sum()) for n in start) / sum(v.numel() for v in start.values())
+    checksum = float(sum(value.double().abs().sum() for value in sharded.values()))
+    release(engine)
+    return {
+        "differs": differs, "wrong_at_start": wrong_at_start, "bf16_differs": len(bf16_differs), "tensors": len(whole),
+        "moved": moved, "checksum": checksum,
+    }  # fmt: skip
+
+
+def initial_masters_case(stage: int, precision: str) -> list[str]:
+    """Names whose fp32 master differs from the fp32 initial value (DeepSpeed alone would round it to bf16)."""
+    config = toy_config("mirai-e", stage, precision)
+    objective = MiraiObjective(config.model, config.foresight)
+    initialise(objective, config.seed)
+    wanted = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    engine = TrainEngine(objective, config, resolve(config, dist.get_world_size()), torch.device("cpu"))
+    masters = engine.gather_weights("raw", prefix="")
+    release(engine)
+    return [name for name, value in wanted.items() if not torch.equal(masters[name], value)]
+
+
+def warmup_case(stage: int, asleep: int = 3, awake: int = 3) -> dict[str, Any]:
+    """Heads through `asleep` steps without alignment and `awake` with it, beside plain PyTorch that skips them."""
+    config = toy_config("mirai-e", stage, optimizer={"lr": 1e-2, "grad_clip": 0.0, "weight_decay": 0.05})
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine = toy_engine(config, head_scale=HEAD_SCALE)
+    before = engine.gather_weights("raw", prefix="projectors.")
+    plain = toy_objective(config, HEAD_SCALE)
+    groups = [
+        {"params": [p for p in plain.parameters() if (p.dim() >= 2) == decayed], "weight_decay": wd}
+        for decayed, wd in ((True, 0.05), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    slept: list[str] = []
+    for step in range(asleep + awake):
+        aligned = step >= asleep
+        engine.set_rates(1e-2, heads_active=aligned)
+        (batch,) = toy_loader(config, rank, world, 1).micro_batches(step)
+        target = fixed_target(config, batch, step) if aligned else None
+        loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, target, 1.0)
+        engine.backward(loss)
+        engine.step()
+        optimizer.zero_grad(set_to_none=True)
+        for other in range(world):
+            (share,) = toy_loader(config, other, world, 1).micro_batches(step)
+            target = fixed_target(config, share, step) if aligned else None
+            (plain(share.tokens, share.labels, share.keys, target, 1.0)[0] / world).backward()
+        optimizer.step()
+        if step == asleep - 1:
+            after = engine.gather_weights("raw", prefix="projectors.")
+            slept = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    final, worst = engine.gather_weights("raw", prefix="projectors."), 0.0
+    for name, p in plain.projectors.named_parameters():
+        moved = p.detach() - before[name]
+        worst = max(worst, float((final[name] - p.detach()).norm() / moved.norm()))
+    release(engine)
+    return {"moved_while_asleep": slept, "error_against_plain": worst}
+
+
+def nonfinite_case(stage: int, precision: str) -> dict[str, Any]:
+    """One step with a NaN loss: nothing may change, on any rank."""
+    config = toy_config("none", stage, precision)
+    engine = toy_engine(config)
+    (batch,) = toy_loader(config, dist.get_rank(), dist.get_world_size(), 1).micro_batches(0)
+    engine.set_rates(1e-2, heads_active=False)
+    before, ema = engine.gather_weights("raw", prefix=""), engine.gather_weights("ema", prefix="")
+    loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
+    poison = float("nan") if dist.get_rank() == 0 else 1.0
+    engine.backward(loss * poison)
+    applied, norm = engine.step()
+    after, ema_after = engine.gather_weights("raw", prefix=""), engine.gather_weights("ema", prefix="")
+    changed = [n for n in before if not torch.equal(before[n], after[n]) or not torch.equal(ema[n], ema_after[n])]
+    loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
+    engine.backward(loss)
+    then_applied, _ = engine.step()
+    release(engine)
+    return {"applied": applied, "norm_finite": bool(np.isfinite(norm)), "changed": changed, "then_applied": then_applied}

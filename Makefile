@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all a newcomer needs; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-matrix check format verify gpu-check clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "mirai_ds needs Python 3.10 to 3.13; say which: make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "no venv module: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## make .venv and install mirai_ds with its development tools
+
+demo: $(STAMP) ## train Mirai-E on real digits with 2 ranks, draw, judge: under 5 minutes on 2 cores
+	$(BIN)/mirai-ds train digits-mirai-e --fresh
+
+test: $(STAMP) ## the whole fast suite
+	$(BIN)/python -m pytest
+
+test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout
+	$(BIN)/python -m pytest -m matrix
+
+check: $(STAMP) ## ruff, mypy, architecture tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
+
+format: $(STAMP) ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+verify: $(STAMP) ## recompute the reference vectors
+	$(BIN)/mirai-ds verify tests/fixtures/*.npz
+
+gpu-check: ## on a machine with a GPU (no venv is made): GPU tests, reference vectors, 20 steps of GPT-B
+	$(PYTHON) -m pytest -m gpu -rs
+	$(PYTHON) -m mirai_ds verify tests/fixtures/*.npz
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Checkpoints in a layout-free form, and foreign weights."""

@@ -1,0 +1,218 @@
+"""`mirai-ds`: one verb for each thing a user does.  Heavy modules are imported inside the verb that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mirai_ds.version import __version__
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def mistakes_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `UserError` becomes `mirai-ds: error: ...` and exit code 2."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from mirai_ds.config.errors import UserError
+
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            click.echo(f"mirai-ds: error: {error}", err=True)
+            sys.exit(2)
+
+    return wrapped
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mirai-ds")
+def main() -> None:
+    """Train autoregressive image models with Mirai foresight alignment on DeepSpeed.
+
+    \b
+    mirai-ds recipes list                 what can be trained
+    mirai-ds train digits-mirai-e         train it here, on all devices
+    mirai-ds sample runs/digits-mirai-e   draw images from it
+    mirai-ds COMMAND --help               explains a command, with an example
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable.")
+@click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME of the recipe.")
+@click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest whole checkpoint, or a step.")
+@click.option("--fresh", is_flag=True, help="Set an earlier run of this name aside (renamed, not deleted).")
+@click.option("--ranks", type=click.IntRange(min=1), help="Local ranks; default one a GPU, else launch.cpu_ranks.")
+@mistakes_in_one_line
+def train(
+    recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None, fresh: bool,
+    ranks: int | None,
+) -> None:  # fmt: skip
+    """Train RECIPE (a name from `recipes list`, or a .yaml file) on all local devices.
+
+    Starts DeepSpeed's launcher itself.  Under deepspeed, torchrun or srun (one task a GPU) it is one of the ranks.
+
+    \b
+    Example:
+      mirai-ds train digits-mirai-e --set train.epochs=10 --deepspeed ds_configs/zero1.json
+      deepspeed --hostfile hosts --module mirai_ds.train recipe.yaml    the same on several nodes
+    """
+    from mirai_ds.config.deepspeed_file import resolve
+    from mirai_ds.config.errors import UserError
+    from mirai_ds.config.load import load
+    from mirai_ds.runtime.launch import launch, visible_gpus
+
+    if fresh and resume:
+        raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
+    passed = [recipe, *[part for o in overrides for part in ("--set", o)]]
+    passed += ["--deepspeed", deepspeed] if deepspeed else []
+    passed += ["--run-dir", str(run_dir)] if run_dir else []
+    passed += ["--resume", resume] if resume else []
+    passed += ["--fresh"] if fresh else []
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        from mirai_ds.train.__main__ import main as rank_main
+
+        rank_main(passed)
+        return
+    config = load(recipe, overrides, deepspeed)
+    gpus = visible_gpus()
+    count = ranks or gpus or config.launch.cpu_ranks
+    resolve(config, count)  # mistakes are cheaper to hear of before ranks start
+    sys.exit(launch("mirai_ds.train", passed, count, gpus))
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Output folder; default SOURCE/samples or ./samples.")
+@click.option("--per-class", type=click.IntRange(min=1), help="Images of each class; default the run's.")
+@click.option("--classes", metavar="0,3,7", help="Classes to draw; default the run's.")
+@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema).")
+@click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
+@click.option("--cfg", "cfg_scale", type=float, help="Guidance scale; 1 = none.")
+@click.option("--cfg-interval", type=int, help="Guide decode steps 0..N only; -1 = all.")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int, help="0 = off.")
+@click.option("--top-p", type=float, help="1 = off.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--recipe", help="For a bare weights file: the recipe it was trained with.")
+@mistakes_in_one_line
+def sample(source: Path, **options: Any) -> None:
+    """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file (the last two with --recipe).
+
+    Writes tokens.npz (tokens, labels, and images where the data can decode them) and grid.png.
+
+    \b
+    Example:
+      mirai-ds sample runs/digits-mirai-e --cfg 1.5 --per-class 4 --out /tmp/digits
+    """
+    from mirai_ds.tools.sample import sample_to_folder
+
+    click.echo(sample_to_folder(source, **options))
+
+
+@main.group()
+def recipes() -> None:
+    """List and show the recipes that ship with mirai_ds."""
+
+
+@recipes.command("list")
+@mistakes_in_one_line
+def recipes_list() -> None:
+    """Names, methods and sizes.
+
+    \b
+    Example:
+      mirai-ds recipes list
+    """
+    from mirai_ds.config.load import load, recipe_names, recipe_text
+
+    for name in recipe_names():
+        config = load(name)
+        first = recipe_text(name).splitlines()[0].lstrip("# ")
+        click.echo(f"{name:24} {config.foresight.method:9} {config.model.size:8} {first}")
+
+
+@recipes.command("show")
+@click.argument("name")
+@click.option("--resolved", is_flag=True, help="With every default written out.")
+@mistakes_in_one_line
+def recipes_show(name: str, resolved: bool) -> None:
+    """Print a recipe; copy it to a file and edit it to make your own.
+
+    \b
+    Example:
+      mirai-ds recipes show digits-mirai-e > mine.yaml
+    """
+    from mirai_ds.config.load import dump, load, recipe_text
+
+    click.echo(dump(load(name)) if resolved else recipe_text(name), nl=False)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
+@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), default="both", show_default=True)
+@click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
+@click.option("--projectors", is_flag=True, help="Keep the alignment heads too (samplers do not need them).")
+@mistakes_in_one_line
+def export(run: Path, out: Path, weights: str, step: int | None, projectors: bool) -> None:
+    """Write a run's weights as a file that LlamaGen's own samplers load.
+
+    `both` puts raw weights under "model" and the average under "ema"; LlamaGen's samplers read "model", so use
+    `--weights ema` to sample the average there.
+
+    \b
+    Example:
+      mirai-ds export runs/digits-mirai-e --weights ema --out digits.pt
+    """
+    from mirai_ds.tools.export import export_run
+
+    click.echo(export_run(run, out, weights, step, projectors))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest max|a-b| / max|b| of an array.")
+@mistakes_in_one_line
+def verify(files: tuple[Path, ...], tolerance: float) -> None:
+    """Recompute reference vectors (.npz) with this model and objective; exit 1 when an array is off.
+
+    \b
+    Example:
+      mirai-ds verify tests/fixtures/*.npz
+    """
+    from mirai_ds.tools.verify import render, verify_files
+
+    results = verify_files(list(files), tolerance)
+    click.echo(render(results), nl=False)
+    sys.exit(0 if all(result.ok for result in results) else 1)
+
+
+@main.command()
+@mistakes_in_one_line
+def doctor() -> None:
+    """Check this machine: versions, devices, compilers, what will run; exit 1 when training cannot work.
+
+    \b
+    Example:
+      mirai-ds doctor
+    """
+    from mirai_ds.tools.doctor import examine
+
+    lines, healthy = examine()
+    click.echo("\n".join(lines))
+    sys.exit(0 if healthy else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Image grids from the training weights, drawn by all ranks together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mirai_ds.config import SamplingConfig, Weights
+from mirai_ds.hooks.log import Sinks
+from mirai_ds.model import SamplingRules, sample_tokens
+from mirai_ds.observe.pictures import labelled_grid, save_png
+from mirai_ds.train.loop import Hook
+from mirai_ds.train.session import Session
+from mirai_ds.train.step import StepRecord
+
+
+def rules_of(config: SamplingConfig) -> SamplingRules:
+    """The sampling rules of a run."""
+    return SamplingRules(config.cfg_scale, config.cfg_interval, config.temperature, config.top_k, config.top_p)
+
+
+def draw_samples(session: Session, labels: Tensor, kind: Weights, seed: int, batch: int = 256) -> Tensor:
+    """Tokens (n, N) for labels (n,), the same on any number of ranks.  Collective."""
+    mine = torch.arange(session.world.rank, len(labels), session.world.size)
+    out = torch.zeros(len(labels), session.config.model.block_size, dtype=torch.int64, device=session.device)
+    with session.plain_gpt(kind) as gpt:
+        for indices in mine.split(batch):
+            indices = indices.to(session.device)
+            chosen = labels.to(session.device)[indices]
+            out[indices] = sample_tokens(gpt, chosen, indices, rules_of(session.config.sampling), seed)
+    dist.all_reduce(out)
+    return out.cpu()
+
+
+class SampleHook(Hook):
+    """A grid of `classes` rows with `per_class` images each, into samples/ and TensorBoard."""
+
+    def __init__(self, sinks: Sinks) -> None:
+        self.sinks = sinks
+        self._done = -1
+
+    def after_step(self, session: Session, record: StepRecord) -> None:
+        """Draw at the interval."""
+        every = session.config.sampling.every_steps
+        if every and session.step % every == 0:
+            self._draw(session)
+
+    def on_end(self, session: Session) -> None:
+        """Draw from the final weights unless that was just done."""
+        if session.config.sampling.at_end and self._done != session.step:
+            self._draw(session)
+
+    def _draw(self, session: Session) -> None:
+        self._done = session.step
+        config, source = session.config.sampling, session.dataset.train
+        if source.codebook is None:
+            return  # tokens without a decoder cannot be shown
+        labels = torch.arange(config.classes).repeat_interleave(config.per_class)
+        tokens = draw_samples(session, labels, config.weights, session.config.seed)
+        if not session.is_main:
+            return
+        grid = labelled_grid(source.decode(tokens), columns=config.per_class)
+        save_png(session.run / "samples" / f"step-{session.step:08d}.png", grid)
+        if self.sinks.board is not None:
+            self.sinks.board.image("samples/grid", grid, session.step)

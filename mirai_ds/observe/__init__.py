@@ -1,0 +1,1 @@
+"""Metrics, throughput and FLOPs, and where they are written."""

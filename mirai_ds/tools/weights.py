@@ -1,0 +1,48 @@
+"""Whole weights of a run or a file, for the tools that need no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.config import RunConfig, UserError, load
+from mirai_ds.train.session import read_run_config
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """GPT weights by official key, the configuration they belong to, and where they came from."""
+
+    gpt: dict[str, Tensor]
+    config: RunConfig
+    origin: str
+    step: int
+
+
+def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
+    """Folder and step of a run's verified checkpoint, the newest whole one by default."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
+    folder, info, _ = store.find(run, "auto" if step is None else str(step))
+    return folder, info.step
+
+
+def load_weights(source: Path, kind: str, step: int | None, recipe: str | None) -> LoadedWeights:
+    """From a run folder, or from a weights file together with `recipe`.  kind: raw or ema."""
+    if source.is_dir():
+        config = read_run_config(source)
+        folder, found = checkpoint_of(source, step)
+        weights = StateReader(folder).weights("ema" if kind == "ema" else "master")
+        return LoadedWeights(weights, config, f"{folder} ({kind} weights)", found)
+    if recipe is None:
+        raise UserError(f"{source}: is not a run folder; for a weights file say --recipe NAME_OR_FILE too")
+    config = load(recipe)
+    weights = read_gpt_weights(source, "ema" if kind == "ema" else "model")
+    check_gpt_weights(weights, config.model, source)
+    gpt = {name: value for name, value in weights.items() if not name.startswith("projectors.")}
+    return LoadedWeights(gpt, config, str(source), 0)

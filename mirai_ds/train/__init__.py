@@ -1,0 +1,1 @@
+"""Loop, step, session: training without any behaviour around it."""

@@ -1,0 +1,216 @@
+"""Everything a run has in its hands, built once: data, objective, teacher, engine, place in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.shard_files import StateReader, read_into, restore_rng, write_rank
+from mirai_ds.config import RunConfig, UserError, Weights, dump
+from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
+from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
+from mirai_ds.model import GPT, gpt_from_weights, initialise
+from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.environment import code_version, describe
+from mirai_ds.train.schedule import total_steps
+
+
+@dataclass
+class Session:
+    """A training run on this rank.  `step` counts finished steps."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    run: Path
+    world: World
+    device: torch.device
+    dataset: Dataset
+    order: DataOrder
+    loader: BatchLoader
+    engine: TrainEngine
+    teacher: Teacher | None
+    total_steps: int
+    step: int = 0
+    applied_steps: int = 0
+    notes: list[str] = field(default_factory=list)
+    hook_seconds: float = 0.0  # spent by hooks since the last log, so that throughput is the step's alone
+    _teacher_version: int = -1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.world.rank == 0
+
+    def refresh_teacher(self) -> None:
+        """Give the EMA teacher the newest average; nothing for other teachers or when it is up to date."""
+        if not isinstance(self.teacher, EmaTeacher) or self._teacher_version == self.engine.ema.version:
+            return
+        names = {f"gpt.{name}" for name in self.teacher.names}
+        dtype = next(self.teacher.trunk.parameters()).dtype
+        gathered = self.engine.gather_named("ema", dtype, names)
+        self.teacher.load((name.removeprefix("gpt."), tensor) for name, tensor in gathered)
+        self._teacher_version = self.engine.ema.version
+
+    @contextmanager
+    def plain_gpt(self, kind: Weights) -> Iterator[GPT]:
+        """A whole fp32 GPT in eval mode with raw or EMA weights, on every rank; freed afterwards.  Collective."""
+        gpt = gpt_from_weights(self.config.model, self.engine.gather_weights(kind))
+        with self.autocast():
+            yield gpt
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which evaluation and sampling run: bf16 matrix products unless the run is fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision != "fp32")
+
+    def save_checkpoint(self) -> Path:
+        """Collective; see `checkpoint.store.save`."""
+        c = self.config
+        info = store.CheckpointInfo(
+            step=self.step, global_batch_size=c.train.global_batch_size, seed=c.seed,
+            samples_in_epoch=self.step % self.order.steps_per_epoch * c.train.global_batch_size,
+            world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,
+            method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
+        )  # fmt: skip
+        return store.save(
+            self.run, info, lambda folder: write_rank(folder, self.engine, self.world.rank), c.checkpoint.keep_last
+        )
+
+    def resume(self, request: str) -> None:
+        """Continue from a checkpoint; every rank takes the one that rank 0 verified."""
+        choice: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                folder, info, skipped = store.find(self.run, request)
+                choice = [(str(folder), info, skipped), None]
+            except UserError as error:
+                choice = [None, str(error)]
+        dist.broadcast_object_list(choice, src=0)
+        if choice[1] is not None:
+            raise UserError(choice[1])
+        folder_name, info, skipped = choice[0]
+        self._check_same_data(info, folder_name)
+        reader = StateReader(Path(folder_name))
+        read_into(self.engine, reader)
+        restore_rng(reader.rng(self.world.rank), self.device)
+        self.step, self.applied_steps = info.step, info.applied_steps
+        self.engine.resume_counters(self.step, self.loader.accumulation)
+        self.notes += [f"skipped {reason}" for reason in skipped] + [f"resumed after step {info.step} from {folder_name}"]
+
+    def _check_same_data(self, info: store.CheckpointInfo, folder: str) -> None:
+        for name, now in (("seed", self.config.seed), ("global_batch_size", self.config.train.global_batch_size)):
+            then = getattr(info, name)
+            if then != now:
+                raise UserError(f"{folder}: was written with {name} = {then}, this run has {now}; the data order would change")
+
+
+def build_session(config: RunConfig, run: Path, world: World, device: torch.device) -> Session:
+    """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
+    torch.manual_seed(config.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    ds_config = resolve(config, world.size)
+    dataset = load_dataset(config.data, config.model)
+    order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
+    if order.steps_per_epoch == 0:
+        raise UserError(
+            f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
+        )
+    teacher = build_teacher(config, device)
+    objective = MiraiObjective(config.model, config.foresight, teacher.feature_dim if teacher else None)
+    initialise(objective, config.seed, config.model.init_std)
+    engine = TrainEngine(objective, config, ds_config, device)
+    if config.train.init_from:
+        weights = read_gpt_weights(Path(config.train.init_from))
+        check_gpt_weights(weights, config.model, Path(config.train.init_from))
+        engine.load_weights(weights)
+    loader = BatchLoader(
+        dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
+        images=config.foresight.method == "mirai-i",
+    )  # fmt: skip
+    steps = total_steps(config.train, order.steps_per_epoch)
+    return Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+
+
+def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
+    """The teacher of the configured method, without weights yet for mirai-e."""
+    foresight, precision = config.foresight, config.train.precision
+    if foresight.method == "mirai-e":
+        low = foresight.teacher_dtype == "bf16" or (foresight.teacher_dtype == "auto" and precision == "bf16")
+        autocast = foresight.teacher_dtype == "auto" and precision == "bf16-autocast"
+        return EmaTeacher(config.model, foresight, torch.bfloat16 if low else torch.float32, device, autocast)
+    if foresight.method == "mirai-i":
+        assert foresight.encoder is not None
+        return EncoderTeacher(foresight.encoder, config.model.grid, device)
+    return None
+
+
+def open_run_folder(
+    config: RunConfig, run: Path, world: World, resume: str | None, set_aside: Callable[[Path], None] | None
+) -> str | None:
+    """Collective: the main rank makes the folder and writes what explains the run; returns the resume request to obey.
+
+    A folder that holds a run is touched only to resume it.  `if-present` starts afresh only where no checkpoint was
+    ever written: a run whose checkpoints are all broken is not silently begun again.
+    """
+    outcome: list[str | None] = [None, resume]
+    if world.rank == 0:
+        try:
+            if resume == "if-present" and not (run / "checkpoints").is_dir():
+                outcome[1] = None
+            if set_aside is not None and resume is None:
+                set_aside(run)
+            leftover = resume == "if-present" and outcome[1] is None
+            _write_run_folder(config, run, world.size, resuming=outcome[1] is not None or leftover)
+        except (UserError, OSError) as error:
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise UserError(outcome[0])
+    return outcome[1]
+
+
+def _write_run_folder(config: RunConfig, run: Path, world_size: int, resuming: bool) -> None:
+    if run.exists() and any(run.iterdir()) and not resuming:
+        raise UserError(
+            f"{run}: already holds a run; continue it with --resume auto, set it aside with --fresh, or choose another "
+            "--run-dir"
+        )
+    ds_config = resolve(config, world_size)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        path, text = run / "config.yaml", dump(config)
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
+            path.rename(run / f"config.before-{int(time.time())}.yaml")
+        path.write_text(text, encoding="utf-8")
+        (run / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        environment = describe(world_size)
+        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
+            file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error})") from None
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """The resolved configuration stored with a run."""
+    from mirai_ds.config import build
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder (it has no config.yaml)")
+    return build(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))

@@ -1,0 +1,66 @@
+"""One optimizer step: teacher, forward, backward for each micro-batch, then the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirai_ds.foresight import alignment_multiplier
+from mirai_ds.train.schedule import learning_rate
+from mirai_ds.train.session import Session
+
+
+@dataclass
+class StepRecord:
+    """What a step did.  Tensors stay on the device until somebody logs; means over this rank's micro-batches."""
+
+    step: int  # 1-based: steps done
+    epoch: float
+    lr: float
+    multiplier: float
+    aligned: bool
+    applied: bool
+    grad_norm: float
+    metrics: dict[str, Tensor]
+
+
+def train_step(session: Session, step: int) -> StepRecord:
+    """Run 0-based step `step` and return its record."""
+    config, engine = session.config, session.engine
+    epoch = step / session.order.steps_per_epoch
+    aligned = config.foresight.active and epoch >= (config.foresight.warmup_epochs or 0.0)
+    multiplier = alignment_multiplier(config.foresight, epoch, config.train.epochs)
+    lr = learning_rate(config.optimizer, step, session.total_steps)
+    engine.set_rates(lr, heads_active=aligned)
+    if aligned:
+        session.refresh_teacher()
+    sums: dict[str, Tensor] = {}
+    applied, grad_norm = False, float("nan")
+    for batch in session.loader.micro_batches(step):
+        target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
+        loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
+        engine.backward(loss)
+        applied, grad_norm = engine.step()
+        metrics["loss"] = loss.detach()
+        for name, value in metrics.items():
+            sums[name] = sums[name] + value if name in sums else value
+    means = {name: value / session.loader.accumulation for name, value in sums.items()}
+    return StepRecord(
+        step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, applied, grad_norm, means
+    )
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Average of each (small) tensor over all ranks, as Python numbers; the one place where metrics leave the device."""
+    import torch.distributed as dist
+
+    names = sorted(values)
+    flat = torch.cat([values[name].double().flatten() for name in names])
+    dist.all_reduce(flat)
+    numbers, out = (flat / dist.get_world_size()).tolist(), {}
+    for name in names:
+        size = values[name].numel()
+        out[name], numbers = numbers[:size], numbers[size:]
+    return out

@@ -1,0 +1,60 @@
+"""Checkpoint cases that ranks run: save, build a new engine, load, continue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mirai_ds.checkpoint.shard_files import StateReader, read_into, write_rank
+from mirai_ds.engine.engine import TrainEngine
+from tests.engine.cases import fixed_target, release, toy_config, toy_engine, toy_loader
+
+
+def advance(engine: TrainEngine, accumulation: int, first: int, steps: int) -> list[float]:
+    """Global-batch losses of some steps."""
+    loader = toy_loader(engine.config, dist.get_rank(), dist.get_world_size(), accumulation)
+    losses = []
+    for step in range(first, first + steps):
+        engine.set_rates(3e-3, heads_active=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in loader.micro_batches(step):
+            loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, fixed_target(engine.config, batch, step), 1.0)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / accumulation
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+    return losses
+
+
+def write_case(folder: str, stage: int, precision: str, accumulation: int, recompute: dict[str, Any]) -> list[float]:
+    """4 steps, save, 4 more: the losses after the save."""
+    engine = toy_engine(toy_config("mirai-e", stage, precision, accumulation, recompute=recompute))
+    advance(engine, accumulation, 0, 4)
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+    write_rank(Path(folder), engine, dist.get_rank())
+    losses = advance(engine, accumulation, 4, 4)
+    release(engine)
+    return losses
+
+
+def read_case(folder: str, stage: int, precision: str, accumulation: int, recompute: dict[str, Any]) -> dict[str, Any]:
+    """A new engine of any layout from the folder: bitwise state, and the losses of the next 4 steps."""
+    dist.barrier()
+    engine = toy_engine(toy_config("mirai-e", stage, precision, accumulation, recompute=recompute, seed=77))
+    reader = StateReader(Path(folder))
+    read_into(engine, reader)
+    wrong = []
+    for kind, ours in (("master", "raw"), ("ema", "ema")):
+        got = engine.gather_weights(ours, prefix="")
+        wrong += [f"{kind}/{n}" for n, v in got.items() if not torch.equal(v, reader.read(kind, n).view(v.shape))]
+    order = engine.config.model_copy(update={"seed": 0})
+    engine.config = order  # the data order of the saved run
+    losses = advance(engine, accumulation, 4, 4)
+    release(engine)
+    return {"wrong": wrong, "losses": losses}

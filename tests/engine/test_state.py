@@ -1,0 +1,82 @@
+"""EMA, initial masters, sleeping heads, non-finite gradients, and checkpoints of any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mirai_ds.config import UserError
+from mirai_ds.engine.start import check_version
+from tests.engine import cases, resume_cases
+
+LAYOUTS = [(s, p) for s in range(4) for p in ("fp32", "bf16", "bf16-autocast") if (s, p) != (0, "bf16")]
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_sharded_ema_is_the_whole_fp32_average(ranks: Any, stage: int, precision: str) -> None:
+    results = ranks[2].run(cases.ema_case, stage, precision)
+    for result in results:
+        assert result["wrong_at_start"] == []
+        assert result["differs"] == []
+        assert result["moved"] > 0.9  # decay 0.9999: every entry moves a little
+        assert result["bf16_differs"] == result["tensors"]  # an average kept in bf16 would fail the line above
+    assert results[0]["checksum"] == results[1]["checksum"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_start_from_fp32_values(ranks: Any, stage: int, precision: str) -> None:
+    assert ranks[2].run(cases.initial_masters_case, stage, precision) == [[], []]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sleeping_heads_do_not_move_and_wake_up_as_new(ranks: Any, stage: int) -> None:
+    result = ranks[2].run(cases.warmup_case, stage)[0]
+    assert result["moved_while_asleep"] == []
+    # Relative to how far the heads moved.  A bias correction off by the 3 sleeping steps would be an error of 0.3.
+    assert result["error_against_plain"] <= 1e-3
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_nonfinite_gradients_change_nothing(ranks: Any, stage: int, precision: str) -> None:
+    expected = {"applied": False, "norm_finite": False, "changed": [], "then_applied": True}
+    assert ranks[2].run(cases.nonfinite_case, stage, precision) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "precision", "recompute"),
+    [(0, 2, "fp32", {}), (1, 2, "bf16", {}), (2, 2, "fp32", {"policy": "full"}), (3, 2, "bf16-autocast", {}),
+     (2, 1, "bf16", {})],
+)  # fmt: skip
+def test_resume_is_bitwise_on_the_same_layout(
+    ranks: Any, tmp_path: Path, stage: int, world: int, precision: str, recompute: dict[str, Any]
+) -> None:
+    arguments = (str(tmp_path / "state"), stage, precision, 2, recompute)
+    went_on = ranks[world].run(resume_cases.write_case, *arguments)[0]
+    resumed = ranks[world].run(resume_cases.read_case, *arguments)
+    assert resumed[0]["wrong"] == []
+    assert [r["losses"] for r in resumed] == [went_on] * world
+    assert len(set(went_on)) == len(went_on)
+
+
+@pytest.mark.parametrize(("source", "target"), [((2, 2), (3, 1)), ((3, 2), (1, 1)), ((0, 2), (3, 2))])
+def test_state_moves_between_layouts(ranks: Any, tmp_path: Path, source: Any, target: Any) -> None:
+    folder = str(tmp_path / "state")
+    went_on = ranks[source[1]].run(resume_cases.write_case, folder, source[0], "fp32", 2, {})[0]
+    moved = ranks[target[1]].run(resume_cases.read_case, folder, target[0], "fp32", 2, {})[0]
+    assert moved["wrong"] == []
+    assert torch.allclose(torch.tensor(moved["losses"]), torch.tensor(went_on), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.18.5", "0.19.3", "0.19.5", "0.19.7"])
+def test_old_deepspeed_is_refused_with_the_reason(version: str) -> None:
+    with pytest.raises(UserError, match=r"wrong accumulated gradients.*install deepspeed>=0\.19\.8"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.19.8", "0.20.0", "1.0.0", "0.19.8+cu130"])
+def test_right_deepspeed_is_accepted(version: str) -> None:
+    check_version(version)
