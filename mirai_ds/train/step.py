@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.foresight import alignment_multiplier
-from mirai_ds.train.schedule import learning_rate
+from mirai_ds.train.schedule import horizon_steps, learning_rate
 from mirai_ds.train.session import Session
 
 
@@ -32,7 +32,8 @@ def train_step(session: Session, step: int) -> StepRecord:
     epoch = step / session.order.steps_per_epoch
     aligned = config.foresight.active and epoch >= (config.foresight.warmup_epochs or 0.0)
     multiplier = alignment_multiplier(config.foresight, epoch, config.train.epochs)
-    lr = learning_rate(config.optimizer, step, session.total_steps)
+    horizon = horizon_steps(config.train, session.order.steps_per_epoch)
+    lr = learning_rate(config.optimizer, step, horizon)
     engine.set_rates(lr, heads_active=aligned)
     if aligned:
         session.refresh_teacher()

@@ -1,0 +1,166 @@
+"""A run as its user sees it: files, numbers, pictures, learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mirai_ds.checkpoint import store
+from mirai_ds.config import dump
+from mirai_ds.train.session import read_run_config
+from tests.train.conftest import mirai_ds, records, small_train
+
+SCALARS = {
+    "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
+    "cosine/head3_down1_right0", "foresight/lambda", "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
+    "speed/images_per_s", "speed/tokens_per_s", "speed/model_tflops_per_s_per_rank", "memory/peak_gib",
+    "held_out/ntp_raw", "held_out/ntp_ema", "score/accuracy_generated", "score/accuracy_real",
+}  # fmt: skip
+
+
+def test_the_folder_explains_the_run(finished: Path) -> None:
+    config = read_run_config(finished)
+    assert dump(config) == (finished / "config.yaml").read_text()
+    assert config.model.dim == 64
+    assert config.foresight.convention == "official"
+    assert config.foresight.border == "wrap"
+    ds = json.loads((finished / "deepspeed.json").read_text())
+    assert (ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"], ds["gradient_clipping"]) == (64, 32, 1.0)
+    assert ds["zero_optimization"]["stage"] == 2
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert set(environment["packages"]) >= {"torch", "deepspeed", "numpy"}
+
+
+def test_every_step_is_logged_once(finished: Path) -> None:
+    steps = [r["step"] for r in records(finished) if "loss/total" in r]
+    assert steps == list(range(1, 67))
+
+
+def test_total_is_ntp_plus_lambda_times_alignment(finished: Path) -> None:
+    for r in records(finished):
+        if "loss/total" in r:
+            aligned = r["step"] > 11  # warm-up: half an epoch of 22 steps
+            assert ("loss/alignment" in r) == aligned
+            assert r["foresight/lambda"] == float(aligned)
+            expected = r["loss/ntp"] + r["foresight/lambda"] * r.get("loss/alignment", 0.0)
+            assert r["loss/total"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+            if aligned:  # official: weights 2, summed over heads
+                cosines = sum(v for k, v in r.items() if k.startswith("cosine/"))
+                assert r["loss/alignment"] == pytest.approx(-2 * cosines, rel=1e-5)
+
+
+def test_held_out_loss_falls_and_cosines_rise(finished: Path) -> None:
+    found = [r for r in records(finished) if "held_out/ntp_raw" in r]
+    assert [r["step"] for r in found] == [0, 33, 66]
+    assert found[0]["held_out/ntp_raw"] == pytest.approx(np.log(17), abs=1e-6)  # zero output matrix: uniform
+    assert found[0]["held_out/ntp_raw"] == found[0]["held_out/ntp_ema"]
+    # ln 17 = 2.833 before training; 66 steps of this model reach 1.90 here. 0.7 leaves room for other BLAS roundings.
+    assert found[0]["held_out/ntp_raw"] - found[-1]["held_out/ntp_raw"] > 0.7
+    assert found[0]["held_out/ntp_ema"] - found[-1]["held_out/ntp_ema"] > 0.7
+    aligned = [r for r in records(finished) if "loss/alignment" in r]
+    for head in ("head1_down0_right0", "head2_down0_right1", "head3_down1_right0"):
+        curve = [r[f"cosine/{head}"] for r in aligned]
+        assert abs(curve[0]) < 0.2
+        assert np.mean(curve[-5:]) - curve[0] > 0.5
+
+
+def test_tensorboard_has_every_name(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == SCALARS
+    assert tags["images"] == ["samples/grid"]
+    assert {name.removesuffix("/text_summary") for name in tags["tensors"]} == {"config/run", "config/deepspeed"}
+    written = {e.step: e.value for e in events.Scalars("loss/ntp")}
+    for r in records(finished):
+        if "loss/ntp" in r:
+            assert written[r["step"]] == pytest.approx(r["loss/ntp"], rel=1e-6)
+
+
+def test_pictures(finished: Path) -> None:
+    grid = np.asarray(Image.open(finished / "samples" / "step-00000066.png"))
+    assert grid.shape == (10 * 34 + 2, 2 * 34 + 2, 3)  # 10 classes x 2 images of 8 px at 4x, 2 px between
+    assert len(np.unique(grid)) > 8
+    assert Image.open(finished / "samples.png").size[0] > 800
+    curve = np.asarray(Image.open(finished / "loss.png").convert("L"))
+    assert (curve < 128).mean() > 0.001
+
+
+def test_the_report_says_what_the_table_shows(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    out = (finished / "stdout.txt").read_text()
+    assert report["steps"] == 66
+    assert report["accuracy"]["real"] > 0.95
+    assert f"{report['accuracy']['real']:.3f}" in out
+    assert f"{report['held_out/ntp_ema']['last']:.4f}" in out
+    last = [r for r in records(finished) if "held_out/ntp_ema" in r][-1]
+    assert report["held_out/ntp_ema"]["last"] == last["held_out/ntp_ema"]
+
+
+def test_checkpoints_are_whole(finished: Path) -> None:
+    assert store.list_steps(finished) == [22, 44, 66]
+    info = store.verify(store.folder_of(finished, 66))
+    assert (info.step, info.world_size, info.zero_stage, info.applied_steps) == (66, 2, 2, 66)
+    assert (finished / "checkpoints" / "latest").read_text() == "step-00000066"
+
+
+def test_a_run_is_never_overwritten(finished: Path) -> None:
+    done = small_train(finished)
+    assert done.code == 2
+    assert "already holds a run" in done.err
+    assert "--resume auto" in done.err
+    assert "Traceback" not in done.out + done.err
+
+
+def test_asked_to_resume_nothing_is_an_error(tmp_path: Path) -> None:
+    done = small_train(tmp_path / "empty", "--resume", "auto")
+    assert done.code == 2
+    assert "nothing to resume from" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_verbs_on_a_finished_run(finished: Path, tmp_path: Path) -> None:
+    """sample from the run, export, sample from the export: the same images."""
+    first = mirai_ds("sample", str(finished), "--per-class", "1", "--classes", "3,8", "--out", str(tmp_path / "a"))
+    assert first.code == 0, first.err
+    exported = mirai_ds("export", str(finished), "--weights", "ema", "--out", str(tmp_path / "e.pt"))
+    assert exported.code == 0, exported.err
+    second = mirai_ds(
+        "sample", str(tmp_path / "e.pt"), "--recipe", str(finished / "config.yaml"), "--per-class", "1", "--classes", "3,8",
+        "--out", str(tmp_path / "b"),
+    )  # fmt: skip
+    assert second.code == 0, second.err
+    a, b = (np.load(tmp_path / name / "tokens.npz") for name in "ab")
+    assert a["labels"].tolist() == [3, 8]
+    assert np.array_equal(a["tokens"], b["tokens"])
+    assert np.array_equal(a["images"], b["images"])
+    assert a["images"].shape == (2, 8, 8, 3)
+
+
+def test_mistakes_in_verbs_are_one_line(finished: Path, tmp_path: Path) -> None:
+    cases = [
+        (["train", "digits-mirai"], "digits-mirai-e"),
+        (["train", "digits-mirai-e", "--set", "model.depth=3"], "model.depth"),
+        (["train", "digits-mirai-e", "--ranks", "3"], "train.global_batch_size"),
+        (["train", "digits-mirai-e", "--deepspeed", "zero9"], "zero2"),
+        (["train", "digits-mirai-e", "--fresh", "--resume", "auto"], "--fresh"),
+        (["sample", str(tmp_path / "none")], "none"),
+        (["sample", str(finished), "--classes", "3,11"], "11"),
+        (["sample", str(finished), "--top-p", "0"], "--top-p"),
+        (["sample", str(finished), "--step", "5"], "22, 44, 66"),
+        (["export", str(tmp_path), "--out", str(tmp_path / "x.pt")], "config.yaml"),
+        (["verify", str(finished / "loss.png")], "loss.png"),
+        (["recipes", "show", "digits-basline"], "digits-baseline"),
+    ]
+    for arguments, word in cases:
+        done = mirai_ds(*arguments)
+        assert done.code == 2, (arguments, done)
+        assert len(done.err.strip().splitlines()) == 1, (arguments, done.err)
+        assert word in done.err, (arguments, done.err)
+        assert done.err.startswith("mirai-ds: error: "), done.err
