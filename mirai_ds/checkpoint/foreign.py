@@ -37,6 +37,8 @@ def read_gpt_weights(path: Path, which: Literal["model", "ema"] = "model") -> di
     Accepts `{"model", "optimizer", "steps", "args"[, "ema"]}`, `{"module"}`, `{"state_dict"}` and a bare state dict in
     .pt, .pth or .bin, and .safetensors.  Only `freqs_cis` is dropped.  Raises UserError.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a weights file; `mirai-ds export` writes one from a run")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == SAFETENSORS:

@@ -6,6 +6,6 @@ from mirai_ds.model.sampling import SamplingRules, sample_tokens
 from mirai_ds.model.sizes import parameter_count
 
 __all__ = [
-    "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "gpt_from_weights", "initial_value", "initialise", "next_token_loss",
-    "parameter_count", "sample_tokens",
+    "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "gpt_from_weights", "initial_value", "initialise",
+    "next_token_loss", "parameter_count", "sample_tokens",
 ]

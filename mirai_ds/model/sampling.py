@@ -17,7 +17,7 @@ from mirai_ds.runtime.counter_random import mix64, root_key, uniform
 
 @dataclass(frozen=True)
 class SamplingRules:
-    """cfg_interval -1: guide every step; else decode steps i > interval (0-based, after the first token) are unguided."""
+    """cfg_interval -1: guide every step; else decode steps i > interval (from 0, after the first token) unguided."""
 
     cfg_scale: float = 1.0
     cfg_interval: int = -1

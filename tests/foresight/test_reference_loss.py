@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.foresight import MiraiObjective, index_table, slot_counts
-from mirai_ds.model import initialise
+from mirai_ds.model import initialise, next_token_loss
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
 
@@ -235,3 +235,14 @@ def test_objective_joins_losses(convention: str) -> None:
     case |= {"index": index_table(foresight, 4), "weights": torch.ones(3)}
     case["counts"] = slot_counts(foresight, case["index"])
     assert metrics["cosine"].tolist() == pytest.approx(looped(case, "sum")[1], rel=1e-4)
+
+
+def test_objective_drops_by_the_samples_keys() -> None:
+    model = ModelConfig(size="custom", dim=16, n_layer=3, n_head=2, vocab_size=20, num_classes=4, block_size=16)
+    objective = MiraiObjective(model, ForesightConfig())
+    initialise(objective, 0, std=0.3)
+    torch.nn.init.normal_(objective.gpt.output.weight, generator=torch.Generator().manual_seed(0))
+    tokens, labels, keys = torch.arange(32).view(2, 16) % 20, torch.tensor([1, 3]), torch.tensor([5, 6])
+    found = objective(tokens, labels, keys)[0]
+    assert torch.equal(found, next_token_loss(objective.gpt(tokens[:, :-1], labels, keys).logits, tokens))
+    assert abs(float((found - objective(tokens, labels, None)[0]).detach())) > 1e-3

@@ -146,7 +146,7 @@ def test_bare_malicious_pickle(tmp_path: Path) -> None:
 
 def test_unreadable_files(tmp_path: Path, weights: Any) -> None:
     one_line(lambda: read_gpt_weights(tmp_path / "none.pt"), "none.pt", "no such file")
-    one_line(lambda: read_gpt_weights(tmp_path), str(tmp_path), "no such file")
+    one_line(lambda: read_gpt_weights(tmp_path), str(tmp_path), "is a folder", "mirai-ds export")
     torch.save({"model": weights}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     for name, data in {

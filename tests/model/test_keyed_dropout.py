@@ -6,6 +6,7 @@ All keys are fixed, so nothing here is flaky; bounds are five standard deviation
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,20 @@ def test_a_networks_dropout_does_not_depend_on_the_split() -> None:
     whole = gpt(tokens, labels, keys, tap=(3,)).hidden[3]
     parts = [gpt(tokens[i : i + 2], labels[i : i + 2], keys[i : i + 2], tap=(3,)).hidden[3] for i in range(0, 8, 2)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_every_use_of_randomness_has_a_site_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two uses with one site would share their mask."""
+    from mirai_ds.model import gpt as module
+
+    sites: list[int] = []
+    for name in ("dropout", "drop_path", "uniform"):
+        right = getattr(module, name)
+
+        def spy(*arguments: Any, right: Any = right) -> Any:
+            sites.append(arguments[-1])
+            return right(*arguments)
+
+        monkeypatch.setattr(module, name, spy)
+    outputs(small(class_dropout=0.5), sample_keys(8))
+    assert sorted(sites) == list(range(2 + 4 * 3))  # label, tokens, and four in each of three blocks

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,52 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from mirai_ds.config import UserError
 from mirai_ds.tools import verify
-from mirai_ds.tools.verify import FileResult, compare, render, rule_tensor, verify_file, verify_files
+from mirai_ds.tools.verify import compare, rule_tensor, verify_file, verify_files
 from tests.model import plain_gpt as plain
+from tests.tools.vectors import (
+    FIXTURES,
+    VECTORS,
+    Arrays,
+    arrays_of,
+    check,
+    failed,
+    one_line,
+    reference_gpt,
+    reference_mirai,
+)
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-VECTORS = {
-    "llamagen_gpt_tiny": 52,
-    "mirai_e_official_k3": 10,
-    "mirai_e_official_k8_uneven": 10,
-    "mirai_i_official_k1": 7,
-    "mirai_i_official_k2": 8,
-}
-Arrays = dict[str, Any]
-
-
-def arrays_of(name: str) -> Arrays:
-    with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as data:
-        return {key: data[key] for key in data.files}
-
-
-def save(path: Path, arrays: Arrays) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
-def check(tmp_path: Path, arrays: Arrays, tolerance: float = 1e-5) -> FileResult:
-    return verify_file(save(tmp_path / "vector.npz", arrays), tolerance)
-
-
-def failed(result: FileResult) -> set[str]:
-    assert result.ok == all(record.ok for record in result.records)
-    return {record.name for record in result.records if not record.ok}
-
-
-def one_line(call: Callable[[], object], *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -180,31 +148,6 @@ def test_other_rotary_zero_row_fails(tmp_path: Path) -> None:
 # --- any configuration ---------------------------------------------------------------------------------------------
 
 
-def reference_gpt(config: Arrays, seed: int, keep: list[int] | None, batch: int = 1) -> Arrays:
-    """A `llamagen_gpt` vector by the plain re-implementation, weights by rule."""
-    ffn = -(-(8 * config["dim"] // 3) // 256) * 256
-    state = plain.ruled(plain.shapes(config, ffn), seed)
-    for value in state.values():
-        value.requires_grad_()
-    rng = np.random.default_rng(seed)
-    tokens = torch.from_numpy(rng.integers(0, config["vocab_size"], (batch, config["block_size"])))
-    labels = torch.from_numpy(rng.integers(0, config["num_classes"], batch))
-    logits, hidden = plain.forward(state, config, tokens[:, :-1], labels)
-    without, _ = plain.forward(state, config, tokens[:, :-1], torch.full_like(labels, config["num_classes"]))
-    loss = plain.cross_entropy(logits, tokens)
-    loss.backward()
-    grads = {key: value.grad for key, value in state.items() if value.grad is not None}
-    at = slice(None) if keep is None else keep
-    out = {
-        "kind": "llamagen_gpt", "config": json.dumps(config), "seed": seed, "tokens": tokens, "labels": labels,
-        "logits": logits[:, at], "logits_uncond": without[:, at], "hidden_last": hidden[-1][:, at], "loss": loss,
-        "grad_norm": math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads.values())),
-        "grad/layers.0.attention.wqkv.weight": grads["layers.0.attention.wqkv.weight"],
-    }  # fmt: skip
-    out |= {} if keep is None else {"keep": np.array(keep)}
-    return {key: np.asarray(value.detach() if isinstance(value, Tensor) else value) for key, value in out.items()}
-
-
 @pytest.fixture(scope="module")
 def wide() -> Arrays:
     """GPT-B's width and heads on the 384-pixel grid, two blocks, few codes."""
@@ -232,55 +175,6 @@ def test_small_models_of_other_head_widths(head_dim: int, tmp_path: Path) -> Non
     config = {"dim": 2 * head_dim, "n_layer": 3, "n_head": 2, "vocab_size": 30, "block_size": 49, "num_classes": 3}
     arrays = reference_gpt(config, seed=6, keep=None, batch=2)
     assert failed(check(tmp_path, arrays)) == set()
-
-
-MIRAI = {
-    "dim": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "num_classes": 4, "encoder_depth": 1, "projector_dim": 8,
-    "num_heads": 4,
-}  # fmt: skip
-
-
-def reference_mirai(grid: int, stride: int, variant: str) -> Arrays:
-    """A `mirai_objective` vector by plain slicing: head k's flat shift is (down * stride + right)."""
-    cells, seed = grid * grid, 7
-    config: Arrays = {**MIRAI, "block_size": cells, "z_dims": [16 if variant == "E" else 6]}
-    width = config["z_dims"][0]
-    wanted = plain.shapes(config, 256)
-    for k in range(4):
-        wanted |= plain.head_shapes(k, 16, 8, width)
-    state = plain.ruled(wanted, seed)
-    rng = np.random.default_rng(grid)
-    tokens, labels = torch.from_numpy(rng.integers(0, 20, (2, cells))), torch.tensor([3, 0])
-    logits, hidden = plain.forward(state, config, tokens[:, :-1], labels)
-    if variant == "E":
-        teacher = plain.ruled(plain.shapes(config, 256), seed=8)
-        target = plain.forward(teacher, config, tokens[:, :-1], labels)[1][0]
-    else:
-        target = torch.from_numpy(rng.standard_normal((2, cells, width)).astype(np.float32))
-    losses = []
-    for k, shift in enumerate([0, 1, stride, stride + 1]):
-        w = {i: (state[f"projectors.{k}.{i}.weight"], state[f"projectors.{k}.{i}.bias"]) for i in (0, 2, 4)}
-        x = hidden[0]
-        for i in (0, 2):
-            x = x @ w[i][0].T + w[i][1]
-            x = x * torch.sigmoid(x)
-        x = x @ w[4][0].T + w[4][1]
-        if variant == "E":
-            student, goal = [0, *range(1, cells - shift)], [0, *range(1 + shift, cells)]
-        else:
-            length = min(cells - 1, cells - shift)
-            student, goal = list(range(1, length + 1)), list(range(shift, length + shift))
-        a, b = x[:, student], target[:, goal]
-        losses.append(-((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
-    coefficients = torch.tensor([2.0, 1.0, 0.5, 3.0])
-    ntp = plain.cross_entropy(logits, tokens)
-    out: Arrays = {
-        "kind": "mirai_objective", "variant": variant, "config": json.dumps(config), "seed": seed, "teacher_seed": 8,
-        "tokens": tokens, "labels": labels, "coefficients": coefficients, "teacher_features": target,
-        "head_losses": torch.stack(losses), "ntp_loss": ntp,
-        "total_loss": ntp + (coefficients * torch.stack(losses)).sum(),
-    }  # fmt: skip
-    return {key: np.asarray(value) for key, value in out.items()}
 
 
 @pytest.mark.parametrize("variant", ["E", "I"])
@@ -356,110 +250,3 @@ def test_weights_by_rule() -> None:
     for key, wanted in plain.ruled(shapes, 11).items():
         torch.testing.assert_close(rule_tensor(key, shapes[key], 11), wanted, rtol=1e-6, atol=0)
     assert not torch.equal(rule_tensor("a.weight", (3, 4), 12), rule_tensor("a.weight", (3, 4), 11))
-
-
-# --- files that cannot be understood -------------------------------------------------------------------------------
-
-
-def test_files_that_are_no_vectors(tmp_path: Path) -> None:
-    path = tmp_path / "file.npz"
-    one_line(lambda: verify_files([path]), "file.npz", "no such file")
-    one_line(lambda: verify_files([]), "no files given")
-    content = (FIXTURES / "mirai_i_official_k1.npz").read_bytes()
-    broken = bytearray(content)
-    broken[2000:2400] = bytes(400)
-    cut = content[: len(content) // 2], content[:-30], content[:100]
-    for data in (b"", b"hello", *cut, pickle.dumps({"kind": "x"}), bytes(broken)):
-        path.write_bytes(data)
-        one_line(lambda: verify_file(path), "file.npz", "npz")
-    np.save(tmp_path / "one.npy", np.zeros(3))
-    one_line(lambda: verify_file(tmp_path / "one.npy"), "is not an .npz file")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("kind.txt", "llamagen_gpt")
-    one_line(lambda: verify_file(path), "npz")
-
-
-class Bomb:
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.proof,)
-
-
-def test_pickled_arrays_are_refused_and_not_executed(tmp_path: Path) -> None:
-    proof = tmp_path / "executed"
-    arrays = {**arrays_of("mirai_i_official_k1"), "extra": np.array([Bomb(proof)], dtype=object)}
-    path = save(tmp_path / "file.npz", arrays)
-    one_line(lambda: verify_file(path), "file.npz", "allow_pickle=False")
-    assert not proof.exists()
-    np.load(path, allow_pickle=True)["extra"]
-    assert proof.exists()
-
-
-def test_unknown_kinds_name_the_known_ones(tmp_path: Path) -> None:
-    arrays = arrays_of("mirai_i_official_k1")
-    for kind in ("llamagen", "vq16"):
-        spoiled = {**arrays, "kind": np.array(kind)}
-        one_line(lambda spoiled=spoiled: check(tmp_path, spoiled), kind, "llamagen_gpt", "mirai_objective")
-    del arrays["kind"]
-    one_line(lambda: check(tmp_path, arrays), "has no array `kind`")
-
-
-@pytest.mark.parametrize("name", ["config", "tokens", "labels", "seed", "coefficients", "variant", "teacher_seed"])
-def test_missing_inputs_are_named(name: str, tmp_path: Path) -> None:
-    arrays = arrays_of("mirai_e_official_k3")
-    del arrays[name]
-    one_line(lambda: check(tmp_path, arrays), f"has no array `{name}`")
-
-
-def change_config(arrays: Arrays, **values: Any) -> Arrays:
-    config = {**json.loads(str(arrays["config"])), **values}
-    return {**arrays, "config": np.array(json.dumps({k: v for k, v in config.items() if v != "absent"}))}
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"dim": "absent"}, "`config` has no 'dim'"),
-        ({"n_head": 5}, "model.n_head = 5"),
-        ({"block_size": 200}, "square"),
-        ({"block_size": 225}, "do not fit block_size = 225"),
-        ({"num_heads": 2}, "foresight.weights"),
-        ({"num_heads": 12}, "num_heads"),
-        ({"encoder_depth": 7}, "foresight.layer = 7"),
-        ({"z_dims": [31]}, "z_dims = [31]"),
-        ({"vocab_size": 60}, "`tokens` spans 0..63"),
-    ],
-)
-def test_configurations_that_do_not_fit(change: Arrays, part: str, tmp_path: Path) -> None:
-    one_line(lambda: check(tmp_path, change_config(arrays_of("mirai_e_official_k3"), **change)), "vector.npz", part)
-
-
-def test_stored_weights_that_do_not_fit(tmp_path: Path) -> None:
-    arrays = arrays_of("llamagen_gpt_tiny")
-    key = "state/layers.3.attention.wo.weight"
-    one_line(lambda: check(tmp_path, {k: v for k, v in arrays.items() if k != key}), f"has no `{key}`")
-    one_line(lambda: check(tmp_path, {**arrays, key: np.zeros((64, 63))}), key, "(64, 63)", "(64, 64)")
-    one_line(lambda: check(tmp_path, {**arrays, "state/freqs": np.zeros(1)}), "state/freqs", "belongs to no tensor")
-    one_line(lambda: check(tmp_path, {**arrays, "config": np.array("{")}), "not JSON")
-
-
-def test_inputs_alone_are_nothing_to_check(tmp_path: Path) -> None:
-    arrays = {key: arrays_of("mirai_i_official_k1")[key] for key in ("kind", "variant", "config", "tokens", "labels")}
-    one_line(lambda: check(tmp_path, arrays), "nothing to check")
-
-
-def test_table_shows_every_array_and_the_verdict(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    arrays = {**arrays_of("mirai_i_official_k1"), "extra": np.float32(0)}
-    results = verify_files([FIXTURES / "mirai_i_official_k1.npz", save(tmp_path / "bad.npz", arrays)])
-    output = io.StringIO()
-    Console(width=200, file=output).print(render(results))
-    text = output.getvalue()
-    assert text.count("ntp_loss") == 2
-    assert "all 7 arrays ok" in text
-    assert "1 of 8 arrays FAILED" in text
-    (line,) = [line for line in text.splitlines() if "extra" in line]
-    assert "not checked" in line
