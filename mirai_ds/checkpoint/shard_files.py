@@ -137,7 +137,7 @@ def read_into(engine: TrainEngine, reader: StateReader) -> None:
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """Every generator of this process as tensors.  Training itself draws from none of them; user code may."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *internal], dtype=torch.int64),

@@ -29,7 +29,10 @@ def shown(value: object, limit: int = 60) -> str:
     """`value` as the user wrote it, short enough for one line."""
     text = "null" if value is None else str(value) if isinstance(value, (int, float)) else repr(value)
     text = {"True": "true", "False": "false"}.get(text, text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) <= limit:
+        return text
+    keep = (limit - 3) // 2  # both ends: a long path keeps its file name
+    return f"{text[:keep]}...{text[-keep:]}"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

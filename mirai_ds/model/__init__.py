@@ -1,11 +1,10 @@
-"""Single-device maths, torch only: the GPT, its positions, dropout, initial weights, parameter counts and sampling."""
+"""Single-device maths, torch only: the GPT, its positions, dropout, initial weights, and sampling."""
 
 from mirai_ds.model.gpt import GPT, GPTOutput, GPTTrunk, gpt_from_weights, next_token_loss
 from mirai_ds.model.init import initial_value, initialise
 from mirai_ds.model.sampling import SamplingRules, sample_tokens
-from mirai_ds.model.sizes import parameter_count
 
 __all__ = [
     "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "gpt_from_weights", "initial_value", "initialise",
-    "next_token_loss", "parameter_count", "sample_tokens",
+    "next_token_loss", "sample_tokens",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
@@ -135,15 +136,27 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
     initialise(objective, config.seed, config.model.init_std)
     engine = TrainEngine(objective, config, ds_config, device)
     if config.train.init_from:
-        weights = read_gpt_weights(Path(config.train.init_from))
-        check_gpt_weights(weights, config.model, Path(config.train.init_from))
-        engine.load_weights(weights)
+        engine.load_weights(initial_weights(config))
     loader = BatchLoader(
         dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
         images=config.foresight.method == "mirai-i",
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
     return Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+
+
+def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+    """`train.init_from`: a weights file, or a run folder whose newest whole checkpoint gives its raw weights."""
+    path = Path(config.train.init_from or "")
+    if path.is_dir():
+        reader = StateReader(store.find(path, "auto")[0])
+        weights = reader.weights("master") | {
+            f"projectors.{name}": value for name, value in reader.weights("master", "projectors.").items()
+        }
+    else:
+        weights = read_gpt_weights(path)
+    check_gpt_weights(weights, config.model, path)
+    return weights
 
 
 def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:

@@ -110,7 +110,7 @@ VALUES = {
     "stage-4": _zero({"stage": 4}, "stage = 4", "must be 0, 1, 2 or 3"),
     "stage-fraction": _zero({"stage": 1.5}, "stage = 1.5", "must be 0, 1, 2 or 3"),
     "stage-auto": _zero({"stage": "auto"}, "stage = 'auto'", "nothing in the run decides this; write 0, 1, 2 or 3"),
-    "auto-bucket": _zero({"reduce_bucket_size": "auto"}, "reduce_bucket_size = 'auto'", "write a value"),
+    "auto-bucket": _zero({"sub_group_size": "auto"}, "sub_group_size = 'auto'", "write a value"),
     "auto-flag": _zero({"overlap_comm": "auto"}, "overlap_comm = 'auto'", "nothing in the run decides this"),
     "auto-in-offload": _zero(
         {"stage": 2, "offload_optimizer": {"pin_memory": "auto"}},

@@ -13,6 +13,8 @@ import pytest
 from mirai_ds.config import RunConfig, UserError, build
 from mirai_ds.config.deepspeed_file import batch_arithmetic, check_keys, packaged_names, read, resolve
 from mirai_ds.config.deepspeed_schema import COUNT, FLAG, INTEGER, NAMES, NUMBER, SIZE, TEXT, is_a
+from mirai_ds.config.load import load
+from mirai_ds.config.sizes import parameter_count, projector_parameters
 
 STAGES = {"cpu": 1, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 PRECISIONS = ("fp32", "bf16", "bf16-autocast")
@@ -59,7 +61,11 @@ def test_shipped_files_resolve(name: str, precision: str, world: int) -> None:
     assert data["train_micro_batch_size_per_gpu"] == 48 // world
     assert data["gradient_accumulation_steps"] == 1
     assert data["gradient_clipping"] == 1.0
-    assert data["zero_optimization"] == {**read(name)["zero_optimization"], "memory_efficient_linear": False}
+    zero, written = data["zero_optimization"], read(name)["zero_optimization"]
+    assert zero == {**zero, **{k: v for k, v in written.items() if v != "auto"}, "memory_efficient_linear": False}
+    if written.get("reduce_bucket_size", "auto") == "auto":
+        assert zero["reduce_bucket_size"] == 50_000_000
+    assert zero["allgather_bucket_size"] == 110_888_448  # GPT-B's parameters, below 2e8
     assert data["bf16"] == {"enabled": precision == "bf16"}
     autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert data["torch_autocast"] == (autocast if precision == "bf16-autocast" else {"enabled": False})
@@ -100,7 +106,10 @@ def test_clipping_is_always_written(clip: float) -> None:
 
 def test_an_empty_file_is_stage_2() -> None:
     data = resolve(run({}), 2)
-    assert data["zero_optimization"] == {"stage": 2, "memory_efficient_linear": False}
+    assert data["zero_optimization"] == {
+        "stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 50_000_000,
+        "allgather_bucket_size": 110_888_448,
+    }  # fmt: skip
     assert (data["train_batch_size"], data["train_micro_batch_size_per_gpu"]) == (48, 24)
 
 
@@ -234,3 +243,10 @@ def test_kinds_of_values(kind: str) -> None:
     good, bad = KINDS[kind]
     assert [value for value in good if not is_a(kind, value)] == []
     assert [value for value in bad if is_a(kind, value)] == []
+
+
+def test_buckets_are_no_larger_than_the_model() -> None:
+    """A bucket of 5e7 elements for a model of 1.6 million is touched in full at every step."""
+    data = resolve(load("digits-mirai-e"), 2)["zero_optimization"]
+    gpt, heads = parameter_count(load("digits-mirai-e").model), 3 * projector_parameters(128, 256, 128)
+    assert data["reduce_bucket_size"] == data["allgather_bucket_size"] == gpt + heads

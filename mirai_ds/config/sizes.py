@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirai_ds.config import ModelConfig
+from mirai_ds.config.model_config import ModelConfig
 
 
 def block_parameters(config: ModelConfig) -> int:
