@@ -47,7 +47,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."
+)
 @click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME of the recipe.")
 @click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest whole checkpoint, or a step.")
@@ -55,8 +57,8 @@ def main() -> None:
 @click.option("--ranks", type=click.IntRange(min=1), help="Local ranks; default one a GPU, else launch.cpu_ranks.")
 @mistakes_in_one_line
 def train(
-    recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None, fresh: bool,
-    ranks: int | None,
+    recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None,
+    fresh: bool, ranks: int | None,
 ) -> None:  # fmt: skip
     """Train RECIPE (a name from `recipes list`, or a .yaml file) on all local devices.
 
@@ -67,6 +69,7 @@ def train(
       mirai-ds train digits-mirai-e --set train.epochs=10 --deepspeed ds_configs/zero1.json
       deepspeed --hostfile hosts --module mirai_ds.train recipe.yaml    the same on several nodes
     """
+    from mirai_ds.checkpoint.store import check_run_folder
     from mirai_ds.config.deepspeed_file import resolve
     from mirai_ds.config.errors import UserError
     from mirai_ds.config.load import load
@@ -88,6 +91,7 @@ def train(
     gpus = visible_gpus()
     count = ranks or gpus or config.launch.cpu_ranks
     resolve(config, count)  # mistakes are cheaper to hear of before ranks start
+    check_run_folder(run_dir or Path(config.output_dir) / config.name, resume, fresh)
     sys.exit(launch("mirai_ds.train", passed, count, gpus))
 
 

@@ -1,4 +1,4 @@
-"""A pool of launched ranks that runs many cases: starting ranks costs seconds, a case on a toy model a fraction of one."""
+"""A pool of launched ranks that runs many cases: starting ranks costs seconds, a toy case a fraction of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class RankFailure(AssertionError):
+class RankFailureError(AssertionError):
     """A case failed on a rank; holds that rank's traceback."""
 
 
@@ -65,12 +65,12 @@ class RankPool:
             while not pipe.poll(1.0):
                 dead = [r for r, p in enumerate(self.processes) if not p.is_alive()]
                 if dead:
-                    raise RankFailure(f"rank {dead[0]} died in {function.__name__}")
+                    raise RankFailureError(f"rank {dead[0]} died in {function.__name__}")
             ok, value = pipe.recv()
             results.append((rank, ok, value))
         for rank, ok, value in results:
             if not ok:
-                raise RankFailure(f"rank {rank}:\n{value}")
+                raise RankFailureError(f"rank {rank}:\n{value}")
         return [value for _, _, value in results]
 
     def close(self) -> None:

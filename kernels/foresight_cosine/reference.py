@@ -50,9 +50,7 @@ def foresight_cosine(
     return loss, -per_head.detach()
 
 
-def _check(
-    heads: list[Tensor], target: Tensor, index: Tensor, weights: Tensor, counts: Tensor, reduction: str
-) -> None:
+def _check(heads: list[Tensor], target: Tensor, index: Tensor, weights: Tensor, counts: Tensor, reduction: str) -> None:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction = {reduction!r}: use 'sum' or 'mean'")
     batch, width = target.shape[0], target.shape[-1]

@@ -129,9 +129,7 @@ def _measure(weights: Mapping[str, Tensor]) -> _Shape | None:
     return _Shape(tokens.shape[1], max(blocks) + 1, tokens.shape[0], labels.shape[0] - 1, w1.shape[0])
 
 
-def infer_model_config(
-    weights: Mapping[str, Tensor], block_size: int = 256, n_head: int | None = None
-) -> ModelConfig:
+def infer_model_config(weights: Mapping[str, Tensor], block_size: int = 256, n_head: int | None = None) -> ModelConfig:
     """The model that a state dict belongs to, by its shapes.
 
     They do not tell `block_size` (positions have no parameters) and, unless width and depth are those of a LlamaGen

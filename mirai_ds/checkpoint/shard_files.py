@@ -78,7 +78,7 @@ class StateReader:
             raise UserError(f"{folder}: holds no state-rank*.safetensors; not a checkpoint of mirai_ds")
 
     def read(self, kind: str, name: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements start..start+length-1 of flattened `name`, float32 on CPU; raises UserError when some are missing."""
+        """Elements start..start+length-1 of flattened `name`, float32 on CPU; UserError when some are missing."""
         if name not in self.shapes:
             raise UserError(f"{self.folder}: has no tensor {name!r}; was it made with another model or method?")
         length = math.prod(self.shapes[name]) - start if length is None else length
@@ -127,7 +127,9 @@ def read_into(engine: TrainEngine, reader: StateReader) -> None:
         for shard, value in zip(engine.layout.shards, values, strict=True):
             flat = value.data.flatten()
             for piece in shard.pieces():
-                flat[piece.local : piece.local + piece.length] = reader.read(kind, piece.name, piece.start, piece.length)
+                flat[piece.local : piece.local + piece.length] = reader.read(
+                    kind, piece.name, piece.start, piece.length
+                )
     for shard, step in zip(engine.layout.shards, engine.layout.steps(), strict=True):
         step.fill_(reader.steps[shard.parameters[0].name])
     engine.layout.refresh_parameters()

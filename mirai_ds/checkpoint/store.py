@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from mirai_ds.config import UserError
 
 FORMAT = 1
@@ -67,6 +65,8 @@ def save(run: Path, info: CheckpointInfo, write_rank: Callable[[Path], Path], ke
 
     On any rank's failure every rank raises with the cause, and the earlier checkpoints are as they were.
     """
+    import torch.distributed as dist  # here: the rest of this file is for tools that need no torch
+
     rank, target = dist.get_rank(), folder_of(run, info.step)
     partial = target.with_name(target.name + _PARTIAL)
     if rank == 0:
@@ -147,6 +147,23 @@ def verify(folder: Path) -> CheckpointInfo:
         return CheckpointInfo(**json.loads((folder / "info.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def check_run_folder(run: Path, resume: str | None, fresh: bool = False) -> None:
+    """Cheap checks before anything starts; raises UserError.
+
+    A folder that holds a run is touched only to resume it or to set it aside.  `if-present` starts afresh only where no
+    checkpoint was ever written: a run whose checkpoints are all broken is not silently begun again.
+    """
+    if resume is None and not fresh and run.exists() and any(run.iterdir()):
+        raise UserError(
+            f"{run}: already holds a run; continue it with --resume auto, set it aside with --fresh, or choose another "
+            "--run-dir"
+        )
+    if resume not in (None, "auto", "if-present") and not (resume or "").isdigit():
+        raise UserError(f"--resume {resume}: use auto, if-present or the step of a checkpoint")
+    if resume == "auto" and not list_steps(run):
+        raise UserError(f"--resume auto: nothing to resume from in {run}: there is no checkpoint")
 
 
 def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:

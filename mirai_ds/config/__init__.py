@@ -15,7 +15,23 @@ from mirai_ds.config.run_config import (
 )
 
 __all__ = [
-    "SIZES", "ConfigError", "DataConfig", "EncoderConfig", "ForesightConfig", "LambdaSchedule", "ModelConfig",
-    "OptimizerConfig", "RecomputeConfig", "RunConfig", "SamplingConfig", "TrainConfig", "UserError", "Weights",
-    "build", "dump", "load", "recipe_names", "recipe_text",
+    "SIZES",
+    "ConfigError",
+    "DataConfig",
+    "EncoderConfig",
+    "ForesightConfig",
+    "LambdaSchedule",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "TrainConfig",
+    "UserError",
+    "Weights",
+    "build",
+    "dump",
+    "load",
+    "recipe_names",
+    "recipe_text",
 ]

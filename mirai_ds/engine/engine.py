@@ -90,7 +90,7 @@ class TrainEngine:
         self.layout.refresh_parameters()
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Start from foreign weights (GPT keys, and `projectors.*` where there are any): masters in fp32, EMA a copy."""
+        """Start from foreign weights (GPT keys, and `projectors.*` where there are any): fp32 masters, EMA a copy."""
         self._write_masters(lambda name, shape: weights.get(name.removeprefix("gpt.")))
         self.ema.reset()
 
@@ -139,9 +139,7 @@ class TrainEngine:
             self.layout.restart_adam(HEADS)
         self._heads_active = heads_active
 
-    def gather_named(
-        self, kind: Weights, dtype: torch.dtype, names: Collection[str]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def gather_named(self, kind: Weights, dtype: torch.dtype, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of `raw` masters or the `ema`, for these full names, on every rank."""
         values = self.ema.values if kind == "ema" else self.layout.masters
         return gather(self.layout.shards, values, dtype, self.device, names)

@@ -160,7 +160,9 @@ def _unexpected(kind: str, detail: str) -> RuntimeError:
     )
 
 
-def _flat(master: Tensor, group: list[Tensor], offsets: list[int] | None, names: dict[Any, str], process_group: Any) -> Shard:
+def _flat(
+    master: Tensor, group: list[Tensor], offsets: list[int] | None, names: dict[Any, str], process_group: Any
+) -> Shard:
     if offsets is None:
         offsets = [0]
         for parameter in group:

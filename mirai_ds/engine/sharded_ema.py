@@ -17,7 +17,11 @@ from mirai_ds.engine.layout import Shard, StateLayout
 
 @torch.no_grad()
 def gather(
-    shards: list[Shard], values: list[Tensor], dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
+    shards: list[Shard],
+    values: list[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole tensor in `dtype` on `device`) of values laid out like the masters, on every rank.
 

@@ -30,8 +30,8 @@ def check_version(version: str) -> None:
     if numbers < MINIMUM_DEEPSPEED:
         wanted = ".".join(map(str, MINIMUM_DEEPSPEED))
         raise UserError(
-            f"deepspeed {version}: computes wrong accumulated gradients on ZeRO-1 and 2 (up to 96 % off, the loss still "
-            f"falls); install deepspeed>={wanted}"
+            f"deepspeed {version}: computes wrong accumulated gradients on ZeRO-1 and 2 (up to 96 % off while "
+            f"the loss falls); install deepspeed>={wanted}"
         )
 
 

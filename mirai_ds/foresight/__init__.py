@@ -6,6 +6,12 @@ from mirai_ds.foresight.schedule import alignment_multiplier
 from mirai_ds.foresight.teachers import EmaTeacher, EncoderTeacher, Teacher
 
 __all__ = [
-    "EmaTeacher", "EncoderTeacher", "MiraiObjective", "Teacher", "alignment_multiplier", "index_table", "offsets",
+    "EmaTeacher",
+    "EncoderTeacher",
+    "MiraiObjective",
+    "Teacher",
+    "alignment_multiplier",
+    "index_table",
+    "offsets",
     "slot_counts",
 ]

@@ -51,7 +51,11 @@ class MiraiObjective(nn.Module):
         assert layer is not None
         states = out.hidden[layer]
         alignment, cosine = foresight_cosine(
-            [head(states) for head in self.projectors], target, self.index, self.head_weights, self.slot_counts,
+            [head(states) for head in self.projectors],
+            target,
+            self.index,
+            self.head_weights,
+            self.slot_counts,
             self.foresight.heads_reduction or "sum",
         )
         metrics |= {"alignment": alignment.detach(), "cosine": cosine}

@@ -72,7 +72,9 @@ class LogHook(Hook):
         if session.is_main:
             for note in session.notes:
                 print(f"mirai-ds: {note}", flush=True)
-            self.progress = Progress(session.config.name, session.step, session.total_steps, session.config.logging.progress)
+            self.progress = Progress(
+                session.config.name, session.step, session.total_steps, session.config.logging.progress
+            )
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Count FLOPs always; reduce and write at the interval and at the last step."""

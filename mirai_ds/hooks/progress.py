@@ -35,7 +35,9 @@ class Progress:
             self._bar.update(self._task, completed=step, line=line)
         elif self._plain:
             left = (time.monotonic() - self._began) / max(1, step - self._first) * (self._total - step)
-            print(f"{self._name}  step {step}/{self._total}  epoch {epoch:.2f}  {line}  {_clock(left)} left", flush=True)
+            print(
+                f"{self._name}  step {step}/{self._total}  epoch {epoch:.2f}  {line}  {_clock(left)} left", flush=True
+            )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -74,7 +74,9 @@ class ReportHook(Hook):
         title = f"generated (cfg {config.cfg_scale:g}, {config.weights} weights)"
         side_by_side(session.run / "samples.png", generated, real, (title, "real training images"))
 
-    def _summary(self, session: Session, records: list[dict[str, Any]], score: ClassifierScore | None) -> dict[str, Any]:
+    def _summary(
+        self, session: Session, records: list[dict[str, Any]], score: ClassifierScore | None
+    ) -> dict[str, Any]:
         config = session.config
         out: dict[str, Any] = {
             "recipe": config.name,

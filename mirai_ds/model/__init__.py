@@ -5,6 +5,13 @@ from mirai_ds.model.init import initial_value, initialise
 from mirai_ds.model.sampling import SamplingRules, sample_tokens
 
 __all__ = [
-    "GPT", "GPTOutput", "GPTTrunk", "SamplingRules", "gpt_from_weights", "initial_value", "initialise",
-    "next_token_loss", "sample_tokens",
+    "GPT",
+    "GPTOutput",
+    "GPTTrunk",
+    "SamplingRules",
+    "gpt_from_weights",
+    "initial_value",
+    "initialise",
+    "next_token_loss",
+    "sample_tokens",
 ]

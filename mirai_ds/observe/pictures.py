@@ -48,7 +48,11 @@ def loss_curves(path: Path, records: list[dict[str, Any]], title: str) -> None:
     cosines = sorted({name for record in records for name in record if name.startswith("cosine/")})
     figure = Figure(figsize=(10 if cosines else 6, 4), layout="constrained")
     axes = figure.subplots(1, 2 if cosines else 1, squeeze=False)[0]
-    names = {"loss/ntp": "training batch", "held_out/ntp_raw": "held out, raw weights", "held_out/ntp_ema": "held out, EMA"}
+    names = {
+        "loss/ntp": "training batch",
+        "held_out/ntp_raw": "held out, raw weights",
+        "held_out/ntp_ema": "held out, EMA",
+    }
     for name, label in names.items():
         _curve(axes[0], records, name, label)
     axes[0].set(xlabel="step", ylabel="next-token loss (nats a token)", title=title)

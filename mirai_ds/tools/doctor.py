@@ -40,7 +40,9 @@ def examine() -> tuple[list[str], bool]:
     lines.append("alignment   reference (plain PyTorch)")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     lines.append(f"disk        {free:.0f} GiB free in {Path.cwd()}")
-    lines.append("verdict     " + ("ready to train" if healthy else "cannot train before the problems above are mended"))
+    lines.append(
+        "verdict     " + ("ready to train" if healthy else "cannot train before the problems above are mended")
+    )
     return lines, healthy
 
 
@@ -90,7 +92,10 @@ def _nvcc() -> str:
     if path is None:
         return "none: CUDA kernels cannot be built"
     home = Path(path).resolve().parents[1]  # a symlinked nvcc would name a folder without headers
-    version = (_first_line([path, "--version"]) and subprocess.run(
-        [path, "--version"], capture_output=True, text=True, timeout=20, check=False
-    ).stdout.strip().splitlines()[-1]) or "unknown version"
+    version = (
+        _first_line([path, "--version"])
+        and subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        .stdout.strip()
+        .splitlines()[-1]
+    ) or "unknown version"
     return f"{path} ({version}), CUDA_HOME={home}"

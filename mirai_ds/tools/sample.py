@@ -19,14 +19,15 @@ from mirai_ds.tools.weights import load_weights
 
 def sample_to_folder(
     source: Path, out: Path | None, per_class: int | None, classes: str | None, weights: str | None, step: int | None,
-    cfg_scale: float | None, cfg_interval: int | None, temperature: float | None, top_k: int | None, top_p: float | None,
-    seed: int, recipe: str | None,
+    cfg_scale: float | None, cfg_interval: int | None, temperature: float | None, top_k: int | None,
+    top_p: float | None, seed: int, recipe: str | None,
 ) -> str:  # fmt: skip
     """Write tokens.npz and, where the data can decode its tokens, grid.png; returns a line that says what was done."""
     loaded = load_weights(source, weights or _default_kind(source), step, recipe)
     config = loaded.config
     given = {
-        "cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p,
     }  # fmt: skip
     rules = replace(rules_of(config.sampling), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     _check_rules(rules)
@@ -81,4 +82,6 @@ def _check_rules(rules: SamplingRules) -> None:
     if not 0 < rules.top_p <= 1:
         raise UserError(f"--top-p {rules.top_p}: must be in (0, 1]; 1 = off")
     if rules.top_k < 0 or rules.temperature < 0 or rules.cfg_scale < 0 or rules.cfg_interval < -1:
-        raise UserError("--top-k, --temperature, --cfg and --cfg-interval must not be negative (--cfg-interval -1 = all)")
+        raise UserError(
+            "--top-k, --temperature, --cfg and --cfg-interval must not be negative (--cfg-interval -1 = all)"
+        )

@@ -25,4 +25,6 @@ def learning_rate(optimizer: OptimizerConfig, step: int, horizon: int) -> float:
     if optimizer.schedule == "constant":
         return optimizer.lr
     progress = (step - optimizer.warmup_steps) / max(1, horizon - optimizer.warmup_steps)
-    return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * 0.5 * (
+        1.0 + math.cos(math.pi * min(1.0, progress))
+    )

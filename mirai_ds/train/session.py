@@ -109,13 +109,17 @@ class Session:
         restore_rng(reader.rng(self.world.rank), self.device)
         self.step, self.applied_steps = info.step, info.applied_steps
         self.engine.resume_counters(self.step, self.loader.accumulation)
-        self.notes += [f"skipped {reason}" for reason in skipped] + [f"resumed after step {info.step} from {folder_name}"]
+        self.notes += [f"skipped {reason}" for reason in skipped] + [
+            f"resumed after step {info.step} from {folder_name}"
+        ]
 
     def _check_same_data(self, info: store.CheckpointInfo, folder: str) -> None:
         for name, now in (("seed", self.config.seed), ("global_batch_size", self.config.train.global_batch_size)):
             then = getattr(info, name)
             if then != now:
-                raise UserError(f"{folder}: was written with {name} = {then}, this run has {now}; the data order would change")
+                raise UserError(
+                    f"{folder}: was written with {name} = {then}, this run has {now}; the data order would change"
+                )
 
 
 def build_session(config: RunConfig, run: Path, world: World, device: torch.device) -> Session:
@@ -175,20 +179,17 @@ def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
 def open_run_folder(
     config: RunConfig, run: Path, world: World, resume: str | None, set_aside: Callable[[Path], None] | None
 ) -> str | None:
-    """Collective: the main rank makes the folder and writes what explains the run; returns the resume request to obey.
-
-    A folder that holds a run is touched only to resume it.  `if-present` starts afresh only where no checkpoint was
-    ever written: a run whose checkpoints are all broken is not silently begun again.
-    """
+    """Collective: the main rank makes the folder and writes what explains the run; returns the resume request to obey
+    (`store.check_run_folder` says what is refused)."""
     outcome: list[str | None] = [None, resume]
     if world.rank == 0:
         try:
+            store.check_run_folder(run, resume, fresh=set_aside is not None)
             if resume == "if-present" and not (run / "checkpoints").is_dir():
                 outcome[1] = None
             if set_aside is not None and resume is None:
                 set_aside(run)
-            leftover = resume == "if-present" and outcome[1] is None
-            _write_run_folder(config, run, world.size, resuming=outcome[1] is not None or leftover)
+            _write_run_folder(config, run, world.size)
         except (UserError, OSError) as error:
             outcome[0] = str(error)
     dist.broadcast_object_list(outcome, src=0)
@@ -197,12 +198,7 @@ def open_run_folder(
     return outcome[1]
 
 
-def _write_run_folder(config: RunConfig, run: Path, world_size: int, resuming: bool) -> None:
-    if run.exists() and any(run.iterdir()) and not resuming:
-        raise UserError(
-            f"{run}: already holds a run; continue it with --resume auto, set it aside with --fresh, or choose another "
-            "--run-dir"
-        )
+def _write_run_folder(config: RunConfig, run: Path, world_size: int) -> None:
     ds_config = resolve(config, world_size)
     try:
         run.mkdir(parents=True, exist_ok=True)

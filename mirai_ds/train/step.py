@@ -54,7 +54,7 @@ def train_step(session: Session, step: int) -> StepRecord:
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Average of each (small) tensor over all ranks, as Python numbers; the one place where metrics leave the device."""
+    """Average of each (small) tensor over all ranks, as Python numbers: here metrics leave the device."""
     import torch.distributed as dist
 
     names = sorted(values)

@@ -116,10 +116,14 @@ def test_rooms_are_small() -> None:
         assert len(files) <= 10, f"{folder} has {len(files)} files"
 
 
-@pytest.mark.parametrize("module", ["mirai_ds", "mirai_ds.cli", "mirai_ds.config", "mirai_ds.config.deepspeed_file"])
+@pytest.mark.parametrize(
+    "module",
+    ["mirai_ds", "mirai_ds.cli", "mirai_ds.config", "mirai_ds.config.deepspeed_file", "mirai_ds.checkpoint.store"],
+)
 def test_light_imports(module: str) -> None:
     """`import mirai_ds` and `mirai-ds --help` need neither deepspeed nor torch."""
-    code = f"import sys, {module}; print([m for m in ('deepspeed', 'torch', 'timm', 'numpy', 'sklearn') if m in sys.modules])"
+    heavy = ("deepspeed", "torch", "timm", "numpy", "sklearn")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

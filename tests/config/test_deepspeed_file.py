@@ -148,7 +148,12 @@ def test_the_users_own_settings_stay() -> None:
     own = {
         "steps_per_print": 7,
         "wall_clock_breakdown": True,
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "memory_efficient_linear": True},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 5e8,
+            "allgather_bucket_size": 7,
+            "memory_efficient_linear": True,
+        },
         "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
         "flops_profiler": {"enabled": True, "module_depth": -1, "output_file": "flops.txt"},
     }

@@ -22,8 +22,14 @@ HEAD_SCALE = 0.3
 
 
 def toy_config(
-    method: str = "mirai-e", stage: int = 2, precision: str = "fp32", accumulation: int = 1, micro: int | None = None,
-    recompute: dict[str, Any] | None = None, dropout: float = 0.1, **sections: Any,
+    method: str = "mirai-e",
+    stage: int = 2,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    micro: int | None = None,
+    recompute: dict[str, Any] | None = None,
+    dropout: float = 0.1,
+    **sections: Any,
 ) -> RunConfig:
     """A 3-block GPT on 4x4 grids; global batch 12."""
     foresight: dict[str, Any] = {"method": method}
@@ -32,7 +38,8 @@ def toy_config(
         foresight |= sections.pop("foresight", {})
     data = {
         "model": {
-            "size": "custom", "dim": 32, "n_layer": 3, "n_head": 2, "vocab_size": 20, "num_classes": 5, "block_size": 16,
+            "size": "custom", "dim": 32, "n_layer": 3, "n_head": 2, "vocab_size": 20, "num_classes": 5,
+            "block_size": 16,
             "ffn_multiple_of": 32, "token_dropout": dropout, "resid_dropout": dropout, "ffn_dropout": dropout,
             "class_dropout": dropout,
         },
@@ -129,7 +136,12 @@ def reference_gradients(config: RunConfig, steps: int, world: int, accumulation:
 
 
 def gradient_case(
-    method: str, stage: int, accumulation: int, recompute: dict[str, Any], precision: str = "fp32", active: bool = True,
+    method: str,
+    stage: int,
+    accumulation: int,
+    recompute: dict[str, Any],
+    precision: str = "fp32",
+    active: bool = True,
     compare_step: int = 0,
 ) -> float:
     """Largest error of any parameter's applied gradient, relative to that parameter's largest gradient."""
@@ -158,8 +170,13 @@ def gradient_case(
 
 
 def losses_case(
-    method: str, stage: int, accumulation: int = 1, recompute: dict[str, Any] | None = None, precision: str = "fp32",
-    steps: int = 20, convention: str = "official",
+    method: str,
+    stage: int,
+    accumulation: int = 1,
+    recompute: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    steps: int = 20,
+    convention: str = "official",
 ) -> list[float]:
     """Global-batch losses of `steps` AdamW steps with dropout, the real EMA teacher and clipping."""
     foresight = {"convention": convention} if method != "none" else {}
@@ -179,7 +196,9 @@ def losses_case(
             teacher.load((n.removeprefix("gpt."), t) for n, t in engine.gather_named("ema", torch.float32, names))
         total = torch.zeros((), dtype=torch.float64)
         for batch in loader.micro_batches(step):
-            target = teacher.features(batch.tokens, batch.labels, None) if teacher else fixed_target(config, batch, step)
+            target = (
+                teacher.features(batch.tokens, batch.labels, None) if teacher else fixed_target(config, batch, step)
+            )
             loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, target, 1.0)
             engine.backward(loss)
             engine.step()
@@ -320,4 +339,9 @@ def nonfinite_case(stage: int, precision: str) -> dict[str, Any]:
     engine.backward(loss)
     then_applied, _ = engine.step()
     release(engine)
-    return {"applied": applied, "norm_finite": bool(np.isfinite(norm)), "changed": changed, "then_applied": then_applied}
+    return {
+        "applied": applied,
+        "norm_finite": bool(np.isfinite(norm)),
+        "changed": changed,
+        "then_applied": then_applied,
+    }

@@ -21,7 +21,9 @@ def advance(engine: TrainEngine, accumulation: int, first: int, steps: int) -> l
         engine.set_rates(3e-3, heads_active=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in loader.micro_batches(step):
-            loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, fixed_target(engine.config, batch, step), 1.0)
+            loss, _ = engine.forward(
+                batch.tokens, batch.labels, batch.keys, fixed_target(engine.config, batch, step), 1.0
+            )
             engine.backward(loss)
             engine.step()
             total += loss.detach().double() / accumulation

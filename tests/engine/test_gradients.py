@@ -12,8 +12,8 @@ import pytest
 from tests.engine import cases
 from tests.rank_pool import RankPool
 
-# SGD with lr 2^14 turns a gradient into a weight difference; what is left is fp32's rounding of w - lr * g (2^-24 of the
-# largest gradient of a tensor, times a few summands in another order).
+# SGD with lr 2^14 turns a gradient into a weight difference; what is left is fp32's rounding of w - lr * g (2^-24 of
+# the largest gradient of a tensor, times a few summands in another order).
 BOUND = 1e-6
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},

@@ -51,9 +51,7 @@ def test_ema_features_are_the_networks(gpt: GPT, layer: int) -> None:
 
 def test_ema_teacher_layer_may_differ_from_the_students(gpt: GPT) -> None:
     teacher = ema_teacher(gpt, layer=2, teacher_layer=4)
-    assert torch.equal(
-        teacher.features(TOKENS, LABELS, None), gpt(TOKENS[:, :-1], LABELS, tap=(4,)).hidden[4].detach()
-    )
+    assert torch.equal(teacher.features(TOKENS, LABELS, None), gpt(TOKENS[:, :-1], LABELS, tap=(4,)).hidden[4].detach())
     names = {name for name in gpt.state_dict() if name.startswith(("layers.0", "layers.1", "layers.2", "layers.3"))}
     assert teacher.names == names | {"cls_embedding.embedding_table.weight", "tok_embeddings.weight"}
 

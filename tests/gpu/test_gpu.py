@@ -97,7 +97,9 @@ def test_zero_trains_gpt_b(stage: int, precision: str, tmp_path: Path) -> None:
         applied, norm = engine.step()
         assert applied
         assert 0 < norm < 1e4
-        expected = torch.lerp(expected, engine.gather_weights("raw")["layers.0.attention.wo.weight"], 1 - config.ema.decay)
+        expected = torch.lerp(
+            expected, engine.gather_weights("raw")["layers.0.attention.wo.weight"], 1 - config.ema.decay
+        )
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert torch.equal(engine.gather_weights("ema")["layers.0.attention.wo.weight"], expected)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirai_ds.config import ModelConfig
+from mirai_ds.config.sizes import parameter_count, projector_parameters
 from mirai_ds.foresight.heads import projectors
 from mirai_ds.model import GPT, initial_value, initialise, next_token_loss
 from mirai_ds.model.gpt import GPTTrunk, RMSNorm
 from mirai_ds.model.rope2d import apply_rope, rope_table
-from mirai_ds.config.sizes import parameter_count, projector_parameters
 from tests.model import plain_gpt as plain
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,9 @@ def mirai_ds(*arguments: str, timeout: float = 300, env: dict[str, str] | None =
     """Run the command line as a user would."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
     command = [sys.executable, "-m", "mirai_ds", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, check=False
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -54,10 +55,10 @@ def numbers(run: Path, first: int = 0) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished Mirai-E run of 66 steps on 2 ranks, ZeRO-2, recompute every second block."""
     run = tmp_path_factory.mktemp("runs") / "small"
     done = small_train(run)
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
     (run / "stdout.txt").write_text(done.out)
-    yield run
+    return run
