@@ -7,7 +7,7 @@
 from setuptools import find_packages, setup
 
 ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs"}
-packages = find_packages(include=["mirai_ds", "mirai_ds.*"])
+packages = [*find_packages(include=["mirai_ds", "mirai_ds.*"]), "mirai_ds.config.recipes"]
 for package, folder in ROOMS.items():
     packages += [package] + [f"{package}.{name}" for name in find_packages(folder)]
 
@@ -16,7 +16,7 @@ setup(
     package_dir=ROOMS,
     package_data={
         "mirai_ds": ["py.typed"],
-        "mirai_ds.config": ["recipes/*.yaml"],
+        "mirai_ds.config.recipes": ["*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
         "mirai_ds.kernels": ["*/*.cu", "*/*.cpp", "*/*.h"],
     },

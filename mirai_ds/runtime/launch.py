@@ -39,7 +39,7 @@ def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
-        # glibc gives large blocks back to the system at every free: a fifth of a CPU step went into page faults.
+        # glibc gives large blocks back to the system at every free: thousands of page faults a step.
         env.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
         env.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 * 2**30))
     return env

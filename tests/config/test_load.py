@@ -124,7 +124,9 @@ def test_overrides(name: str) -> None:
 
 def test_the_last_override_wins_and_others_stay() -> None:
     config = load("digits-baseline", ["seed=7", "optimizer.lr=1", "seed=8"])
-    assert (config.seed, config.optimizer.lr, config.optimizer.warmup_steps) == (8, 1.0, 30)
+    untouched = load("digits-baseline").optimizer.warmup_steps
+    assert (config.seed, config.optimizer.lr, config.optimizer.warmup_steps) == (8, 1.0, untouched)
+    assert untouched > 0
 
 
 def test_overrides_inside_the_deepspeed_file_change_a_copy_of_it() -> None:

@@ -177,7 +177,6 @@ def test_a_mistake_that_only_ranks_can_see(tmp_path: Path) -> None:
     """Found after the launch, in the data: still one line and exit code 2."""
     done = small_train(tmp_path / "run", "--set", "model.vocab_size=16")
     assert done.code == 2
-    assert done.err.strip().splitlines() == [
-        "mirai-ds: error: model.vocab_size = 16: " + done.err.strip().split(": ", 3)[3]
-    ]
-    assert "codes span 0..16" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert done.err.startswith("mirai-ds: error: model.vocab_size = 16: ")
+    assert "use at least 17" in done.err
