@@ -43,7 +43,7 @@ format: $(STAMP) ## rewrite the sources in the house format
 verify: $(STAMP) ## recompute the reference vectors
 	$(BIN)/mirai-ds verify tests/fixtures/*.npz
 
-gpu-check: ## on a machine with a GPU (no venv is made): GPU tests, reference vectors, 20 steps of GPT-B
+gpu-check: ## on a machine with a GPU, without a venv: GPU tests (ZeRO steps of GPT-B included) and reference vectors
 	$(PYTHON) -m pytest -m gpu -rs
 	$(PYTHON) -m mirai_ds verify tests/fixtures/*.npz
 

@@ -65,7 +65,6 @@ class TrainEngine:
         self.layout = StateLayout(self.ds)
         self._write_initial_masters()
         self.ema = ShardedEma(self.layout, config.ema.decay)
-        self._heads_active: bool | None = None
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         o = self.config.optimizer
@@ -129,15 +128,16 @@ class TrainEngine:
         return norm, False
 
     def set_rates(self, lr: float, heads_active: bool) -> None:
-        """Learning rate of the coming step.  Inactive heads get neither rate nor decay; when they wake up, AdamW
-        starts anew for them, as in plain PyTorch for parameters that never had a gradient."""
+        """Learning rate of the coming step.  Inactive heads get neither rate nor decay."""
         for group in self.layout.base_optimizer.param_groups:
             asleep = group["owner"] == "heads" and not heads_active
             group["lr"] = 0.0 if asleep else lr
             group["weight_decay"] = 0.0 if asleep else group["decay"]
-        if heads_active and self._heads_active is False:
-            self.layout.restart_adam(HEADS)
-        self._heads_active = heads_active
+
+    def wake_heads(self) -> None:
+        """Before the first aligned step after a warm-up: AdamW starts anew for the heads, as in plain PyTorch for
+        parameters that never had a gradient."""
+        self.layout.restart_adam(HEADS)
 
     def gather_named(self, kind: Weights, dtype: torch.dtype, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of `raw` masters or the `ema`, for these full names, on every rank."""

@@ -2,7 +2,7 @@
 
 from mirai_ds.foresight.neighbours import index_table, offsets, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
-from mirai_ds.foresight.schedule import alignment_multiplier
+from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
 from mirai_ds.foresight.teachers import EmaTeacher, EncoderTeacher, Teacher
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "EncoderTeacher",
     "MiraiObjective",
     "Teacher",
+    "alignment_active",
     "alignment_multiplier",
     "index_table",
     "offsets",

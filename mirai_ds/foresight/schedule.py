@@ -8,12 +8,17 @@ import math
 from mirai_ds.config import ForesightConfig
 
 
+def alignment_active(config: ForesightConfig, epoch: float) -> bool:
+    """Whether warm-up is over at `epoch` (0-based, fractional), so that teacher and heads run."""
+    return config.active and epoch >= (config.warmup_epochs or 0.0)
+
+
 def alignment_multiplier(config: ForesightConfig, epoch: float, total_epochs: float) -> float:
     """Multiplier on the weighted alignment loss at `epoch` (0-based, fractional); 0 during warm-up.
 
     `warmup_epochs` counts plain next-token epochs (15 in the paper).  `step` boundaries belong to the later value.
     """
-    if not config.active or epoch < (config.warmup_epochs or 0.0):
+    if not alignment_active(config, epoch):
         return 0.0
     schedule = config.schedule
     if schedule.kind == "const":

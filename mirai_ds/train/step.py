@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mirai_ds.foresight import alignment_multiplier
+from mirai_ds.foresight import alignment_active, alignment_multiplier
 from mirai_ds.train.schedule import horizon_steps, learning_rate
 from mirai_ds.train.session import Session
 
@@ -30,12 +30,15 @@ def train_step(session: Session, step: int) -> StepRecord:
     """Run 0-based step `step` and return its record."""
     config, engine = session.config, session.engine
     epoch = step / session.order.steps_per_epoch
-    aligned = config.foresight.active and epoch >= (config.foresight.warmup_epochs or 0.0)
+    aligned = alignment_active(config.foresight, epoch)
     multiplier = alignment_multiplier(config.foresight, epoch, config.train.epochs)
     horizon = horizon_steps(config.train, session.order.steps_per_epoch)
     lr = learning_rate(config.optimizer, step, horizon)
     engine.set_rates(lr, heads_active=aligned)
     if aligned:
+        # A function of the step, not of what this process has seen: a resume at the boundary wakes them too.
+        if step > 0 and not alignment_active(config.foresight, (step - 1) / session.order.steps_per_epoch):
+            engine.wake_heads()
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
     applied, grad_norm = False, float("nan")

@@ -300,6 +300,8 @@ def warmup_case(stage: int, asleep: int = 3, awake: int = 3) -> dict[str, Any]:
     for step in range(asleep + awake):
         aligned = step >= asleep
         engine.set_rates(1e-2, heads_active=aligned)
+        if step == asleep:
+            engine.wake_heads()
         (batch,) = toy_loader(config, rank, world, 1).micro_batches(step)
         target = fixed_target(config, batch, step) if aligned else None
         loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys, target, 1.0)
