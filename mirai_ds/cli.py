@@ -108,10 +108,17 @@ def train(
 @click.option("--top-k", type=int, help="0 = off.")
 @click.option("--top-p", type=float, help="1 = off.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--recipe", help="For a bare weights file: the recipe it was trained with.")
+@click.option("--recipe", help="For a bare weights file: the recipe it was trained with; default by its shapes.")
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens an image, without a recipe.",
+)
 @mistakes_in_one_line
 def sample(source: Path, **options: Any) -> None:
-    """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file (the last two with --recipe).
+    """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file.
 
     Writes tokens.npz (tokens, labels, and images where the data can decode them) and grid.png.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.data import load_dataset
 from mirai_ds.hooks.sample import rules_of
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
@@ -21,9 +21,10 @@ def sample_to_folder(
     source: Path, out: Path | None, per_class: int | None, classes: str | None, weights: str | None, step: int | None,
     cfg_scale: float | None, cfg_interval: int | None, temperature: float | None, top_k: int | None,
     top_p: float | None, seed: int, recipe: str | None,
+    block_size: int = 256,
 ) -> str:  # fmt: skip
     """Write tokens.npz and, where the data can decode its tokens, grid.png; returns a line that says what was done."""
-    loaded = load_weights(source, weights or _default_kind(source), step, recipe)
+    loaded = load_weights(source, weights or _default_kind(source), step, recipe, block_size)
     config = loaded.config
     given = {
         "cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k,
@@ -39,13 +40,16 @@ def sample_to_folder(
     folder = out or (source / "samples" if source.is_dir() else Path("samples"))
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": tokens.numpy().astype(np.uint16), "labels": labels.numpy()}
-    codebook_source = load_dataset(config.data, config.model).train
-    if codebook_source.codebook is not None:
-        arrays["images"] = codebook_source.decode(tokens)
+    try:
+        decoder, reason = load_dataset(config.data, config.model).train, "the data has no codebook"
+    except ConfigError as error:  # a released file, or data that has moved: the tokens are worth having all the same
+        decoder, reason = None, str(error)
+    if decoder is not None and decoder.codebook is not None:
+        arrays["images"] = decoder.decode(tokens)
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns=columns))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
-    shown = f"{folder}/grid.png and " if "images" in arrays else ""
-    return f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {shown}{folder}/tokens.npz"
+    written = f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {folder}/tokens.npz"
+    return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"
 
 
 def draw_in_batches(

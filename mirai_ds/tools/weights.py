@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.foreign import check_gpt_weights, infer_model_config, read_gpt_weights
 from mirai_ds.checkpoint.shard_files import StateReader
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.train.session import read_run_config
@@ -32,17 +32,25 @@ def checkpoint_of(run: Path, step: int | None) -> tuple[Path, int]:
     return folder, info.step
 
 
-def load_weights(source: Path, kind: str, step: int | None, recipe: str | None) -> LoadedWeights:
-    """From a run folder, or from a weights file together with `recipe`.  kind: raw or ema."""
+def load_weights(source: Path, kind: str, step: int | None, recipe: str | None, block_size: int = 256) -> LoadedWeights:
+    """From a run folder, or a weights file.  kind: raw or ema.
+
+    Without `recipe` a file's model is told by its shapes, which LlamaGen's sizes are; `block_size` (tokens an image)
+    they cannot tell.
+    """
     if source.is_dir():
         config = read_run_config(source)
         folder, found = checkpoint_of(source, step)
         weights = StateReader(folder).weights("ema" if kind == "ema" else "master")
         return LoadedWeights(weights, config, f"{folder} ({kind} weights)", found)
-    if recipe is None:
-        raise UserError(f"{source}: is not a run folder; for a weights file say --recipe NAME_OR_FILE too")
-    config = load(recipe)
     weights = read_gpt_weights(source, "ema" if kind == "ema" else "model")
+    if recipe is None:
+        try:
+            config = RunConfig(model=infer_model_config(weights, block_size))
+        except UserError as error:
+            raise UserError(f"{source}: {error}; say --recipe NAME_OR_FILE") from None
+    else:
+        config = load(recipe)
     check_gpt_weights(weights, config.model, source)
     gpt = {name: value for name, value in weights.items() if not name.startswith("projectors.")}
     return LoadedWeights(gpt, config, str(source), 0)

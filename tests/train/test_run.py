@@ -136,6 +136,24 @@ def test_verbs_on_a_finished_run(finished: Path, tmp_path: Path) -> None:
     assert not np.array_equal(np.load(tmp_path / "c" / "tokens.npz")["tokens"], a["tokens"])
 
 
+def test_a_weights_file_without_its_data_gives_tokens(finished: Path, tmp_path: Path) -> None:
+    assert invoke("export", finished, "--weights", "raw", "--out", tmp_path / "e.safetensors").exit_code == 0
+    text = (
+        (finished / "config.yaml").read_text().replace("source: digits\n  path: null", "source: npz\n  path: gone.npz")
+    )
+    (tmp_path / "moved.yaml").write_text(text)
+    arguments = ("--recipe", tmp_path / "moved.yaml", "--per-class", 1, "--classes", "4", "--out", tmp_path / "o")
+    done = invoke("sample", tmp_path / "e.safetensors", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "no pictures: data.path = 'gone.npz'" in done.output
+    tokens = np.load(tmp_path / "o" / "tokens.npz")["tokens"]
+    assert tokens.shape == (1, 64)
+    assert 0 < tokens.max() < 17
+    unknown = invoke("sample", tmp_path / "e.safetensors")  # 64 wide, 3 deep: no size of LlamaGen's
+    assert unknown.exit_code == 2
+    assert "n_head" in unknown.stderr
+
+
 def test_doctor_and_recipes(tmp_path: Path) -> None:
     doctor = invoke("doctor")
     assert doctor.exit_code == 0, doctor.output
