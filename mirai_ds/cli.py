@@ -202,10 +202,12 @@ def verify(files: tuple[Path, ...], tolerance: float) -> None:
     Example:
       mirai-ds verify tests/fixtures/*.npz
     """
+    from rich.console import Console
+
     from mirai_ds.tools.verify import render, verify_files
 
     results = verify_files(list(files), tolerance)
-    click.echo(render(results), nl=False)
+    Console(width=None if sys.stdout.isatty() else 120).print(render(results))
     sys.exit(0 if all(result.ok for result in results) else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -78,24 +79,32 @@ def _gpu_lines(torch: object) -> list[str]:
 
 
 def _first_line(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return out.splitlines()[0] if out else None
+    return next(iter(_output(command).splitlines()), None) if shutil.which(command[0]) else None
 
 
 def _nvcc() -> str:
     path = shutil.which("nvcc")
     if path is None:
         return "none: CUDA kernels cannot be built"
-    home = Path(path).resolve().parents[1]  # a symlinked nvcc would name a folder without headers
-    version = (
-        _first_line([path, "--version"])
-        and subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-        .stdout.strip()
-        .splitlines()[-1]
-    ) or "unknown version"
-    return f"{path} ({version}), CUDA_HOME={home}"
+    version = _output([path, "--version"]).strip().splitlines()
+    home = cuda_home(path)
+    where = f"CUDA_HOME={home}" if home else "CUDA_HOME unknown: no folder with include/ beside it"
+    return f"{path} ({version[-1] if version else 'unknown version'}), {where}"
+
+
+def cuda_home(nvcc: str) -> Path | None:
+    """The folder that really holds include/ and lib64/: `nvcc` may be a link or a wrapper script, so the compiler
+    itself is asked where it is."""
+    found = re.search(r"_HERE_=(\S+)", _output([nvcc, "--dryrun", "-c", "none.cu"]))
+    homes = [Path(found[1]).resolve().parent] if found else []
+    homes.append(Path(nvcc).resolve().parents[1])
+    return next((home for home in homes if (home / "include" / "cuda_runtime.h").is_file()), None)
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints on both streams; empty when it cannot run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout + done.stderr

@@ -154,6 +154,17 @@ def test_a_weights_file_without_its_data_gives_tokens(finished: Path, tmp_path: 
     assert "n_head" in unknown.stderr
 
 
+def test_verify_prints_every_array_and_exits_by_the_verdict() -> None:
+    fixture = Path(__file__).parents[1] / "fixtures" / "mirai_e_official_k3.npz"
+    good = invoke("verify", fixture)
+    assert good.exit_code == 0, good.output
+    assert "head_losses" in good.output
+    assert "arrays ok" in good.output
+    strict = invoke("verify", fixture, "--tolerance", "1e-12")
+    assert strict.exit_code == 1
+    assert "FAILED" in strict.output
+
+
 def test_doctor_and_recipes(tmp_path: Path) -> None:
     doctor = invoke("doctor")
     assert doctor.exit_code == 0, doctor.output
