@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -155,6 +154,8 @@ class StateLayout:
 
 
 def _unexpected(kind: str, detail: str) -> RuntimeError:
+    import deepspeed
+
     return RuntimeError(
         f"DeepSpeed {deepspeed.__version__} lays out {kind} in an unknown way ({detail}); this version is not supported"
     )
