@@ -284,9 +284,12 @@ def initial_masters_case(stage: int, precision: str) -> list[str]:
     return [name for name, value in wanted.items() if not torch.equal(masters[name], value)]
 
 
-def warmup_case(stage: int, asleep: int = 3, awake: int = 3) -> dict[str, Any]:
-    """Heads through `asleep` steps without alignment and `awake` with it, beside plain PyTorch that skips them."""
-    config = toy_config("mirai-e", stage, optimizer={"lr": 1e-2, "grad_clip": 0.0, "weight_decay": 0.05})
+def warmup_case(stage: int, asleep: int = 3, awake: int = 3, wake: bool = True) -> dict[str, Any]:
+    """Heads through `asleep` steps without alignment and `awake` with it, beside plain PyTorch that skips them.
+
+    A large eps keeps AdamW from blowing up the rounding of gradients near zero.
+    """
+    config = toy_config("mirai-e", stage, optimizer={"lr": 1e-2, "grad_clip": 0.0, "weight_decay": 0.05, "eps": 1e-4})
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = toy_engine(config, head_scale=HEAD_SCALE)
     before = engine.gather_weights("raw", prefix="projectors.")
@@ -300,7 +303,7 @@ def warmup_case(stage: int, asleep: int = 3, awake: int = 3) -> dict[str, Any]:
     for step in range(asleep + awake):
         aligned = step >= asleep
         engine.set_rates(1e-2, heads_active=aligned)
-        if step == asleep:
+        if step == asleep and wake:
             engine.wake_heads()
         (batch,) = toy_loader(config, rank, world, 1).micro_batches(step)
         target = fixed_target(config, batch, step) if aligned else None
