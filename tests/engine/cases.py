@@ -182,7 +182,7 @@ def losses_case(
     foresight = {"convention": convention} if method != "none" else {}
     config = toy_config(
         method, stage, precision, accumulation, recompute=recompute, foresight=foresight,
-        optimizer={"lr": 3e-3, "grad_clip": 0.5},
+        optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6},
     )  # fmt: skip
     engine = toy_engine(config)
     teacher = EmaTeacher(config.model, config.foresight, torch.float32, torch.device("cpu"), False) \
@@ -211,7 +211,7 @@ def losses_case(
 
 def plain_losses(method: str, steps: int = 20) -> list[float]:
     """The same run written out in plain PyTorch: one process, no engine, whole EMA, torch's clipping and AdamW."""
-    config = toy_config(method, 0, optimizer={"lr": 3e-3, "grad_clip": 0.5})
+    config = toy_config(method, 0, optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6})
     objective = toy_objective(config)
     o = config.optimizer
     groups = [
