@@ -13,6 +13,8 @@ from pathlib import Path
 from mirai_ds.config import UserError
 
 FORMAT = 1
+# Written before the first step: a start that failed on a mistake leaves only these, and may be repeated.
+START_FILES = frozenset({"config.yaml", "deepspeed.json", "environment.json", "starts.jsonl"})
 _POINTER, _MANIFEST, _PARTIAL = "latest", "manifest.json", ".partial"
 
 
@@ -149,13 +151,20 @@ def verify(folder: Path) -> CheckpointInfo:
         raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
 
 
+def holds_a_run(run: Path) -> bool:
+    """Whether there is anything in the folder but what a start writes before its first step."""
+    if not run.is_dir():
+        return run.exists()
+    return any(p.name not in START_FILES and not p.name.startswith("config.before-") for p in run.iterdir())
+
+
 def check_run_folder(run: Path, resume: str | None, fresh: bool = False) -> None:
     """Cheap checks before anything starts; raises UserError.
 
     A folder that holds a run is touched only to resume it or to set it aside.  `if-present` starts afresh only where no
     checkpoint was ever written: a run whose checkpoints are all broken is not silently begun again.
     """
-    if resume is None and not fresh and run.exists() and any(run.iterdir()):
+    if resume is None and not fresh and holds_a_run(run):
         raise UserError(
             f"{run}: already holds a run; continue it with --resume auto, set it aside with --fresh, or choose another "
             "--run-dir"

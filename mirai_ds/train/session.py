@@ -19,7 +19,7 @@ from torch import Tensor
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
 from mirai_ds.checkpoint.shard_files import StateReader, read_into, restore_rng, write_rank
-from mirai_ds.config import RunConfig, UserError, Weights, dump
+from mirai_ds.config import ConfigError, RunConfig, UserError, Weights, dump
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.engine.engine import TrainEngine
@@ -134,6 +134,10 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
     if order.steps_per_epoch == 0:
         raise UserError(
             f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
+        )
+    if config.score.enabled and dataset.train.codebook is None:
+        raise ConfigError(
+            "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
         )
     teacher = build_teacher(config, device)
     objective = MiraiObjective(config.model, config.foresight, teacher.feature_dim if teacher else None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.config import UserError
 from tests.train.conftest import numbers, records, small_train
 
 
@@ -54,3 +56,15 @@ def test_resume_on_another_layout(finished: Path, tmp_path: Path) -> None:
     theirs = {r["step"]: r["loss/ntp"] for r in numbers(finished, 22) if "loss/ntp" in r}
     assert sorted(ours) == list(range(23, 31))
     assert max(abs(ours[s] - theirs[s]) for s in ours) <= 1e-5
+
+
+def test_only_a_started_run_is_protected(tmp_path: Path) -> None:
+    """A start that failed on a mistake leaves its configuration behind and may be repeated; a run's data may not."""
+    assert not store.holds_a_run(tmp_path / "none")
+    for name in store.START_FILES:
+        (tmp_path / name).touch()
+    store.check_run_folder(tmp_path, None)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="--resume auto"):
+        store.check_run_folder(tmp_path, None)
+    store.check_run_folder(tmp_path, None, fresh=True)
