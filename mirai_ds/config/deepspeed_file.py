@@ -167,7 +167,7 @@ def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
 def _fill_buckets(config: RunConfig, zero: dict[str, Any]) -> None:
     """Bucket sizes (elements) that are "auto" or left out: no larger than the model, which is all they can hold.
 
-    DeepSpeed's default of 5e8 is a buffer of 1 to 2 GB; even 5e7 for a small model on a CPU cost a quarter of a step in
+    DeepSpeed's default of 5e8 is a buffer of 1 to 2 GB; even 5e7 for a small model on a CPU cost a fifth of a step in
     page faults.
     """
     f, width = config.foresight, config.model.width

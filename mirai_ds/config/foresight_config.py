@@ -120,7 +120,6 @@ class ForesightConfig(Section):
     )
     projector_dim: int = Field(2048, ge=1)
     teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    kernel: Literal["auto", "reference"] = "auto"
     encoder: EncoderConfig | None = None
 
     @property
