@@ -65,5 +65,12 @@ def _check(heads: list[Tensor], target: Tensor, index: Tensor, weights: Tensor, 
             f"{len(heads)} heads need index (S, {len(heads)}), weights and counts ({len(heads)},); got "
             f"{tuple(index.shape)}, {tuple(weights.shape)}, {tuple(counts.shape)}"
         )
-    if index.device.type == "cpu" and (int(index.max()) >= target.shape[1] or int(index.min()) < -1):
-        raise IndexError(f"index reaches {int(index.max())}, target has {target.shape[1]} rows (and -1 for none)")
+    if index.device.type == "cpu":
+        check_index(index, target.shape[1])
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    """Raise IndexError where `index` has values outside -1..rows-1.  Waits for the device the index is on."""
+    for value in (int(index.max()), int(index.min())):
+        if not -1 <= value < rows:
+            raise IndexError(f"index reaches {value}, target has {rows} rows (and -1 for none)")

@@ -120,6 +120,9 @@ class ForesightConfig(Section):
     )
     projector_dim: int = Field(2048, ge=1)
     teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    kernel: Literal["auto", "cuda", "cpu", "reference"] = Field(
+        "auto", description="what computes the alignment loss; auto: the compiled one of the device if it can be built"
+    )
     encoder: EncoderConfig | None = None
 
     @property

@@ -22,14 +22,23 @@ class MiraiObjective(nn.Module):
     head_weights: Tensor
     slot_counts: Tensor
 
-    def __init__(self, model: ModelConfig, foresight: ForesightConfig, feature_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        foresight: ForesightConfig,
+        feature_dim: int | None = None,
+        grad_accum_steps: int = 1,
+    ) -> None:
+        """feature_dim: width of the teacher's features, default the model's.  grad_accum_steps: what the engine divides
+        the loss by before backward; a wrong number costs time, not correctness."""
         super().__init__()
         self.foresight = foresight
+        self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
         self.projectors = projectors(foresight.heads, model.width, foresight.projector_dim, feature_dim or model.width)
         if foresight.active:
             table = index_table(foresight, model.grid)
-            self.register_buffer("index", table, persistent=False)
+            self.register_buffer("index", table.int(), persistent=False)
             self.register_buffer("slot_counts", slot_counts(foresight, table), persistent=False)
             self.register_buffer("head_weights", torch.tensor(foresight.weights), persistent=False)
 
@@ -57,6 +66,8 @@ class MiraiObjective(nn.Module):
             self.head_weights,
             self.slot_counts,
             self.foresight.heads_reduction or "sum",
+            kernel=self.foresight.kernel,
+            upstream=multiplier / self.grad_accum_steps,
         )
         metrics |= {"alignment": alignment.detach(), "cosine": cosine}
         return ntp + multiplier * alignment, metrics

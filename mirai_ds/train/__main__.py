@@ -49,10 +49,14 @@ def train(config: RunConfig, run: Path, world: World, resume: str | None, fresh:
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.hooks import Sinks, default_hooks
     from mirai_ds.train.loop import run_loop
-    from mirai_ds.train.session import build_session, open_run_folder
+    from mirai_ds.train.session import agree_on_kernel, build_session, open_run_folder
 
     start_process_group(world, config.launch.timeout_minutes)
-    resume = open_run_folder(config, run, world, resume, set_aside if fresh else None)
+    kernel = agree_on_kernel(config, device)
+    facts = {"alignment_kernel": kernel}
+    resume = open_run_folder(config, run, world, resume, set_aside if fresh else None, facts)
+    if kernel is not None and world.rank == 0:
+        print(f"mirai-ds: alignment loss: {kernel} kernel (foresight.kernel: {config.foresight.kernel})", flush=True)
     session = build_session(config, run, world, device)
     if resume is not None:
         session.resume(resume)

@@ -24,6 +24,7 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
+from mirai_ds.kernels.foresight_cosine import choose
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import code_version, describe
@@ -140,7 +141,10 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
             "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
         )
     teacher = build_teacher(config, device)
-    objective = MiraiObjective(config.model, config.foresight, teacher.feature_dim if teacher else None)
+    objective = MiraiObjective(
+        config.model, config.foresight, teacher.feature_dim if teacher else None,
+        ds_config["gradient_accumulation_steps"],
+    )  # fmt: skip
     initialise(objective, config.seed, config.model.init_std)
     engine = TrainEngine(objective, config, ds_config, device)
     if config.train.init_from:
@@ -180,11 +184,33 @@ def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
     return None
 
 
+def agree_on_kernel(config: RunConfig, device: torch.device) -> str | None:
+    """Collective: what computes the alignment loss (`cpu`, `cuda`, `reference`), compiled if need be; None without one.
+    Raises on every rank what went wrong on any."""
+    if not config.foresight.active:
+        return None
+    try:
+        mine: tuple[str | None, str | None] = (choose(config.foresight.kernel, device.type), None)
+    except UserError as error:
+        mine = (None, str(error))
+    everyone: list[tuple[str | None, str | None]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    problem = next((problem for _, problem in everyone if problem is not None), None)
+    if problem is not None:
+        raise UserError(problem)
+    return ", ".join(sorted({kernel for kernel, _ in everyone if kernel}))  # nodes may differ under `auto`
+
+
 def open_run_folder(
-    config: RunConfig, run: Path, world: World, resume: str | None, set_aside: Callable[[Path], None] | None
+    config: RunConfig,
+    run: Path,
+    world: World,
+    resume: str | None,
+    set_aside: Callable[[Path], None] | None,
+    facts: dict[str, Any] | None = None,
 ) -> str | None:
-    """Collective: the main rank makes the folder and writes what explains the run; returns the resume request to obey
-    (`store.check_run_folder` says what is refused)."""
+    """Collective: the main rank makes the folder and writes what explains the run, with `facts` about this start;
+    returns the resume request to obey (`store.check_run_folder` says what is refused)."""
     outcome: list[str | None] = [None, resume]
     if world.rank == 0:
         try:
@@ -193,7 +219,7 @@ def open_run_folder(
                 outcome[1] = None
             if set_aside is not None and resume is None:
                 set_aside(run)
-            _write_run_folder(config, run, world.size)
+            _write_run_folder(config, run, world.size, facts or {})
         except (UserError, OSError) as error:
             outcome[0] = str(error)
     dist.broadcast_object_list(outcome, src=0)
@@ -202,7 +228,7 @@ def open_run_folder(
     return outcome[1]
 
 
-def _write_run_folder(config: RunConfig, run: Path, world_size: int) -> None:
+def _write_run_folder(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:
     ds_config = resolve(config, world_size)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -211,7 +237,7 @@ def _write_run_folder(config: RunConfig, run: Path, world_size: int) -> None:
             path.rename(run / f"config.before-{int(time.time())}.yaml")
         path.write_text(text, encoding="utf-8")
         (run / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
-        environment = describe(world_size)
+        environment = {**describe(world_size), **facts}
         (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
         with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
             file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")

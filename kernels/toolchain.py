@@ -1,0 +1,88 @@
+"""What compiles the fused operations: compilers, flags, where torch's and CUDA's headers are.  Imports no torch at the
+top: the doctor and a wheel's build ask without it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+# One library for every A100 and H100 of a cluster; newer devices compile the PTX of the last one.
+CUDA_ARCHITECTURES = ("80", "90")
+
+_X86_512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+# torch's name of the vector unit it uses on this machine -> compiler flags for the same one.
+_VECTOR_FLAGS = {"AVX512": _X86_512, "AVX2": ["-mavx2", "-mfma", "-mf16c"]}
+
+
+def vector_unit() -> str:
+    """The vector unit torch uses here: AVX512, AVX2 or, elsewhere, DEFAULT (ATEN_CPU_CAPABILITY lowers it)."""
+    import torch
+
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in _VECTOR_FLAGS else "DEFAULT"
+
+
+def host_compiler() -> str | None:
+    """$CXX, else c++ or g++ or clang++, whichever is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def nvcc_path() -> str | None:
+    """$CUDA_HOME's nvcc, else the one on the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    inside = str(Path(home) / "bin" / "nvcc") if home else None
+    return inside if inside and os.access(inside, os.X_OK) else shutil.which("nvcc")
+
+
+def cuda_home(nvcc: str) -> Path | None:
+    """The folder that really holds include/ and lib64/: `nvcc` may be a link or a wrapper script, so the compiler
+    itself is asked where it is."""
+    found = re.search(r"_HERE_=(\S+)", output_of([nvcc, "--dryrun", "-c", "none.cu"]))
+    homes = [Path(found[1]).resolve().parent] if found else []
+    homes.append(Path(nvcc).resolve().parents[1])
+    return next((home for home in homes if (home / "include" / "cuda_runtime.h").is_file()), None)
+
+
+def cuda_release(nvcc: str) -> str | None:
+    """nvcc's release, such as 13.0."""
+    found = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
+    return found[1] if found else None
+
+
+def output_of(command: list[str]) -> str:
+    """What a command prints on both streams; empty when it cannot run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout + done.stderr
+
+
+def torch_folder() -> Path:
+    """The installed torch package."""
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def host_flags(target: str) -> list[str]:
+    """Flags of the C++ compiler that decide what a `target` library computes; no paths (they are no part of a hash)."""
+    import torch
+
+    flags = ["-std=c++20", "-O3", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    if target == "cuda":
+        return flags
+    unit = vector_unit()
+    return [*flags, "-fopenmp", f"-DCPU_CAPABILITY={unit}", f"-DCPU_CAPABILITY_{unit}", *_VECTOR_FLAGS.get(unit, [])]
+
+
+def device_flags() -> list[str]:
+    """Flags of nvcc.  Architectures in CUDA_ARCHITECTURES as machine code, the newest as PTX too."""
+    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
+    for number in CUDA_ARCHITECTURES:
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+    return [*flags, f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
