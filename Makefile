@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix check format verify gpu-check clean
+.PHONY: help install demo test test-matrix check format verify kernels kernels-cuda bench-kernels gpu-check clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -42,6 +42,16 @@ format: $(STAMP) ## rewrite the sources in the house format
 
 verify: $(STAMP) ## recompute the reference vectors
 	$(BIN)/mirai-ds verify tests/fixtures/*.npz
+
+kernels: $(STAMP) ## compile the fused operations for this machine (the first use would do it)
+	$(BIN)/python -m mirai_ds.kernels.build
+
+kernels-cuda: $(STAMP) ## compile the CUDA kernels, no GPU needed; show registers, refuse spills
+	@if command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc"; then $(BIN)/python -m mirai_ds.kernels.registers; \
+		else echo "kernels-cuda: SKIPPED, no nvcc here"; fi
+
+bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
+	$(BIN)/python -m mirai_ds.kernels.bench
 
 gpu-check: ## on a machine with a GPU, without a venv: GPU tests (ZeRO steps of GPT-B included) and reference vectors
 	$(PYTHON) -m pytest -m gpu -rs

@@ -2,14 +2,64 @@
 
 `kernels/` and `ds_configs/` sit at the top level, where users look for them, and are installed *inside* the package
 (`mirai_ds.kernels`, `mirai_ds.ds_configs`): the name `kernels` belongs to another project on PyPI.
+
+Sources of the fused operations are always installed and compiled on first use.  MIRAI_BUILD_KERNELS=1 compiles them
+now, with the torch that is installed: MIRAI_BUILD_KERNELS=1 pip install --no-build-isolation .
 """
 
-from setuptools import find_packages, setup
+import importlib.util
+import os
+import sys
+from pathlib import Path
 
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+PREBUILD = os.environ.get("MIRAI_BUILD_KERNELS", "0") not in ("", "0")
 ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs"}
 packages = [*find_packages(include=["mirai_ds", "mirai_ds.*"]), "mirai_ds.config.recipes"]
 for package, folder in ROOMS.items():
     packages += [package] + [f"{package}.{name}" for name in find_packages(folder)]
+
+
+class BuildWithKernels(build_py):
+    """Compiles the kernels into the package when asked to."""
+
+    def run(self) -> None:
+        super().run()
+        if PREBUILD:
+            into = HERE / "kernels" if self.editable_mode else Path(self.build_lib) / "mirai_ds" / "kernels"
+            prebuild(into / "prebuilt")
+
+
+class MaybeBinary(Distribution):
+    """A wheel with compiled kernels is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return PREBUILD or super().has_ext_modules()
+
+
+def prebuild(place: Path) -> None:
+    """Compile for the CPU, and for CUDA where nvcc is, with the build code of this source tree."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "MIRAI_BUILD_KERNELS=1 compiles with the installed torch, and none is visible here: "
+            "pip install torch ninja filelock, then pip install --no-build-isolation ."
+        )
+    sys.path.insert(0, str(HERE))
+    spec = importlib.util.spec_from_file_location(
+        "mirai_ds.kernels", HERE / "kernels" / "__init__.py", submodule_search_locations=[str(HERE / "kernels")]
+    )
+    sys.modules["mirai_ds.kernels"] = importlib.util.module_from_spec(spec)
+    from mirai_ds.kernels import build, toolchain
+
+    for target in ["cpu"] + ["cuda"] * (toolchain.nvcc_path() is not None):
+        try:
+            build.build(target, place)
+        except build.BuildError as error:
+            raise SystemExit(f"MIRAI_BUILD_KERNELS=1: {error}") from None
+
 
 setup(
     packages=packages,
@@ -20,4 +70,6 @@ setup(
         "mirai_ds.ds_configs": ["*.json"],
         "mirai_ds.kernels": ["*/*.cu", "*/*.cpp", "*/*.h"],
     },
+    cmdclass={"build_py": BuildWithKernels},
+    distclass=MaybeBinary,
 )

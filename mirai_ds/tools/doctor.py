@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
 from mirai_ds.config import UserError
+from mirai_ds.kernels import build, toolchain
 from mirai_ds.runtime.environment import cpu_name, package_versions
 
 
@@ -36,9 +36,9 @@ def examine() -> tuple[list[str], bool]:
     advice = f"has {', '.join(fast)}: bf16 pays" if fast else "no bf16 instructions: use train.precision: fp32 on CPU"
     lines.append(f"            {advice}")
     lines += _gpu_lines(torch)
-    lines.append(f"compiler    {_first_line(['c++', '--version']) or 'none: compiled CPU kernels cannot be built'}")
+    lines.append(f"compiler    {_compiler()}")
     lines.append(f"nvcc        {_nvcc()}")
-    lines.append("alignment   reference (plain PyTorch)")
+    lines += _kernel_lines(torch)
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     lines.append(f"disk        {free:.0f} GiB free in {Path.cwd()}")
     lines.append(
@@ -78,33 +78,38 @@ def _gpu_lines(torch: object) -> list[str]:
     return lines
 
 
-def _first_line(command: list[str]) -> str | None:
-    return next(iter(_output(command).splitlines()), None) if shutil.which(command[0]) else None
+def _compiler() -> str:
+    path = toolchain.host_compiler()
+    said = toolchain.output_of([path, "--version"]).splitlines() if path else []
+    return f"{path} ({said[0] if said else 'unknown version'})" if path else "none: compiled kernels cannot be built"
 
 
 def _nvcc() -> str:
-    path = shutil.which("nvcc")
+    path = toolchain.nvcc_path()
     if path is None:
         return "none: CUDA kernels cannot be built"
-    version = _output([path, "--version"]).strip().splitlines()
-    home = cuda_home(path)
+    home = toolchain.cuda_home(path)
     where = f"CUDA_HOME={home}" if home else "CUDA_HOME unknown: no folder with include/ beside it"
-    return f"{path} ({version[-1] if version else 'unknown version'}), {where}"
+    return f"{path} (release {toolchain.cuda_release(path) or 'unknown'}), {where}"
 
 
-def cuda_home(nvcc: str) -> Path | None:
-    """The folder that really holds include/ and lib64/: `nvcc` may be a link or a wrapper script, so the compiler
-    itself is asked where it is."""
-    found = re.search(r"_HERE_=(\S+)", _output([nvcc, "--dryrun", "-c", "none.cu"]))
-    homes = [Path(found[1]).resolve().parent] if found else []
-    homes.append(Path(nvcc).resolve().parents[1])
-    return next((home for home in homes if (home / "include" / "cuda_runtime.h").is_file()), None)
+def _kernel_lines(torch: Any) -> list[str]:
+    """What is compiled, for what, and what the alignment loss will run on."""
+    unit = toolchain.vector_unit()
+    lines = [f"kernels     cpu ({unit}): {_built('cpu', toolchain.host_compiler() is not None)}"]
+    architectures = ", ".join(f"sm_{number}" for number in toolchain.CUDA_ARCHITECTURES)
+    lines.append(f"            cuda ({architectures}): {_built('cuda', toolchain.nvcc_path() is not None)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    able = build.find(device) is not None or (
+        toolchain.host_compiler() is not None and (device == "cpu" or toolchain.nvcc_path() is not None)
+    )
+    runs = f"the compiled {device} kernel" if able else "reference (plain PyTorch): no compiler and nothing built"
+    lines.append(f"alignment   kernel: auto will run {runs}")
+    return lines
 
 
-def _output(command: list[str]) -> str:
-    """What a command prints on both streams; empty when it cannot run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr
+def _built(target: str, compiler: bool) -> str:
+    path = build.find(target)
+    if path is not None:
+        return f"built, {path}"
+    return f"not built yet; the first use builds it in {build.cache_folder()}" if compiler else "not built, no compiler"
