@@ -106,10 +106,11 @@ def steps(target: str) -> Steps:
     includes = [f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
     host = (compiler, *toolchain.host_flags(target))
+    shared = (*host, "-shared", "-Wl,-z,defs", "$in", "-o", "$out")  # a missing symbol fails here, not in a run
     depfile = ("-MMD", "-MF", "$out.d")
     if target == "cpu":
         compile_cpp = (*host, *depfile, *includes, "-c", "$in", "-o", "$out")
-        return Steps({".cpp": compile_cpp}, (*host, "-shared", "$in", "-o", "$out", *libraries))
+        return Steps({".cpp": compile_cpp}, (*shared, *libraries))
     nvcc, home = _cuda_toolkit()
     includes.append(f"-isystem{home / 'include'}")
     libraries += ["-lc10_cuda", f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart"]
@@ -118,7 +119,7 @@ def steps(target: str) -> Steps:
             ".cpp": (*host, *depfile, *includes, "-c", "$in", "-o", "$out"),
             ".cu": (nvcc, *toolchain.device_flags(), "-ccbin", compiler, "-c", "$in", "-o", "$out"),
         },
-        (*host, "-shared", "$in", "-o", "$out", *libraries),
+        (*shared, *libraries),
     )
 
 

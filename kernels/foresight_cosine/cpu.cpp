@@ -4,7 +4,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/functional.h>  // with the conversions between fp32 and the narrow types
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
@@ -43,21 +43,32 @@ inline void store_pair(T* to, Floats low, Floats high) {
   }
 }
 
+// Sums over a row; the few operations a row that follow are done in fp64, where they cost nothing.
+struct Products {
+  double states_states, states_target, target_target;
+};
+
 // F.normalize's divisor, NaN included, and whether the norm itself carries a gradient (clamp_min's rule).
 struct Norm {
-  float size;
+  double size;
   bool free;
 };
 
-inline Norm clamped_norm(float sum_of_squares) {
-  const float norm = std::sqrt(sum_of_squares);
-  const bool clamped = norm < static_cast<float>(kEps);
-  return {clamped ? static_cast<float>(kEps) : norm, !clamped};
+inline Norm clamped_norm(double sum_of_squares) {
+  const double norm = std::sqrt(sum_of_squares);
+  return {norm < kEps ? kEps : norm, !(norm < kEps)};
 }
 
-struct Products {
-  float states_states, states_target, target_target;
-};
+inline double total(Floats first, Floats second) {
+  float lanes[2 * kLanes];
+  first.store(lanes);
+  second.store(lanes + kLanes);
+  double sums[8] = {};  // independent, so that the compiler adds them side by side
+  for (int64_t i = 0; i < 2 * kLanes; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) sums[j] += lanes[i + j];
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
 
 template <typename P, typename T>
 inline Products products(const P* states, const T* target, int64_t width) {
@@ -73,12 +84,9 @@ inline Products products(const P* states, const T* target, int64_t width) {
     tt0 = at::vec::fmadd(t0, t0, tt0);
     tt1 = at::vec::fmadd(t1, t1, tt1);
   }
-  const auto total = [](Floats a, Floats b) {
-    return at::vec::vec_reduce_all<float>([](Floats x, Floats y) { return x + y; }, a + b);
-  };
   Products sums{total(ss0, ss1), total(st0, st1), total(tt0, tt1)};
   for (; c < width; ++c) {
-    const float p = static_cast<float>(states[c]), t = static_cast<float>(target[c]);
+    const double p = static_cast<float>(states[c]), t = static_cast<float>(target[c]);
     sums.states_states += p * p;
     sums.states_target += p * t;
     sums.target_target += t * t;
@@ -105,13 +113,14 @@ inline void write_gradient(G* gradient, const P* states, const T* target, float 
 
 // One row: returns its cosine and, where `gradient` is wanted, writes scale * d cosine / d states.
 template <typename P, typename T, typename G>
-inline float one_row(const P* states, const T* target, G* gradient, float scale, int64_t width) {
+inline double one_row(const P* states, const T* target, G* gradient, double scale, int64_t width) {
   const Products sums = products(states, target, width);
   const Norm p = clamped_norm(sums.states_states), t = clamped_norm(sums.target_target);
-  const float cosine = sums.states_target / p.size / t.size;
+  const double cosine = sums.states_target / p.size / t.size;
   if (gradient != nullptr) {
-    const float along_states = p.free ? scale * cosine / p.size / p.size : 0.f;
-    write_gradient(gradient, states, target, scale / p.size / t.size, along_states, width);
+    const double along_states = p.free ? scale * cosine / p.size / p.size : 0.0;
+    write_gradient(gradient, states, target, static_cast<float>(scale / p.size / t.size),
+                   static_cast<float>(along_states), width);
   }
   return cosine;
 }
@@ -126,7 +135,7 @@ void check_index(const at::Tensor& index, int64_t rows) {
 
 // Sums of cosines, one row of `parts` for kSlotsPerPart slots of the flattened (batch, slot).
 template <typename P, typename T, typename G>
-void all_rows(const Arguments& a, const std::vector<float>& scales, std::vector<double>& parts) {
+void all_rows(const Arguments& a, const std::vector<double>& scales, std::vector<double>& parts) {
   const int64_t heads = a.num_heads(), total = a.batch * a.slots;
   const int32_t* index = a.index.const_data_ptr<int32_t>();
   const T* target = a.target.const_data_ptr<T>();
@@ -160,16 +169,15 @@ void all_rows(const Arguments& a, const std::vector<float>& scales, std::vector<
 
 Outputs foresight_cosine(at::TensorList projected, const at::Tensor& target, const at::Tensor& index,
                          const at::Tensor& weights, const at::Tensor& counts, bool mean, double upstream,
-                         bool with_gradient) {
+                         bool with_gradient, bool /*overwrite: autograd's affair*/) {
   const Arguments a = read_arguments(projected, target, index, weights, counts, with_gradient);
   check_index(a.index, a.rows);
   const int64_t heads = a.num_heads();
   const double share = mean ? 1.0 / static_cast<double>(heads) : 1.0;
-  std::vector<double> divisors(heads);
-  std::vector<float> scales(heads);
+  std::vector<double> divisors(heads), scales(heads);
   for (int64_t k = 0; k < heads; ++k) {
     divisors[k] = static_cast<double>(a.counts.const_data_ptr<float>()[k]) * static_cast<double>(a.batch);
-    scales[k] = static_cast<float>(-share * a.weights.const_data_ptr<float>()[k] / divisors[k] * upstream);
+    scales[k] = -share * a.weights.const_data_ptr<float>()[k] / divisors[k] * upstream;
   }
   const int64_t num_parts = (a.batch * a.slots + kSlotsPerPart - 1) / kSlotsPerPart;
   std::vector<double> parts(num_parts * heads, 0.0);
@@ -209,6 +217,7 @@ void rescale_(at::TensorList gradients, const at::Tensor& received, double expec
   if (received.item<float>() == static_cast<float>(expected)) return;
   const float ratio = ratio_of(received, expected);
   for (const at::Tensor& gradient : gradients) {
+    TORCH_CHECK_VALUE(gradient.is_contiguous(), "gradients: must be contiguous");
     MIRAI_FLOATS(gradient.scalar_type(), "foresight_cosine_rescale_",
                  [&] { scale_all<scalar_t, scalar_t>(gradient, gradient, ratio); });
   }
@@ -219,7 +228,8 @@ std::vector<at::Tensor> rescale(at::TensorList gradients, const at::Tensor& rece
                                 at::ScalarType dtype) {
   const float ratio = ratio_of(received, expected);
   std::vector<at::Tensor> out;
-  for (const at::Tensor& gradient : gradients) {
+  for (const at::Tensor& given : gradients) {
+    const at::Tensor gradient = given.contiguous();
     out.push_back(at::empty(gradient.sizes(), gradient.options().dtype(dtype)));
     MIRAI_FLOATS(gradient.scalar_type(), "foresight_cosine_rescale", [&] {
       using from_t = scalar_t;

@@ -17,7 +17,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kVector = 8;  // elements of a chunk: 16 bytes of a 16-bit type, twice 16 of fp32
-constexpr float kEps = 1e-12f;
+constexpr double kEps = 1e-12;
 
 template <typename T>
 __device__ __forceinline__ float to_float(T value) {
@@ -63,6 +63,7 @@ struct Chunk {
   }
 };
 
+// What a lane has of the three sums of a row.
 struct Products {
   float states_states = 0.f, states_target = 0.f, target_target = 0.f;
 
@@ -71,38 +72,40 @@ struct Products {
     states_target = fmaf(p, t, states_target);
     target_target = fmaf(t, t, target_target);
   }
-  // The sum over the warp, the same bits in every lane.
-  __device__ __forceinline__ void reduce() {
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      states_states += __shfl_xor_sync(~0u, states_states, offset);
-      states_target += __shfl_xor_sync(~0u, states_target, offset);
-      target_target += __shfl_xor_sync(~0u, target_target, offset);
-    }
-  }
 };
+
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;  // the same bits in every lane
+}
 
 // gradient = along_target * target - along_states * states
 struct Row {
-  float cosine, along_target, along_states;
+  double cosine;
+  float along_target, along_states;
 };
 
-__device__ __forceinline__ Row finish_row(const Products& sums, float scale) {
-  const float p_norm = sqrtf(sums.states_states), t_norm = sqrtf(sums.target_target);
-  // F.normalize's clamp; a NaN fails the comparison and stays.  A clamped norm carries no gradient.
-  const float p_size = p_norm < kEps ? kEps : p_norm, t_size = t_norm < kEps ? kEps : t_norm;
+// The few operations a row that follow its sums, in fp64: with them a row's error is that of its products alone.
+__device__ __forceinline__ Row finish_row(const Products& lane, double scale) {
+  const double ss = warp_sum(lane.states_states), st = warp_sum(lane.states_target);
+  const double tt = warp_sum(lane.target_target);
+  // F.normalize's clamp, squared; a NaN fails the comparison and stays.  A clamped norm carries no gradient.
+  constexpr double kSmallest = kEps * kEps;
+  const double p = ss < kSmallest ? kSmallest : ss, t = tt < kSmallest ? kSmallest : tt;
+  const double inverse = rsqrt(p * t);
   Row row;
-  row.cosine = sums.states_target / p_size / t_size;
-  row.along_target = scale / p_size / t_size;
-  row.along_states = p_norm < kEps ? 0.f : scale * row.cosine / p_size / p_size;
+  row.cosine = st * inverse;
+  row.along_target = static_cast<float>(scale * inverse);
+  row.along_states = ss < kSmallest ? 0.f : static_cast<float>(scale * row.cosine / p);
   return row;
 }
 
 // Chunks of a row that a lane owns: lane, lane + 32, ...  kChunks of them stay in registers; with kChunks == 0 (rows
 // too wide for that) they are read again, from cache.
 template <typename P, typename T, typename G, int kChunks>
-__device__ __forceinline__ float vector_row(const P* states, const T* target, G* gradient, float scale, int width,
-                                            int lane) {
+__device__ __forceinline__ double vector_row(const P* states, const T* target, G* gradient, double scale, int width,
+                                             int lane) {
   Products sums;
   if constexpr (kChunks > 0) {
     Chunk<P> p[kChunks];
@@ -123,7 +126,6 @@ __device__ __forceinline__ float vector_row(const P* states, const T* target, G*
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sums.add(p[i].get(j), t[i].get(j));
     }
-    sums.reduce();
     const Row row = finish_row(sums, scale);
     if (gradient != nullptr) {
 #pragma unroll
@@ -147,7 +149,6 @@ __device__ __forceinline__ float vector_row(const P* states, const T* target, G*
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sums.add(p.get(j), t.get(j));
     }
-    sums.reduce();
     const Row row = finish_row(sums, scale);
     if (gradient != nullptr) {
       for (int start = lane * kVector; start < width; start += kWarp * kVector) {
@@ -165,11 +166,10 @@ __device__ __forceinline__ float vector_row(const P* states, const T* target, G*
 
 // Rows of odd width or address: one element a load.
 template <typename P, typename T, typename G>
-__device__ __forceinline__ float scalar_row(const P* states, const T* target, G* gradient, float scale, int width,
-                                            int lane) {
+__device__ __forceinline__ double scalar_row(const P* states, const T* target, G* gradient, double scale, int width,
+                                             int lane) {
   Products sums;
   for (int c = lane; c < width; c += kWarp) sums.add(to_float(states[c]), to_float(target[c]));
-  sums.reduce();
   const Row row = finish_row(sums, scale);
   if (gradient != nullptr) {
     for (int c = lane; c < width; c += kWarp) {
@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (warp < teams * heads) {
     const DeviceHead& head = problem.heads[k];
     const double divisor = static_cast<double>(problem.counts[k]) * static_cast<double>(problem.batch);
-    const float scale = static_cast<float>(-static_cast<double>(problem.share) * problem.weights[k] / divisor *
-                                           problem.upstream);
+    const double scale = -static_cast<double>(problem.share) * problem.weights[k] / divisor * problem.upstream;
     for (int64_t i = warp / heads; i < total; i += teams) {
       const int64_t b = i / problem.slots, s = i - b * problem.slots;
       const int64_t row = problem.index[s * heads + k];
@@ -239,8 +238,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* __restri
   for (int k = 0; k < heads; ++k) {
     double sum = 0.0;
     for (int64_t i = k + static_cast<int64_t>(threadIdx.x) * heads; i < part_count; i += kThreads * heads) sum += parts[i];
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -275,8 +273,7 @@ Kernel kernel_for(int chunks) {
     case kScalar: return foresight_cosine_kernel<P, T, kScalar>;
     case 3: return foresight_cosine_kernel<P, T, 3>;  // up to 768: GPT-B, DINOv2-B
     case 4: return foresight_cosine_kernel<P, T, 4>;  // 1024: GPT-L, DINOv2-L
-    case 5: return foresight_cosine_kernel<P, T, 5>;  // 1280: GPT-XL
-    case 6: return foresight_cosine_kernel<P, T, 6>;  // 1536: GPT-XXL, DINOv2-g
+    case 5: return foresight_cosine_kernel<P, T, 5>;  // 1280: GPT-XL; a sixth would spill
     default: return foresight_cosine_kernel<P, T, 0>;
   }
 }
@@ -311,7 +308,7 @@ int chunks_of(const Problem& problem, Type states, Type target) {
     }
   }
   const int64_t chunks = (problem.width + kWarp * kVector - 1) / (kWarp * kVector);
-  return chunks > 6 ? 0 : static_cast<int>(chunks < 3 ? 3 : chunks);
+  return chunks > 5 ? 0 : static_cast<int>(chunks < 3 ? 3 : chunks);
 }
 
 Kernel choose_kernel(const Problem& problem, Type states, Type target) {

@@ -21,7 +21,7 @@ void check(cudaError_t status) {
 
 Outputs foresight_cosine(at::TensorList projected, const at::Tensor& target, const at::Tensor& index,
                          const at::Tensor& weights, const at::Tensor& counts, bool mean, double upstream,
-                         bool with_gradient) {
+                         bool with_gradient, bool /*overwrite: autograd's affair*/) {
   const c10::cuda::OptionalCUDAGuard guard(target.device());
   const Arguments a = read_arguments(projected, target, index, weights, counts, with_gradient);
   const int64_t heads = a.num_heads();

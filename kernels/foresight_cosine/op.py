@@ -20,10 +20,12 @@ from mirai_ds.kernels.foresight_cosine import reference
 
 KERNELS = ("auto", "cuda", "cpu", "reference")
 
+# upstream: the gradient the loss is expected to receive; with_gradient: fill `gradients`, shaped like `projected`;
+# overwrite: the caller drops `gradients`, so that the backward pass may hand them out, rescaled in place.
 torch.library.define(
     "mirai::foresight_cosine",
     "(Tensor[] projected, Tensor target, Tensor index, Tensor weights, Tensor counts, bool mean, float upstream, "
-    "bool with_gradient) -> (Tensor loss, Tensor cosine, Tensor[] gradients)",
+    "bool with_gradient, bool overwrite) -> (Tensor loss, Tensor cosine, Tensor[] gradients)",
 )
 torch.library.define(
     "mirai::foresight_cosine_rescale_", "(Tensor(a!)[] gradients, Tensor received, float expected) -> ()"
@@ -75,8 +77,8 @@ def foresight_cosine(
         _check_index_once(index, target.shape[1])
     with_gradient = torch.is_grad_enabled() and any(states.requires_grad for states in heads)
     loss, cosine, _ = torch.ops.mirai.foresight_cosine(
-        heads, target.detach(), index, weights, counts, reduction == "mean", upstream or 1.0, with_gradient
-    )
+        heads, target.detach(), index, weights, counts, reduction == "mean", upstream or 1.0, with_gradient, True
+    )  # overwrite: nobody but the backward pass sees the third output
     return loss, cosine
 
 
@@ -100,6 +102,7 @@ def choose(
     if problem is None:
         return device
     if kernel == "auto":
+        _say_once(f"the alignment loss runs in plain PyTorch (kernel: auto), because {problem}", say)
         return "reference"
     raise ConfigError("foresight.kernel", kernel, problem)
 
@@ -110,13 +113,15 @@ def _load(target: str, say: Callable[[str], None]) -> str | None:
     try:
         torch.ops.load_library(str(build.library(target, say)))
     except build.BuildError as error:
-        problem = str(error)
+        return str(error)
     except OSError as error:  # built, but this torch or CUDA cannot load it
-        problem = f"the compiled library cannot be loaded: {error}"
-    else:
-        return None
-    say(f"the alignment loss runs in plain PyTorch (kernel: auto), because {problem}")
-    return problem
+        return f"the compiled library cannot be loaded: {error.__cause__ or error}"
+    return None
+
+
+@functools.cache
+def _say_once(message: str, say: Callable[[str], None]) -> None:
+    say(message)
 
 
 _CHECKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -141,6 +146,7 @@ def _fake(
     mean: bool,
     upstream: float,
     with_gradient: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     first = projected[0]
     dtype = torch.float32 if first.dtype == torch.float16 else first.dtype  # fp16: see `arguments.h`
@@ -159,19 +165,20 @@ def _fake_rescale(gradients: list[Tensor], received: Tensor, expected: float, dt
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    ctx.upstream, ctx.dtype = inputs[6], inputs[0][0].dtype
+    ctx.upstream, ctx.overwrite, ctx.dtype = inputs[6], inputs[8], inputs[0][0].dtype
     ctx.mark_non_differentiable(output[1], *output[2])
     ctx.save_for_backward(*output[2])
 
 
 def _backward(ctx: Any, loss: Tensor, cosine: Tensor, gradients: list[Tensor]) -> tuple[Any, ...]:
     kept = list(ctx.saved_tensors)
-    rest = (None,) * 7
+    rest = (None,) * 8
     if not kept:
         raise RuntimeError("mirai::foresight_cosine was called with with_gradient=False: there is no gradient")
     if torch.is_grad_enabled():
         raise RuntimeError("mirai::foresight_cosine has no second derivative: use kernel='reference'")
-    if kept[0].dtype != ctx.dtype or type(kept[0]) is not Tensor or _graph_is_kept():
+    in_place = ctx.overwrite and kept[0].dtype == ctx.dtype and type(kept[0]) is Tensor and not _graph_is_kept()
+    if not in_place:
         return torch.ops.mirai.foresight_cosine_rescale(kept, loss, ctx.upstream, ctx.dtype), *rest
     # Nobody will ask again: what was written in the forward pass is handed out, corrected on the spot if need be.
     torch.ops.mirai.foresight_cosine_rescale_(kept, loss, ctx.upstream)

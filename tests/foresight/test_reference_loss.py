@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mirai_ds.kernels.foresight_cosine import foresight_cosine
+from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine
 from torch import Tensor
 
 from mirai_ds.config import ForesightConfig, ModelConfig
