@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from mirai_ds.kernels import toolchain
 
@@ -149,7 +150,7 @@ def build(target: str, place: Path, say: Callable[[str], None] = say_on_stderr, 
     with _Lock(key, target, say, wait):
         if finished.is_file():
             return finished
-        _same_failure(key, began)
+        _same_failure(target, key, began)
         commands = steps(target)
         say(f"compiling the {target} kernels once for this machine, about half a minute ...")
         try:
@@ -173,7 +174,7 @@ def _run_ninja(target: str, commands: Steps, folder: Path, key: str) -> None:
 
     objects = []
     with (folder / "build.ninja").open("w", encoding="utf-8") as file:
-        writer = Writer(file, width=1000)
+        writer: Any = Writer(cast(Any, file), width=1000)  # its annotations are not what it takes
         for suffix, command in commands.compile.items():
             has_depfile = "-MF" in command
             writer.rule(
@@ -207,11 +208,11 @@ def _why(target: str, text: str, log: Path) -> str:
     return f"compiling the {target} kernels failed:\n  {shown}\n  everything the compiler said: {log}"
 
 
-def _same_failure(key: str, began: float) -> None:
+def _same_failure(target: str, key: str, began: float) -> None:
     """Whoever held the lock while this process waited may have failed: do not fail again, slowly, in every rank."""
     log = _state_folder() / f"{key}.failed"
     if log.is_file() and log.stat().st_mtime >= began:
-        raise BuildError(_why("same", log.read_text(encoding="utf-8"), log))
+        raise BuildError(_why(target, log.read_text(encoding="utf-8"), log))
 
 
 def _publish(folder: Path, finished: Path) -> None:

@@ -66,7 +66,9 @@ def main() -> int:
         table.setdefault(name, {})[use.arch] = use
     print(f"{'registers a thread':60}" + "".join(f"{arch:>8}" for arch in architectures))
     for name in sorted(table):
-        print(f"{name:60}" + "".join(f"{table[name][arch].registers:>8}" for arch in architectures))
+        print(
+            f"{name:60}" + "".join(f"{table[name][a].registers if a in table[name] else '-':>8}" for a in architectures)
+        )
     bad = [use for use in uses if use.stack or use.spilled]
     for name, use in zip(short_names(bad), bad, strict=True):
         print(f"LOCAL MEMORY {name} {use.arch}: stack {use.stack} bytes, spilled {use.spilled} bytes")

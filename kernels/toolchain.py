@@ -83,6 +83,5 @@ def host_flags(target: str) -> list[str]:
 def device_flags() -> list[str]:
     """Flags of nvcc.  Architectures in CUDA_ARCHITECTURES as machine code, the newest as PTX too."""
     flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
-    for number in CUDA_ARCHITECTURES:
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+    flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
     return [*flags, f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]

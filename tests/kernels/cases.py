@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from mirai_ds.kernels.foresight_cosine import foresight_cosine
+from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine as reference
 from torch import Tensor
 
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table, slot_counts
-from mirai_ds.kernels.foresight_cosine import foresight_cosine
-from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine as reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICES = [
@@ -113,11 +113,10 @@ def steepest(case: Case) -> float:
     )
 
 
-def assert_as_exact_as_torch(case: Case, kernel: str, upstream: float = 1.0, expected: float = 1.0) -> None:
+def assert_close_to_exact(case: Case, ours: tuple[Tensor, Tensor, Tensor], upstream: float = 1.0) -> None:
     """Loss, cosines and gradients against float64: at most twice PyTorch's error, or a rounding of the result."""
     exact = evaluate(case.double(), "plain", upstream)
     plain = evaluate(case, "plain", upstream)
-    ours = evaluate(case, kernel, upstream, expected)
     for name, truth, theirs, mine in zip(("loss", "cosine", "gradient"), exact, plain, ours, strict=True):
         # PyTorch may be right by luck: half a unit in the last place of the largest number, or of the terms that cancel
         # (cosines are sums of terms up to 1; a gradient is the difference of two vectors of length |scale| / |state|).
@@ -126,3 +125,8 @@ def assert_as_exact_as_torch(case: Case, kernel: str, upstream: float = 1.0, exp
         allowed = 2 * max(float((theirs.double() - truth).abs().max()), rounding)
         error = float((mine.double() - truth).abs().max())
         assert error <= allowed, f"{name}: {error:.2e} from float64, PyTorch {allowed / 2:.2e}"
+
+
+def assert_as_exact_as_torch(case: Case, kernel: str, upstream: float = 1.0, expected: float = 1.0) -> None:
+    """`kernel`'s results for a loss that receives `upstream`."""
+    assert_close_to_exact(case, evaluate(case, kernel, upstream, expected), upstream)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from mirai_ds.kernels import build
+from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine, op
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mirai_ds.config import ConfigError
-from mirai_ds.kernels import build
-from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine, op
 from tests.kernels.cases import BF16, DEVICES, F16, F32, assert_as_exact_as_torch, evaluate, random_case
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -191,7 +191,7 @@ def test_kernels_agree_on_the_message_for_wrong_arguments() -> None:
         ("index", torch.zeros(9, 2, dtype=torch.int32)),
     ):
         wrong = replace(case, **{name: value})
-        with pytest.raises(ValueError, match="expected|need|one"):
+        with pytest.raises(ValueError, match=r"expected|need|one"):
             foresight_cosine(wrong.projected, *wrong.rest, kernel="cpu")
     with pytest.raises(ValueError, match="reduction = 'max'"):
         foresight_cosine(case.projected, *case.rest[:-1], "max", kernel="cpu")
@@ -224,7 +224,7 @@ def test_explicit_choices_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(build, "library", nothing)
     say = said.append
-    with pytest.raises(ConfigError, match="foresight.kernel = 'cpu': no C\\+\\+ compiler"):
+    with pytest.raises(ConfigError, match=r"foresight.kernel = 'cpu': no C\+\+ compiler"):
         choose("cpu", "cpu", F32, say)
     assert choose("auto", "cpu", F32, say) == "reference"
     assert choose("auto", "cpu", F32, say) == "reference"
