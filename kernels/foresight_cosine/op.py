@@ -167,12 +167,15 @@ def _fake_rescale(gradients: list[Tensor], received: Tensor, expected: float, dt
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     ctx.upstream, ctx.overwrite, ctx.dtype = inputs[6], inputs[8], inputs[0][0].dtype
     ctx.mark_non_differentiable(output[1], *output[2])
+    ctx.set_materialize_grads(False)  # or autograd would fill as many zeros as `gradients` has numbers
     ctx.save_for_backward(*output[2])
 
 
-def _backward(ctx: Any, loss: Tensor, cosine: Tensor, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, loss: Tensor | None, cosine: None, gradients: None) -> tuple[Any, ...]:
     kept = list(ctx.saved_tensors)
     rest = (None,) * 8
+    if loss is None:
+        return None, *rest
     if not kept:
         raise RuntimeError("mirai::foresight_cosine was called with with_gradient=False: there is no gradient")
     if torch.is_grad_enabled():
