@@ -15,7 +15,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.cli import main
 from mirai_ds.config import dump, load
 from mirai_ds.train.session import read_run_config
-from tests.train.conftest import records, small_train
+from tests.train.conftest import numbers, records, small_train
 
 SCALARS = {
     "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
@@ -209,3 +209,30 @@ def test_a_mistake_that_only_ranks_can_see(tmp_path: Path) -> None:
     assert len(done.err.strip().splitlines()) == 1
     assert done.err.startswith("mirai-ds: error: model.vocab_size = 16: ")
     assert "use at least 17" in done.err
+
+
+def test_the_kernel_that_ran_is_said_once_and_stored(finished: Path) -> None:
+    assert json.loads((finished / "environment.json").read_text())["alignment_kernel"] == "cpu"
+    said = [line for line in (finished / "stdout.txt").read_text().splitlines() if "kernel" in line]
+    assert said == ["mirai-ds: alignment loss: cpu kernel (foresight.kernel: auto)"]
+
+
+def test_kernels_change_a_run_by_rounding_only(finished: Path, tmp_path: Path) -> None:
+    done = small_train(tmp_path / "run", "--set", "foresight.kernel=reference")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["alignment_kernel"] == "reference"
+    compared = 0
+    for mine, theirs in zip(numbers(finished), numbers(tmp_path / "run"), strict=True):
+        for name in ("loss/total", "loss/alignment", "held_out/ntp_raw", "held_out/ntp_ema"):
+            if name in mine:
+                assert mine[name] == pytest.approx(theirs[name], rel=2e-4), (mine["step"], name)
+                compared += 1
+    assert compared > 120
+
+
+def test_a_kernel_of_another_device_is_refused(tmp_path: Path) -> None:
+    done = small_train(tmp_path / "run", "--set", "foresight.kernel=cuda")
+    assert done.code == 2
+    assert done.err.strip() == (
+        "mirai-ds: error: foresight.kernel = 'cuda': the tensors are on cpu; use auto, cpu or reference"
+    )
