@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix check format verify kernels kernels-cuda bench-kernels gpu-check clean
+.PHONY: help install demo test test-matrix check format verify kernels kernels-cuda bench-kernels \
+	gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,9 +54,21 @@ kernels-cuda: $(STAMP) ## compile the CUDA kernels, no GPU needed; show register
 bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
 	$(BIN)/python -m mirai_ds.kernels.bench
 
-gpu-check: ## on a machine with a GPU, without a venv: GPU tests (ZeRO steps of GPT-B included) and reference vectors
+gpu-check: gpu-tests gpu-sanitize gpu-bench ## on a machine with a GPU, without a venv: the three below
+
+gpu-tests: # kernels, ZeRO steps of GPT-B, sampling; reference vectors
+	$(PYTHON) -m mirai_ds.kernels.registers
 	$(PYTHON) -m pytest -m gpu -rs
 	$(PYTHON) -m mirai_ds verify tests/fixtures/*.npz
+
+gpu-sanitize: # out-of-bounds accesses and races
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m tests.gpu.sanitized || exit 1; done; \
+		else echo "gpu-sanitize: SKIPPED, no compute-sanitizer here"; fi
+
+gpu-bench: # rows for kernels/results.csv
+	$(PYTHON) -m mirai_ds.kernels.bench --device cuda
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
+from torch import Tensor
 
 WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
 METHODS = {"E": 3, "I": 1}  # heads
@@ -53,7 +52,7 @@ class Row:
     dtype: str
     variant: str
     median_ms: float
-    times_fused: float  # how many times as long as the fused version, in the same run
+    ratio: float  # of its time to the first variant's, in the same run
     extra_mib: float  # peak memory beyond the inputs
     gradient_mib: float
     gb_per_s: float  # of the fewest bytes
@@ -137,8 +136,8 @@ def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 
 
 
 def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 20) -> dict[str, float]:
-    """The same on a GPU, by its own clock: `repeat` runs queued behind each other, so that launching costs nothing, with
-    the L2 cache as training leaves it (other data) only for the first; the inputs exceed it at all sizes but B, I."""
+    """The same on a GPU, by its own clock: `repeat` runs queued behind each other, so that launching costs nothing.
+    The inputs exceed the L2 cache at all sizes but B, I in bf16, which keeps part of them from run to run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
@@ -169,7 +168,7 @@ def peak_extra_bytes(run: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     del kept
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -208,11 +207,21 @@ def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds:
         extra = 0 if name == "copy" else peak_extra_bytes(run, device)
         rows.append(
             Row(
-                **facts(device, command), op="foresight_cosine", size=size, method=method, batch=batch, heads=heads,
-                width=width, dtype=dtype, variant=name, median_ms=round(times[name], 4),
-                times_fused=round(times[name] / times["fused"], 2), extra_mib=round(extra / 2**20, 2),
-                gradient_mib=round(gradient / 2**20, 2), gb_per_s=round(t.fewest_bytes / times[name] / 1e6, 1),
-            )  # fmt: skip
+                **facts(device, command),
+                op="foresight_cosine",
+                size=size,
+                method=method,
+                batch=batch,
+                heads=heads,
+                width=width,
+                dtype=dtype,
+                variant=name,
+                median_ms=round(times[name], 4),
+                ratio=round(times[name] / times["fused"], 2),
+                extra_mib=round(extra / 2**20, 2),
+                gradient_mib=round(gradient / 2**20, 2),
+                gb_per_s=round(t.fewest_bytes / times[name] / 1e6, 1),
+            )
         )
     return rows
 
@@ -247,12 +256,12 @@ def table(rows: list[dict[str, str]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (device, size, method, dtype, batch, date, version), found in tasks.items():
-        fused, ratio = found["fused"], lambda name: f"{float(found[name]['times_fused']):.1f}x"  # noqa: B023
+        fused = found["fused"]
+        eager, compiled, copy = (float(found[name]["ratio"]) for name in ("eager", "compiled", "copy"))
         extra = float(fused["extra_mib"]) / float(fused["gradient_mib"])
         lines.append(
             f"| {device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
-            f"{float(fused['median_ms']):.3g} | {ratio('eager')} | {ratio('compiled')} | "
-            f"{float(found['copy']['times_fused']):.2f}x | {extra:.2f} |"
+            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f} |"
         )
     return "\n".join(lines)
 
@@ -260,7 +269,9 @@ def table(rows: list[dict[str, str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write rows, or print the table of rows that are there."""
     parser = argparse.ArgumentParser(
-        prog="python -m mirai_ds.kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mirai_ds.kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", choices=WIDTHS, default=list(WIDTHS))
