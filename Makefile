@@ -53,6 +53,7 @@ kernels-cuda: $(STAMP) ## compile the CUDA kernels, no GPU needed; show register
 
 bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
 	$(BIN)/python -m mirai_ds.kernels.bench
+	$(BIN)/python -m mirai_ds.tools.traffic
 
 gpu-check: gpu-tests gpu-sanitize gpu-bench ## on a machine with a GPU, without a venv: the three below
 
@@ -69,6 +70,7 @@ gpu-sanitize: # out-of-bounds accesses and races
 
 gpu-bench: # rows for kernels/results.csv
 	$(PYTHON) -m mirai_ds.kernels.bench --device cuda
+	$(PYTHON) -m mirai_ds.tools.traffic --device cuda
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -135,14 +135,14 @@ def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 20) -> dict[str, float]:
+def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 10) -> dict[str, float]:
     """The same on a GPU, by its own clock: `repeat` runs queued behind each other, so that launching costs nothing.
     The inputs exceed the L2 cache at all sizes but B, I in bf16, which keeps part of them from run to run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(2_000_000)  # the queue fills while the device is busy
+            torch.cuda._sleep(100_000_000)  # some 50 ms, in which the queue fills
             start.record()
             for _ in range(repeat):
                 run()
@@ -248,11 +248,13 @@ def table(rows: list[dict[str, str]]) -> str:
     """Markdown: a line a task."""
     tasks: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
+        if row["op"] != "foresight_cosine":
+            continue
         key = tuple(row[k] for k in ("device", "size", "method", "dtype", "batch", "date", "torch"))
         tasks.setdefault(key, {})[row["variant"]] = row
     lines = [
-        "| device | size, method, batch | dtype | fused ms | eager | torch.compile | copy of the fewest bytes | "
-        "extra memory, of the gradient's |",
+        "| device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes | "
+        "extra memory / gradient |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (device, size, method, dtype, batch, date, version), found in tasks.items():
