@@ -1,9 +1,9 @@
 """Time and memory of the alignment loss, forward and backward: `python -m mirai_ds.kernels.bench`.
 
 Variants take turns, so that a slow moment of the machine meets all of them, and are compared as ratios of medians in
-one run.  `eager` is the reference; `compiled` is torch.compile of the same sums written for it (a mask in place of the
-reference's selection of slots, which the compiler cannot fuse across); `copy` moves the fewest bytes the task allows:
-`projected` and the gathered target read once, the gradient written once.
+one run, with the memory settings of training.  `eager` is the reference; `compiled` is torch.compile of the same sums
+written for it (a mask in place of the reference's selection of slots, which the compiler cannot fuse across); `copy`
+moves the fewest bytes the task allows: `projected` and the target read once, the gradient written once.
 Rows go to a CSV file with device, date, versions and command; `--table` prints the README's table from such rows.
 """
 
@@ -302,5 +302,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def restart_as_training_runs(module: str) -> None:
+    """Replace this process by one with the memory settings of training on a CPU, unless it has them."""
+    from mirai_ds.runtime.launch import CPU_MEMORY
+
+    if not torch.cuda.is_available() and not CPU_MEMORY.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**CPU_MEMORY, **os.environ})
+
+
 if __name__ == "__main__":
+    restart_as_training_runs("mirai_ds.kernels.bench")
     sys.exit(main())

@@ -23,6 +23,9 @@ constexpr int64_t kLanes = Floats::size();
 // in cache from head to head.
 constexpr int64_t kSlotsPerPart = 32;
 
+// Bytes of gradient from which on it is written past the cache.
+constexpr int64_t kBeyondCache = int64_t{16} << 20;
+
 // Two vectors of fp32 from 2 * kLanes consecutive elements.
 template <typename T>
 inline std::pair<Floats, Floats> load_pair(const T* from) {
@@ -32,6 +35,31 @@ inline std::pair<Floats, Floats> load_pair(const T* from) {
     const auto [low, high] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(from));
     return {low, high};
   }
+}
+
+// Past the cache, where the processor can: a gradient that does not fit there would first be read for nothing.
+inline bool can_stream(const void* to) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<uintptr_t>(to) % sizeof(Floats) == 0;
+#else
+  return false;
+#endif
+}
+
+inline void stream(float* to, Floats values) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_ps(to, values);
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_ps(to, values);
+#else
+  values.store(to);
+#endif
+}
+
+inline void streams_done() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();  // before other threads read what was streamed
+#endif
 }
 
 template <typename T>
@@ -98,9 +126,17 @@ inline Products products(const P* states, const T* target, int64_t width) {
 // gradient = along_target * target - along_states * states
 template <typename P, typename T, typename G>
 inline void write_gradient(G* gradient, const P* states, const T* target, float along_target, float along_states,
-                           int64_t width) {
+                           int64_t width, bool past_cache) {
   const Floats a(along_target), b(-along_states);
   int64_t c = 0;
+  if constexpr (std::is_same_v<G, float>) {
+    for (past_cache = past_cache && can_stream(gradient); past_cache && c + 2 * kLanes <= width; c += 2 * kLanes) {
+      const auto [p0, p1] = load_pair(states + c);
+      const auto [t0, t1] = load_pair(target + c);
+      stream(gradient + c, at::vec::fmadd(a, t0, b * p0));
+      stream(gradient + c + kLanes, at::vec::fmadd(a, t1, b * p1));
+    }
+  }
   for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
     const auto [p0, p1] = load_pair(states + c);
     const auto [t0, t1] = load_pair(target + c);
@@ -114,14 +150,14 @@ inline void write_gradient(G* gradient, const P* states, const T* target, float 
 
 // One row: returns its cosine and, where `gradient` is wanted, writes scale * d cosine / d states.
 template <typename P, typename T, typename G>
-inline double one_row(const P* states, const T* target, G* gradient, double scale, int64_t width) {
+inline double one_row(const P* states, const T* target, G* gradient, double scale, int64_t width, bool past_cache) {
   const Products sums = products(states, target, width);
   const Norm p = clamped_norm(sums.states_states), t = clamped_norm(sums.target_target);
   const double cosine = sums.states_target / p.size / t.size;
   if (gradient != nullptr) {
     const double along_states = p.free ? scale * cosine / p.size / p.size : 0.0;
     write_gradient(gradient, states, target, static_cast<float>(scale / p.size / t.size),
-                   static_cast<float>(along_states), width);
+                   static_cast<float>(along_states), width, past_cache);
   }
   return cosine;
 }
@@ -141,6 +177,7 @@ void all_rows(const Arguments& a, const std::vector<double>& scales, std::vector
   const int32_t* index = a.index.const_data_ptr<int32_t>();
   const T* target = a.target.const_data_ptr<T>();
   const int64_t num_parts = (total + kSlotsPerPart - 1) / kSlotsPerPart;
+  const bool past_cache = total * heads * a.width * static_cast<int64_t>(sizeof(G)) >= kBeyondCache;
   at::parallel_for(0, num_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       double* sums = parts.data() + part * heads;
@@ -156,10 +193,12 @@ void all_rows(const Arguments& a, const std::vector<double>& scales, std::vector
             continue;
           }
           const P* states = static_cast<const P*>(head.states) + b * head.batch_stride + s * head.slot_stride;
-          sums[k] += one_row(states, target + (b * a.rows + row) * a.width, to, scales[k], a.width);
+          sums[k] += one_row(states, target + (b * a.rows + row) * a.width, to, scales[k], a.width,
+                             past_cache);
         }
       }
     }
+    streams_done();
   });
 }
 

@@ -30,6 +30,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+# glibc gives large blocks back to the system at every free: thousands of page faults a step.  Blocks above 32 MiB, the
+# most it can be told, still are.
+CPU_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
+
+
 def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     """Environment of the ranks: this Python's bin first in PATH (else JIT builds flip between two ninjas and rebuild),
     CPU cores shared out, DeepSpeed told of the accelerator so that it does not guess aloud."""
@@ -39,9 +44,7 @@ def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
-        # glibc gives large blocks back to the system at every free: thousands of page faults a step.
-        env.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
-        env.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 * 2**30))
+        env = {**CPU_MEMORY, **env}
     return env
 
 

@@ -1,8 +1,8 @@
 """What else of a training step is memory traffic: `python -m mirai_ds.tools.traffic`.
 
-Times RMSNorm, the rotary table, SwiGLU's product and the cross-entropy, forward and backward, at a model's sizes: as the
-model runs them, through torch.compile, and with Liger-Kernel where that is installed; beside a whole training step of
-the same model and batch.  The numbers decide whether fusing them is worth a switch or a dependency.
+Times RMSNorm, the rotary table, SwiGLU's product and the cross-entropy, forward and backward, at a model's sizes: as
+the model runs them, through torch.compile, and with Liger-Kernel where that is installed; beside forward and backward
+of the whole model at the same batch.  The numbers decide whether fusing them is worth a switch or a dependency.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def step_milliseconds(model: ModelConfig, batch: int, dtype: torch.dtype, device
 
 def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command: str) -> list[bench.Row]:
     """Rows of all operations of one model, `ratio` being of eager's time; and of one step, against itself."""
-    model = ModelConfig(size=f"GPT-{size}")  # type: ignore[arg-type]
+    model = ModelConfig(size=f"GPT-{size}")
     facts = bench.facts(device, command)
     torch_dtype = bench.DTYPES[dtype]
     step = step_milliseconds(model, batch, torch_dtype, device)
@@ -172,4 +172,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    bench.restart_as_training_runs("mirai_ds.tools.traffic")
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,6 +287,19 @@ def test_a_spill_fails_the_check(
     assert "sm_90: stack 24 bytes, spilled 20 bytes" in capsys.readouterr().out
     (tmp_path / "build.log").write_text(PTXAS.split("ptxas info    : Compiling entry function '_Z3twov'")[0])
     assert registers.main() == 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("unit", ["avx2", "default"])
+def test_the_cpu_kernel_on_lesser_vector_units(unit: str) -> None:
+    """Compiled for what other machines have, with the values it has here."""
+    files = [str(Path(__file__).with_name("test_values.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *files],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": unit}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 150  # type: ignore[index]
 
 
 def test_importing_needs_no_compiler_and_loads_nothing() -> None:

@@ -178,6 +178,19 @@ def test_the_same_bits_every_time(device: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("width", [768, 1000])
+@pytest.mark.parametrize("states", [F32, BF16])
+def test_a_gradient_larger_than_the_cache(device: str, width: int, states: torch.dtype) -> None:
+    """Large gradients are written past the cache: the same bits as those of one image at a time."""
+    case = random_case(32, 128, 128, 2, width, states).to(device)
+    _, _, together = evaluate(case, device)
+    assert states != F32 or together.numel() * 4 >= 16 << 20  # kBeyondCache in cpu.cpp
+    for image in (0, 17, 31):
+        projected = [p[image : image + 1] for p in case.projected]
+        alone = replace(case, projected=projected, target=case.target[image : image + 1], counts=case.counts * 32)
+        assert torch.equal(evaluate(alone, device)[2][0], together[image])
+
+
 def test_a_wrong_index_stops_before_anything_is_read(device: str) -> None:
     case: Case = random_case(2, 9, 11, 3, 16).to(device)
     for bad in (11, -2, 2**31 - 1, -(2**31)):
