@@ -1,0 +1,120 @@
+"""The benchmark's numbers mean what their columns say; how long things take is not tested."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mirai_ds.kernels import bench
+from mirai_ds.kernels.foresight_cosine import reference
+
+from mirai_ds.config import ForesightConfig
+from mirai_ds.foresight import index_table
+from mirai_ds.tools import traffic
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_readme_shows_the_measured_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- python -m mirai_ds.kernels.bench --table -->\n")[1].split("\n<!-- end -->")[0]
+    rows = bench.read(ROOT / "kernels" / "results.csv")
+    assert shown == bench.table(rows)
+    assert shown.count("\n") >= 13
+    assert traffic.table(rows) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert row["command"].startswith("python -m mirai_ds.")
+        assert all(row[name] for name in ("date", "device", "python", "torch"))
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_all_variants_compute_the_same(method: str) -> None:
+    t = bench.task(bench.METHODS[method], 48, 2, torch.float32, "cpu")
+    runs = bench.variants(t)
+    wanted = runs["eager"]()
+    for name in ("fused", "compiled"):
+        for mine, theirs in zip(runs[name](), wanted, strict=True):
+            assert float((mine - theirs).abs().max()) < 1e-6 * float(theirs.abs().max()), name
+    plain = bench.masked(t.projected, *t.constants)
+    assert float(plain.detach()) == pytest.approx(
+        float(reference.foresight_cosine(t.projected, *t.constants)[0].detach())
+    )
+
+
+def test_its_tasks_are_trainings() -> None:
+    """The same table as official Mirai-E's, less the class slot, which looks at itself."""
+    t = bench.task(3, 8, 1, torch.float32, "cpu")
+    table = index_table(ForesightConfig(method="mirai-i", num_heads=3, convention="official", slots="predict"), 16)
+    assert torch.equal(t.index, table.int())
+    assert t.fewest_bytes == 4 * 8 * 256 * (3 + 3 + 1)
+
+
+def test_the_copy_moves_the_fewest_bytes() -> None:
+    t = bench.task(3, 64, 2, torch.bfloat16, "cpu")
+    copied = bench.variants(t)["copy"]()
+    assert 2 * copied.numel() * copied.element_size() == t.fewest_bytes
+
+
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_peak_memory_is_the_gradients_own(dtype: str, heads: int) -> None:
+    t = bench.task(heads, 256, 4, bench.DTYPES[dtype], "cpu")
+    runs = bench.variants(t)
+    gradient = sum(p.numel() * p.element_size() for p in t.projected)
+    assert gradient <= bench.peak_extra_bytes(runs["fused"], "cpu") <= gradient + 4096
+    assert bench.peak_extra_bytes(runs["eager"], "cpu") > 2 * gradient
+
+
+def row(variant: str, ms: float, size: str = "B") -> bench.Row:
+    facts = {"date": "2026-01-02", "device": "a", "python": "3", "torch": "2", "cuda": "", "command": "c"}
+    return bench.Row(
+        **facts, op="foresight_cosine", size=size, method="E", batch=2, heads=3, width=8, dtype="bf16",
+        variant=variant, median_ms=ms, ratio=ms / 2, extra_mib=1.0, gradient_mib=2.0, gb_per_s=1.0,
+    )  # fmt: skip
+
+
+def test_rows_replace_those_of_the_same_device_and_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    bench.write([row("fused", 2.0), row("eager", 40.0), row("compiled", 5.0), row("copy", 1.0)], path)
+    bench.write([row("fused", 4.0), row("fused", 8.0, "L")], path)
+    bench.write([replace(row("fused", 16.0), device="b")], path)
+    found = {(r["device"], r["size"], r["variant"]): float(r["median_ms"]) for r in bench.read(path)}
+    assert found == {
+        ("a", "B", "fused"): 4.0, ("a", "B", "eager"): 40.0, ("a", "B", "compiled"): 5.0, ("a", "B", "copy"): 1.0,
+        ("a", "L", "fused"): 8.0, ("b", "B", "fused"): 16.0,
+    }  # fmt: skip
+    lines = bench.table([r for r in bench.read(path) if (r["device"], r["size"]) == ("a", "B")]).splitlines()
+    assert lines[2] == "| a, torch 2, 2026-01-02 | GPT-B, Mirai-E, 2 | bf16 | 4 | 20.0x | 2.5x | 0.50x | 0.50 |"
+
+
+def test_what_else_moves_memory_is_what_the_model_runs() -> None:
+    """Uses a step, counted in a real forward pass."""
+    from mirai_ds.config import ModelConfig
+    from mirai_ds.model import GPT
+    from mirai_ds.model.gpt import FeedForward, RMSNorm
+
+    model = ModelConfig(size="GPT-B")
+    with torch.device("meta"):
+        gpt = GPT(model)
+    kinds = [type(module) for module in gpt.modules()]
+    found = traffic.operations(model, 1, torch.float32, "cpu")
+    assert found["rmsnorm"].uses == kinds.count(RMSNorm)
+    assert found["swiglu"].uses == kinds.count(FeedForward)
+    assert found["rotary"].uses == 2 * model.depth
+    assert found["swiglu"].inputs[0].shape == (1, 256, model.ffn_hidden)
+    assert found["cross-entropy"].inputs[0].shape == (1, 256, 16384)
+    assert all(op.liger is None for op in found.values())
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, word in (
+        (["--out", str(tmp_path / "none" / "rows.csv")], "the folder is missing"),
+        (["--table", "--out", str(tmp_path / "none.csv")], "no such file"),
+        (["--sizes", "XXL"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            bench.main(arguments)
+        assert caught.value.code == 2
+        assert word in capsys.readouterr().err
