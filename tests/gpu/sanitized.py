@@ -10,7 +10,7 @@ from tests.kernels.cases import BF16, F16, F32, evaluate, random_case
 def main() -> None:
     """Vector paths by width, cached and scalar path, both layouts, all dtypes, rescaling in and out of place."""
     calls = 0
-    for width in (1, 7, 65, 256, 768, 1024, 1280, 1536):
+    for width in (1, 7, 12, 65, 256, 768, 1024, 1280, 1536):
         for states, target in ((F32, F32), (BF16, BF16), (F16, F32), (BF16, F32)):
             case = random_case(2, 9, 11, 3, width, states, target).to("cuda")
             for layout in (case, case.stacked()):

@@ -73,7 +73,7 @@ def run(ops: Any, case: Case, with_gradient: bool = True) -> tuple[torch.Tensor,
     return loss, cosine, stacked.to(dtype)
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 65, 256, 264, 768, 1024, 1032, 1280, 1536, 2050])
+@pytest.mark.parametrize("width", [1, 7, 8, 12, 65, 256, 264, 768, 1024, 1032, 1280, 1536, 2050])
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)], ids=str)
 def test_every_width(emulated: Any, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     case = random_case(2, 9, 11, 3, width, *dtypes)

@@ -38,7 +38,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 31, 65, 256, 264, 768, 1024, 1280, 1536, 2050, 3200])
+@pytest.mark.parametrize("width", [1, 7, 8, 12, 31, 65, 256, 264, 772, 768, 1024, 1280, 1536, 2050, 3200])
 @pytest.mark.parametrize(("states", "target"), DTYPES[:4], ids=str)
 def test_every_width(device: str, width: int, states: torch.dtype, target: torch.dtype) -> None:
     assert_as_exact_as_torch(random_case(2, 9, 11, 3, width, states, target).to(device), device)

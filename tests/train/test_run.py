@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mirai_ds.checkpoint import store
 from mirai_ds.cli import main
 from mirai_ds.config import dump, load
+from mirai_ds.kernels.build import find
 from mirai_ds.train.session import read_run_config
 from tests.train.conftest import numbers, records, small_train
 
@@ -169,6 +170,8 @@ def test_doctor_and_recipes(tmp_path: Path) -> None:
     doctor = invoke("doctor")
     assert doctor.exit_code == 0, doctor.output
     assert "ready to train" in doctor.output
+    assert "alignment   kernel: auto will run the compiled cpu kernel" in doctor.output
+    assert str(find("cpu")) in doctor.output
     listed = invoke("recipes", "list").output
     assert {line.split()[0] for line in listed.splitlines()} >= {"digits-baseline", "digits-mirai-e"}
     shown = invoke("recipes", "show", "digits-mirai-e").output
