@@ -276,11 +276,13 @@ class _Lock:
         self._lock.release()
 
     def _who(self) -> str:
-        try:
-            owner = json.loads(self._owner.read_text(encoding="utf-8"))
-            return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
-        except (OSError, ValueError, KeyError):
-            return "another process"
+        for _ in range(10):  # it writes its name just after it has the lock
+            try:
+                owner = json.loads(self._owner.read_text(encoding="utf-8"))
+                return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+            except (OSError, ValueError, KeyError):
+                time.sleep(0.05)
+        return "another process"
 
 
 def main(argv: list[str]) -> int:

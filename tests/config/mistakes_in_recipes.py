@@ -51,7 +51,9 @@ UNKNOWN_NAMES = {
     "set-deeper": _set("model.size.name=GPT-B", "model.size = {'name': 'GPT-B'}", "must be text", "not a section"),
     "key-is-true": _recipe("train: {on: 1}", "train: the key true must be a name"),
     "size": _recipe("model: {size: gpt-xl}", "model.size = 'gpt-xl'", "did you mean 'GPT-XL'?"),
-    "kernel": _recipe("foresight: {kernel: fast}", "foresight.kernel = 'fast'", "'reference'"),
+    "kernel": _recipe(
+        "foresight: {kernel: fast}", "foresight.kernel = 'fast'", "use one of: auto, cpu, cuda, reference"
+    ),
     "method": _recipe("foresight: {method: mirai_e}", "foresight.method = 'mirai_e'", "did you mean 'mirai-e'?"),
     "method-null": _recipe("foresight: {method: }", "foresight.method = null", "did you mean 'none'?"),
     "precision": _recipe("train: {precision: fp8}", "train.precision = 'fp8'", "use one of: bf16, bf16-autocast, fp32"),
