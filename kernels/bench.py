@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
 from torch import Tensor
+
+from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
 
 WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
 METHODS = {"E": 3, "I": 1}  # heads

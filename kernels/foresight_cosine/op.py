@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mirai_ds.kernels import build
-from mirai_ds.kernels.foresight_cosine import reference
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mirai_ds.config import ConfigError
+from mirai_ds.kernels import build
+from mirai_ds.kernels.foresight_cosine import reference
 
 KERNELS = ("auto", "cuda", "cpu", "reference")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine
 from torch import Tensor
 
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.foresight import MiraiObjective, index_table, slot_counts
+from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine
 from mirai_ds.model import initialise, next_token_loss
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other

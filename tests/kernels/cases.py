@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from mirai_ds.kernels.foresight_cosine import foresight_cosine
-from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine as reference
 from torch import Tensor
 
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table, slot_counts
+from mirai_ds.kernels.foresight_cosine import foresight_cosine
+from mirai_ds.kernels.foresight_cosine.reference import foresight_cosine as reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICES = [

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mirai_ds.kernels import bench
-from mirai_ds.kernels.foresight_cosine import reference
 
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table
+from mirai_ds.kernels import bench
+from mirai_ds.kernels.foresight_cosine import reference
 from mirai_ds.tools import traffic
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mirai_ds.kernels import build, registers, toolchain
 
 REAL_CPU = build.SOURCES["cpu"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from mirai_ds.kernels import build, toolchain
 
+from mirai_ds.kernels import build, toolchain
 from tests.kernels.cases import BF16, F16, F32, Case, assert_close_to_exact, evaluate, random_case
 
 SOURCES = build.HERE / "foresight_cosine"

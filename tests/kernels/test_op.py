@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mirai_ds.kernels import build
-from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mirai_ds.config import ConfigError
+from mirai_ds.kernels import build
+from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine
 from tests.kernels.cases import BF16, DEVICES, F16, F32, assert_as_exact_as_torch, evaluate, random_case
 
 on_devices = pytest.mark.parametrize("device", DEVICES)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mirai_ds.kernels.foresight_cosine import foresight_cosine
 
 from mirai_ds.config import ForesightConfig
+from mirai_ds.kernels.foresight_cosine import foresight_cosine
 from tests.kernels.cases import (
     BF16,
     DEVICES,

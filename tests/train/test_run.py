@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from mirai_ds.kernels.build import find
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mirai_ds.checkpoint import store
 from mirai_ds.cli import main
 from mirai_ds.config import dump, load
+from mirai_ds.kernels.build import find
 from mirai_ds.train.session import read_run_config
 from tests.train.conftest import numbers, records, small_train
 
