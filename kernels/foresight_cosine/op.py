@@ -6,7 +6,6 @@ is a scalar: what the backward pass will receive is one number, usually known be
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,21 +106,27 @@ def choose(
     raise ConfigError("foresight.kernel", kernel, problem)
 
 
-@functools.cache
+_PROBLEMS: dict[str, str | None] = {}  # of each target that this process tried to load
+_SAID: set[str] = set()
+
+
 def _load(target: str, say: Callable[[str], None]) -> str | None:
     """Build and load a library, once a process; what went wrong if something did."""
-    try:
-        torch.ops.load_library(str(build.library(target, say)))
-    except build.BuildError as error:
-        return str(error)
-    except OSError as error:  # built, but this torch or CUDA cannot load it
-        return f"the compiled library cannot be loaded: {error.__cause__ or error}"
-    return None
+    if target not in _PROBLEMS:
+        try:
+            torch.ops.load_library(str(build.library(target, say)))
+            _PROBLEMS[target] = None
+        except build.BuildError as error:
+            _PROBLEMS[target] = str(error)
+        except OSError as error:  # built, but this torch or CUDA cannot load it
+            _PROBLEMS[target] = f"the compiled library cannot be loaded: {error.__cause__ or error}"
+    return _PROBLEMS[target]
 
 
-@functools.cache
 def _say_once(message: str, say: Callable[[str], None]) -> None:
-    say(message)
+    if message not in _SAID:
+        _SAID.add(message)
+        say(message)
 
 
 _CHECKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -52,7 +52,7 @@ def train(config: RunConfig, run: Path, world: World, resume: str | None, fresh:
     from mirai_ds.train.session import agree_on_kernel, build_session, open_run_folder
 
     start_process_group(world, config.launch.timeout_minutes)
-    kernel = agree_on_kernel(config, device)
+    kernel = agree_on_kernel(config, device, world)
     facts = {"alignment_kernel": kernel}
     resume = open_run_folder(config, run, world, resume, set_aside if fresh else None, facts)
     if kernel is not None and world.rank == 0:

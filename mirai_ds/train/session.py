@@ -24,6 +24,7 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
+from mirai_ds.kernels.build import say_on_stderr
 from mirai_ds.kernels.foresight_cosine import choose
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.distributed import World
@@ -184,13 +185,16 @@ def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
     return None
 
 
-def agree_on_kernel(config: RunConfig, device: torch.device) -> str | None:
+def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> str | None:
     """Collective: what computes the alignment loss (`cpu`, `cuda`, `reference`), compiled if need be; None without one.
-    Raises on every rank what went wrong on any."""
+    One rank a node speaks.  Raises on every rank what went wrong on any."""
     if not config.foresight.active:
         return None
     try:
-        mine: tuple[str | None, str | None] = (choose(config.foresight.kernel, device.type), None)
+        chosen = choose(
+            config.foresight.kernel, device.type, say=say_on_stderr if world.local_rank == 0 else lambda _: None
+        )
+        mine: tuple[str | None, str | None] = (chosen, None)
     except UserError as error:
         mine = (None, str(error))
     everyone: list[tuple[str | None, str | None]] = [mine] * dist.get_world_size()

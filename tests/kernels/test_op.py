@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mirai_ds.config import ConfigError
 from mirai_ds.kernels import build
-from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine
+from mirai_ds.kernels.foresight_cosine import choose, foresight_cosine, op
 from tests.kernels.cases import BF16, DEVICES, F16, F32, assert_as_exact_as_torch, evaluate, random_case
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -218,6 +218,7 @@ def test_explicit_choices_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> No
         raise build.BuildError("no C++ compiler")
 
     monkeypatch.setattr(build, "library", nothing)
+    monkeypatch.setattr(op, "_PROBLEMS", {})
     say = said.append
     with pytest.raises(ConfigError, match=r"foresight.kernel = 'cpu': no C\+\+ compiler"):
         choose("cpu", "cpu", F32, say)

@@ -16,7 +16,7 @@ from mirai_ds.cli import main
 from mirai_ds.config import dump, load
 from mirai_ds.kernels.build import find
 from mirai_ds.train.session import read_run_config
-from tests.train.conftest import numbers, records, small_train
+from tests.train.conftest import mirai_ds, numbers, records, small_train
 
 SCALARS = {
     "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
@@ -239,3 +239,24 @@ def test_a_kernel_of_another_device_is_refused(tmp_path: Path) -> None:
     assert done.err.strip() == (
         "mirai-ds: error: foresight.kernel = 'cuda': the tensors are on cpu; use auto, cpu or reference"
     )
+
+
+def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> None:
+    """`auto` on a machine that cannot compile and has nothing built."""
+    env = {"CXX": "no-such-compiler", "MIRAI_DS_CACHE": str(tmp_path / "cache")}
+    settings = ["train.epochs=0.2", "foresight.warmup_epochs=0", "score.enabled=false"]
+    overrides = [part for o in settings for part in ("--set", o)]
+    done = mirai_ds("train", "digits-mirai-e", *overrides, "--run-dir", str(tmp_path / "run"), env=env)
+    assert done.code == 0, done.err
+    said = [line for line in (done.out + done.err).splitlines() if "C++ compiler" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "mirai-ds: the alignment loss runs in plain PyTorch (kernel: auto), because no C++ compiler"
+    )
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["alignment_kernel"] == "reference"
+    explicit = mirai_ds(
+        "train", "digits-mirai-e", "--set", "foresight.kernel=cpu", "--run-dir", str(tmp_path / "no"), env=env
+    )
+    assert explicit.code == 2
+    assert explicit.err.strip().startswith("mirai-ds: error: foresight.kernel = 'cpu': no C++ compiler")
+    assert len(explicit.err.strip().splitlines()) == 1
