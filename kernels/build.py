@@ -32,8 +32,8 @@ SOURCES = {
     "cuda": ("foresight_cosine/cuda.cu", "foresight_cosine/cuda_op.cpp"),
 }
 HEADERS = {
-    "cpu": ("foresight_cosine/arguments.h",),
-    "cuda": ("foresight_cosine/arguments.h", "foresight_cosine/launch.h"),
+    "cpu": ("foresight_cosine/arguments.h", "foresight_cosine/head.h"),
+    "cuda": ("foresight_cosine/arguments.h", "foresight_cosine/head.h", "foresight_cosine/launch.h"),
 }
 WAIT_SECONDS = 900.0
 _ERRORS_SHOWN = 5
@@ -108,16 +108,14 @@ def steps(target: str) -> Steps:
     libraries = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
     host = (compiler, *toolchain.host_flags(target))
     shared = (*host, "-shared", "-Wl,-z,defs", "$in", "-o", "$out")  # a missing symbol fails here, not in a run
-    depfile = ("-MMD", "-MF", "$out.d")
     if target == "cpu":
-        compile_cpp = (*host, *depfile, *includes, "-c", "$in", "-o", "$out")
-        return Steps({".cpp": compile_cpp}, (*shared, *libraries))
+        return Steps({".cpp": (*host, *includes, "-c", "$in", "-o", "$out")}, (*shared, *libraries))
     nvcc, home = _cuda_toolkit()
     includes.append(f"-isystem{home / 'include'}")
     libraries += ["-lc10_cuda", f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart"]
     return Steps(
         {
-            ".cpp": (*host, *depfile, *includes, "-c", "$in", "-o", "$out"),
+            ".cpp": (*host, *includes, "-c", "$in", "-o", "$out"),
             ".cu": (nvcc, *toolchain.device_flags(), "-ccbin", compiler, "-c", "$in", "-o", "$out"),
         },
         (*shared, *libraries),
@@ -176,11 +174,7 @@ def _run_ninja(target: str, commands: Steps, folder: Path, key: str) -> None:
     with (folder / "build.ninja").open("w", encoding="utf-8") as file:
         writer: Any = Writer(cast(Any, file), width=1000)  # its annotations are not what it takes
         for suffix, command in commands.compile.items():
-            has_depfile = "-MF" in command
-            writer.rule(
-                f"compile{suffix.replace('.', '_')}", " ".join(command), description=f"compile {suffix} $in",
-                depfile="$out.d" if has_depfile else None, deps="gcc" if has_depfile else None,
-            )  # fmt: skip
+            writer.rule(f"compile{suffix.replace('.', '_')}", " ".join(command))
         writer.rule("link", " ".join(commands.link))
         for name in SOURCES[target]:
             source = HERE / name

@@ -8,20 +8,12 @@
 #include <tuple>
 #include <vector>
 
+#include "head.h"
+
 namespace mirai {
 
 // Norms are clamped from below like F.normalize's.
 constexpr double kEps = 1e-12;
-
-// One head's rows: projected[b, s] starts at states + b * batch_stride + s * slot_stride, its gradient at
-// gradient + (b * slots + s) * gradient_stride (strides in elements; gradient null where none is wanted).
-struct Head {
-  const void* states;
-  void* gradient;
-  int64_t batch_stride;
-  int64_t slot_stride;
-  int64_t gradient_stride;
-};
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t total = problem.batch * problem.slots;
   double sum = 0.0;
   if (warp < teams * heads) {
-    const DeviceHead& head = problem.heads[k];
+    const Head& head = problem.heads[k];
     const double divisor = static_cast<double>(problem.counts[k]) * static_cast<double>(problem.batch);
     const double scale = -static_cast<double>(problem.share) * problem.weights[k] / divisor * problem.upstream;
     for (int64_t i = warp / heads; i < total; i += teams) {
@@ -300,7 +300,7 @@ int chunks_of(const Problem& problem, Type states, Type target) {
   if (problem.width % kVector != 0 || !aligned(problem.target, problem.width, size_of(target))) return kScalar;
   const int64_t gradient_size = states == Type::kHalf ? 4 : size_of(states);
   for (int k = 0; k < problem.num_heads; ++k) {
-    const DeviceHead& head = problem.heads[k];
+    const Head& head = problem.heads[k];
     if (!aligned(head.states, head.batch_stride, size_of(states)) ||
         !aligned(head.states, head.slot_stride, size_of(states)) ||
         !aligned(head.gradient, head.gradient_stride, gradient_size)) {

@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "launch.h"
 
@@ -28,10 +30,7 @@ Outputs foresight_cosine(at::TensorList projected, const at::Tensor& target, con
   TORCH_CHECK_VALUE(heads <= kMaxHeads, "projected: at most ", kMaxHeads, " heads on CUDA, got ", heads);
   TORCH_CHECK_VALUE(a.width < (int64_t{1} << 30), "projected: rows of ", a.width, " elements are too wide");
   Problem problem{};
-  for (int64_t k = 0; k < heads; ++k) {
-    const Head& head = a.heads[k];
-    problem.heads[k] = {head.states, head.gradient, head.batch_stride, head.slot_stride, head.gradient_stride};
-  }
+  std::copy(a.heads.begin(), a.heads.end(), problem.heads);
   problem.target = a.target.const_data_ptr();
   problem.index = a.index.const_data_ptr<int32_t>();
   problem.weights = a.weights.const_data_ptr<float>();

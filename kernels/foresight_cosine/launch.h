@@ -5,21 +5,16 @@
 
 #include <cstdint>
 
+#include "head.h"
+
 namespace mirai {
 
 constexpr int kMaxHeads = 64;  // what fits into a kernel's parameters
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
-// As `Head` in arguments.h.
-struct DeviceHead {
-  const void* states;
-  void* gradient;
-  int64_t batch_stride, slot_stride, gradient_stride;
-};
-
 struct Problem {
-  DeviceHead heads[kMaxHeads];
+  Head heads[kMaxHeads];
   const void* target;    // (batch, rows, width)
   const int32_t* index;  // (slots, num_heads)
   const float* weights;

@@ -95,21 +95,24 @@ def _nvcc() -> str:
 
 def _kernel_lines(torch: Any) -> list[str]:
     """What is compiled, for what, and what the alignment loss will run on."""
-    unit = toolchain.vector_unit()
-    lines = [f"kernels     cpu ({unit}): {_built('cpu', toolchain.host_compiler() is not None)}"]
     architectures = ", ".join(f"sm_{number}" for number in toolchain.CUDA_ARCHITECTURES)
-    lines.append(f"            cuda ({architectures}): {_built('cuda', toolchain.nvcc_path() is not None)}")
+    lines = [
+        f"kernels     cpu ({toolchain.vector_unit()}): {_built('cpu')[1]}",
+        f"            cuda ({architectures}): {_built('cuda')[1]}",
+    ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    able = build.find(device) is not None or (
-        toolchain.host_compiler() is not None and (device == "cpu" or toolchain.nvcc_path() is not None)
-    )
-    runs = f"the compiled {device} kernel" if able else "reference (plain PyTorch): no compiler and nothing built"
+    runs = f"the compiled {device} kernel" if _built(device)[0] else "reference (plain PyTorch)"
     lines.append(f"alignment   kernel: auto will run {runs}")
     return lines
 
 
-def _built(target: str, compiler: bool) -> str:
+def _built(target: str) -> tuple[bool, str]:
+    """Whether a target can run, and what stands in the way or where it is."""
     path = build.find(target)
     if path is not None:
-        return f"built, {path}"
-    return f"not built yet; the first use builds it in {build.cache_folder()}" if compiler else "not built, no compiler"
+        return True, f"built, {path}"
+    try:
+        build.steps(target)
+    except build.BuildError as error:
+        return False, f"cannot be built: {error}"
+    return True, f"not built yet; the first use builds it in {build.cache_folder()}"

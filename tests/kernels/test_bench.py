@@ -44,7 +44,7 @@ def test_all_variants_compute_the_same(method: str) -> None:
 
 
 def test_its_tasks_are_trainings() -> None:
-    """The same table as official Mirai-E's, less the class slot, which looks at itself."""
+    """The table of Mirai-I with official offsets and wrapped borders."""
     t = bench.task(3, 8, 1, torch.float32, "cpu")
     table = index_table(ForesightConfig(method="mirai-i", num_heads=3, convention="official", slots="predict"), 16)
     assert torch.equal(t.index, table.int())

@@ -320,3 +320,19 @@ def test_the_shipped_lists_name_every_source() -> None:
     named = {name for target in build.TARGETS for name in build.SOURCES[target] + build.HEADERS[target]}
     assert named == {f"foresight_cosine/{p.name}" for p in folder.iterdir() if p.suffix in (".cu", ".cpp", ".h")}
     assert REAL_CPU == ("foresight_cosine/cpu.cpp",)
+
+
+@pytest.mark.matrix
+def test_a_package_can_bring_its_libraries(tmp_path: Path) -> None:
+    """MIRAI_BUILD_KERNELS=1: compiled into the package under the name that a run will look for."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],
+        cwd=Path(__file__).resolve().parents[2], env={**os.environ, "MIRAI_BUILD_KERNELS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = tmp_path / "mirai_ds" / "kernels"
+    library = kernels / "prebuilt" / build.digest("cpu") / "mirai_cpu.so"
+    assert library.read_bytes().startswith(b"\x7fELF")
+    for target in build.TARGETS:  # a wheel carries the sources too
+        assert all((kernels / name).is_file() for name in build.SOURCES[target] + build.HEADERS[target])

@@ -15,6 +15,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.cli import main
 from mirai_ds.config import dump, load
 from mirai_ds.kernels.build import find
+from mirai_ds.kernels.toolchain import vector_unit
 from mirai_ds.train.session import read_run_config
 from tests.train.conftest import mirai_ds, numbers, records, small_train
 
@@ -254,6 +255,9 @@ def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> Non
         "mirai-ds: the alignment loss runs in plain PyTorch (kernel: auto), because no C++ compiler"
     )
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["alignment_kernel"] == "reference"
+    doctor = mirai_ds("doctor", env=env).out
+    assert f"kernels     cpu ({vector_unit()}): cannot be built: no C++ compiler" in doctor
+    assert "kernel: auto will run reference (plain PyTorch)" in doctor
     explicit = mirai_ds(
         "train", "digits-mirai-e", "--set", "foresight.kernel=cpu", "--run-dir", str(tmp_path / "no"), env=env
     )
