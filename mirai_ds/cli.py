@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mirai_ds.cli_extract import extract
+from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
 from mirai_ds.version import __version__
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-def mistakes_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A `UserError` becomes `mirai-ds: error: ...` and exit code 2."""
-
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from mirai_ds.config.errors import UserError
-
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            click.echo(f"mirai-ds: error: {error}", err=True)
-            sys.exit(2)
-
-    return wrapped
 
 
 @click.group(context_settings=CONTEXT)
@@ -38,6 +20,7 @@ def main() -> None:
     """Train autoregressive image models with Mirai foresight alignment on DeepSpeed.
 
     \b
+    mirai-ds extract codes --help         from images to tokens
     mirai-ds recipes list                 what can be trained
     mirai-ds train digits-mirai-e         train it here, on all devices
     mirai-ds sample runs/digits-mirai-e   draw images from it
@@ -108,6 +91,7 @@ def train(
 @click.option("--top-k", type=int, help="0 = off.")
 @click.option("--top-p", type=float, help="1 = off.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Its file, to show tokens of any run as pictures.")
 @click.option("--recipe", help="For a bare weights file: the recipe it was trained with; default by its shapes.")
 @click.option(
     "--block-size",
@@ -212,6 +196,26 @@ def verify(files: tuple[Path, ...], tolerance: float) -> None:
 
 
 @main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read everything and compare digests; exit 1 when something is damaged.")
+@mistakes_in_one_line
+def inspect(store: Path, verify: bool) -> None:
+    """Say what a token or image store holds.
+
+    \b
+    Example:
+      mirai-ds inspect stores/codes-256 --verify
+    """
+    from mirai_ds.tools.inspect import inspect_store
+
+    lines, damages = inspect_store(store, verify)
+    click.echo("\n".join(lines))
+    for damage in damages:
+        click.echo(f"mirai-ds: error: {damage}", err=True)
+    sys.exit(1 if damages else 0)
+
+
+@main.command()
 @mistakes_in_one_line
 def doctor() -> None:
     """Check this machine: versions, devices, compilers, what will run; exit 1 when training cannot work.
@@ -226,6 +230,8 @@ def doctor() -> None:
     click.echo("\n".join(lines))
     sys.exit(0 if healthy else 1)
 
+
+main.add_command(extract)
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,9 @@ Layouts and keys: FoundationVision/LlamaGen (commit ce98ec4), y0urOy/Mirai-Code 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,13 +19,13 @@ from torch import Tensor
 from mirai_ds.config import SIZES, ConfigError, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation, shown
 from mirai_ds.model import GPT
+from mirai_ds.runtime.weight_files import SAFETENSORS, first_line, read_safetensors_file, read_torch_file
 
 # Where the raw weights lie, in the order LlamaGen's samplers look: DDP script, DeepSpeed, others, else a bare dict.
 WRAPPERS = ("model", "module", "state_dict")
 # The rotary table of older released files: LlamaGen's samplers ignore it, and so do we; everything else is strict.
 STRAY = "freqs_cis"
 PROJECTORS = "projectors."
-SAFETENSORS = ".safetensors"
 
 
 def read_gpt_weights(path: Path, which: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
@@ -44,47 +41,15 @@ def read_gpt_weights(path: Path, which: Literal["model", "ema"] = "model") -> di
     if path.suffix == SAFETENSORS:
         if which == "ema":
             raise UserError(f"{path}: a .safetensors file holds one set of weights and no 'ema'; use which = 'model'")
-        weights: Any = _read_safetensors(path)
+        weights: Any = read_safetensors_file(path)
     else:
-        weights = _select(_read_torch(path), which, path)
+        weights = _select(read_torch_file(path), which, path)
     bad = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
     if bad is not None or not weights:
         found = f"{shown(bad)} is a {type(weights[bad]).__name__}" if weights else "it is empty"
         raise UserError(f"{path}: is not a state dict of tensors: {found}")
     # Copies: the file may be mapped into memory, and its optimizer state must not stay there with it.
     return {str(key): value.detach().clone() for key, value in weights.items() if key != STRAY}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a readable .safetensors file ({_first_line(error)})") from None
-
-
-def _read_torch(path: Path) -> Any:
-    """The file's content by torch's restricted unpickler; argparse.Namespace (LlamaGen's `args`) is allowed."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if name is None:
-            raise UserError(f"{path}: is not a readable torch file ({_first_line(error)})") from None
-        raise UserError(
-            f"{path}: refused, nothing in it was executed: it holds a {name[1]} object, not only tensors and plain "
-            "values; save its state dict alone and give that file"
-        ) from None
-    except Exception as error:  # bytes from anywhere: torch raises nearly any type on them
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"{path}: is not a readable torch file ({reason})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].strip()[:160]
 
 
 def _select(data: Any, which: str, path: Path) -> dict[Any, Any]:
@@ -257,7 +222,7 @@ def _write_atomically(path: Path, write: Callable[[str], object]) -> None:
             part.unlink(missing_ok=True)
         _fsync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(f"{path}: cannot be written ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 def _fsync(path: Path) -> None:

@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake the user can mend; shown as one line without a traceback, exit code 2."""
 
 
+class LocalError(UserError):
+    """One that perhaps only this rank meets (a file it reads): whichever rank raises it tells the user."""
+
+
 class ConfigError(UserError, ValueError):
     """A wrong configuration value: names the field, the value and the fix."""
 

@@ -2,6 +2,7 @@
 
 from mirai_ds.data.loader import Batch, BatchLoader
 from mirai_ds.data.order import DataOrder
-from mirai_ds.data.sources import Dataset, TokenSource, load_dataset
+from mirai_ds.data.sources import load_dataset, load_decoder
+from mirai_ds.data.token_source import Dataset, TokenSource
 
-__all__ = ["Batch", "BatchLoader", "DataOrder", "Dataset", "TokenSource", "load_dataset"]
+__all__ = ["Batch", "BatchLoader", "DataOrder", "Dataset", "TokenSource", "load_dataset", "load_decoder"]

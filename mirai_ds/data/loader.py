@@ -1,15 +1,25 @@
-"""A rank's micro-batches of a step, cut from the global batch by position alone."""
+"""A rank's micro-batches of a step, cut from the global batch by position alone, read ahead by worker processes."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from mirai_ds.config import UserError
+from mirai_ds.config.errors import LocalError
 from mirai_ds.data.order import DataOrder
-from mirai_ds.data.sources import TokenSource
+from mirai_ds.data.token_source import TokenSource
+
+MAX_AUTO_WORKERS = 8
 
 
 class Batch(NamedTuple):
@@ -21,8 +31,47 @@ class Batch(NamedTuple):
     images: Tensor | None
 
 
+@dataclass(frozen=True)
+class Cut(Dataset[Any]):
+    """A rank's micro-batches, numbered from the start of the run: number k is accumulation k % A of step k // A.
+
+    Micro-batch a of rank r holds positions (a * world + r) * micro ... of the global batch.  Which view a sample shows
+    is a function of its key too: a worker draws nothing.
+    """
+
+    source: TokenSource
+    order: DataOrder
+    micro: int
+    rank: int
+    world: int
+    accumulation: int
+    images: bool
+
+    def __getitem__(self, number: int) -> Batch:
+        step, a = divmod(number, self.accumulation)
+        start = (a * self.world + self.rank) * self.micro
+        indices, keys = self.order.batch(step, start, start + self.micro)
+        views = self.order.views(keys, self.source.num_views)
+        tokens, labels, images = self.source.gather(indices, views, self.images)
+        return Batch(tokens, labels, keys, images)
+
+
+class _Caught(Dataset[Any]):
+    """Brings a user's mistake out of a worker as text: DataLoader would wrap it into a traceback."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+
+    def __getitem__(self, number: int) -> Batch | str:
+        try:
+            return self.cut[number]
+        except UserError as error:
+            return str(error)
+
+
 class BatchLoader:
-    """Micro-batch a of rank r holds positions (a * world + r) * micro ... of the global batch."""
+    """Micro-batches on `device`.  workers > 0: that many processes read up to `prefetch` micro-batches each ahead, into
+    pinned memory where there is a GPU; the batches are the same for any number of them."""
 
     def __init__(
         self,
@@ -33,18 +82,60 @@ class BatchLoader:
         world: int,
         device: torch.device,
         images: bool,
+        workers: int = 0,
+        prefetch: int = 2,
     ) -> None:
-        self.source, self.order, self.micro, self.rank, self.world = source, order, micro, rank, world
-        self.device, self.images = device, images
-        self.accumulation, rest = divmod(order.global_batch_size, micro * world)
+        accumulation, rest = divmod(order.global_batch_size, micro * world)
         if rest:
             raise ValueError(f"micro * world = {micro} * {world} does not divide {order.global_batch_size}")
+        self.cut = Cut(source, order, micro, rank, world, accumulation, images)
+        self.device, self.workers, self.prefetch = device, workers, prefetch
+        self.accumulation = accumulation
+        self._stream: Iterator[Batch | str] | None = None
+        self._next = -1  # number of the micro-batch the stream gives next
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """The accumulation steps of global step `step` (0-based)."""
-        for a in range(self.accumulation):
-            start = (a * self.world + self.rank) * self.micro
-            indices, keys = self.order.batch(step, start, start + self.micro)
-            tokens, labels, images = self.source.gather(indices, self.order.views(keys, self.source.num_views))
-            tokens, labels, keys = (t.to(self.device, non_blocking=True) for t in (tokens, labels, keys))
-            yield Batch(tokens, labels, keys, images.to(self.device) if self.images and images is not None else None)
+        """The accumulation steps of global step `step` (0-based).  Raises LocalError for data that cannot be read."""
+        for number in range(step * self.accumulation, (step + 1) * self.accumulation):
+            batch = self._read(number)
+            yield Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in batch))  # type: ignore[arg-type]
+
+    def _read(self, number: int) -> Batch:
+        if self.workers == 0:
+            try:
+                return self.cut[number]
+            except UserError as error:
+                raise LocalError(str(error)) from None
+        if self._stream is None or number != self._next:  # the start of a run, or a resume
+            self._stream = self._start(number)
+        batch = next(self._stream)
+        self._next = number + 1
+        if isinstance(batch, str):
+            raise LocalError(batch)
+        return batch
+
+    def _start(self, number: int) -> Iterator[Batch | str]:
+        self.close()
+        loader = DataLoader(
+            _Caught(self.cut), batch_size=None, sampler=itertools.count(number), num_workers=self.workers,
+            prefetch_factor=self.prefetch, pin_memory=self.device.type == "cuda", worker_init_fn=_quiet_worker,
+            generator=torch.Generator(),  # else it would draw from the process's own
+        )  # fmt: skip
+        return iter(loader)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._stream = None
+
+
+def _quiet_worker(_: int) -> None:
+    """The rank decides what a signal means and ends its workers; they see its death themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on files, once for each worker
+
+
+def auto_workers(images: bool, local_ranks: int) -> int:
+    """Reading codes needs no help; decoding images gets the cores a rank can spare, up to 8."""
+    spare = len(os.sched_getaffinity(0)) // max(1, local_ranks) - 1
+    return max(0, min(MAX_AUTO_WORKERS, spare)) if images else 0

@@ -1,70 +1,28 @@
-"""Where tokens come from: arrays of codes with labels, and what is needed to show them as images."""
+"""The configured data: opened, checked against the model, split into training and held-out samples."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mirai_ds.config import ConfigError, DataConfig, ModelConfig
+from mirai_ds.config import ConfigError, DataConfig, ModelConfig, UserError
+from mirai_ds.data.npz_file import from_npz
+from mirai_ds.data.stores import (
+    IMAGE_FORMAT,
+    TOKEN_FORMAT,
+    TokenStore,
+    open_image_store,
+    open_token_store,
+    store_format,
+)
+from mirai_ds.data.token_source import Dataset, Decoder, TokenSource
+from mirai_ds.data.views import ArrayViews, FileViews, PackedViews, ViewSource
+from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class TokenSource:
-    """codes (n, views, N) integer; labels (n,) int64; images (n, views, 3, H, W) uint8 or None;
-    codebook (V, p, p, 3) uint8 or None: the pixel patch each code stands for."""
-
-    codes: Array
-    labels: Array
-    images: Array | None = None
-    codebook: Array | None = None
-
-    def __len__(self) -> int:
-        return int(self.codes.shape[0])
-
-    @property
-    def num_views(self) -> int:
-        """Stored crops of each image."""
-        return int(self.codes.shape[1])
-
-    def subset(self, indices: Array) -> TokenSource:
-        """The samples at `indices`."""
-        images = None if self.images is None else self.images[indices]
-        return TokenSource(self.codes[indices], self.labels[indices], images, self.codebook)
-
-    def gather(self, indices: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """tokens (B, N) int64, labels (B,) int64, images (B, 3, H, W) uint8 or None of samples and their views."""
-        i, v = indices.numpy(), views.numpy()
-        tokens = torch.from_numpy(self.codes[i, v].astype(np.int64))
-        labels = torch.from_numpy(self.labels[i].astype(np.int64))
-        images = None if self.images is None else torch.from_numpy(self.images[i, v])
-        return tokens, labels, images
-
-    def decode(self, tokens: Tensor) -> Array:
-        """tokens (B, N) -> uint8 images (B, g*p, g*p, 3) by the codebook; raises ValueError without one."""
-        if self.codebook is None:
-            raise ValueError("this data has no codebook, so its tokens cannot be shown as images")
-        patches = self.codebook[tokens.numpy()]
-        batch, cells, height, width, channels = patches.shape
-        side = round(cells**0.5)
-        grid = patches.reshape(batch, side, side, height, width, channels).transpose(0, 1, 3, 2, 4, 5)
-        return np.ascontiguousarray(grid.reshape(batch, side * height, side * width, channels))
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A fixed split into training and held-out samples."""
-
-    train: TokenSource
-    held_out: TokenSource
 
 
 def digits() -> TokenSource:
@@ -76,66 +34,51 @@ def digits() -> TokenSource:
     grey = np.round(np.arange(17) * (255 / 16)).astype(np.uint8)
     images = np.repeat(grey[codes][:, None, None], 3, axis=2)
     codebook = np.broadcast_to(grey[:, None, None, None], (17, 1, 1, 3)).copy()
-    return TokenSource(codes.reshape(len(codes), 1, 64), data.target.astype(np.int64), images, codebook)
+    labels = data.target.astype(np.int64)
+    return TokenSource(codes.reshape(len(codes), 1, 64), labels, ArrayViews(images), PatchCodebook(codebook))
 
 
-def from_npz(path: str) -> TokenSource:
-    """A user's file: `codes` (n, N) or (n, views, N), `labels` (n,), optional `images` (n, [views,] H, W[, 3]) uint8
-    and `codebook` (V, p, p, 3) uint8.  Raises ConfigError when something does not fit."""
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError("data.path", path, "no such file")
-    if not zipfile.is_zipfile(file):
-        raise ConfigError("data.path", path, "is not a whole .npz file; write it again with numpy.savez")
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            arrays = {name: value for name in data.files if isinstance(value := data[name], np.ndarray)}
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError("data.path", path, f"is not a readable .npz file ({reason}); write it again") from None
-    for name in ("codes", "labels"):
-        if name not in arrays:
-            raise ConfigError("data.path", path, f"has no array `{name}`; it holds {sorted(arrays) or 'nothing'}")
-    codes, labels = arrays["codes"], arrays["labels"]
-    if codes.dtype.kind not in "iu" or codes.ndim not in (2, 3):
-        found = f"{codes.dtype} {codes.shape}"
-        raise ConfigError("data.path", path, f"codes must be integers (n, [views,] tokens), not {found}")
-    codes = codes if codes.ndim == 3 else codes[:, None]
-    if codes.size == 0:
-        raise ConfigError("data.path", path, f"codes are empty: {arrays['codes'].shape}; write at least two images")
-    if labels.dtype.kind not in "iu" or labels.shape != (len(codes),):
-        raise ConfigError("data.path", path, f"labels must be {len(codes)} integers, not {labels.dtype} {labels.shape}")
-    for name, array in (("codes", codes), ("labels", labels)):
-        if int(array.min()) < 0:
-            raise ConfigError("data.path", path, f"{name} must not be negative; the smallest is {array.min()}")
-    return TokenSource(codes, labels.astype(np.int64), _images(arrays, codes.shape[1], path), _codebook(arrays, path))
+def from_store(data: DataConfig, path: Path, device: str = "cpu") -> TokenSource:
+    """A token store, with the images and the tokenizer that the configuration names.  Raises UserError."""
+    store = open_token_store(path)
+    images = None if data.images is None else _images(store, Path(data.images))
+    decoder = _decoder(data, store, device)
+    return TokenSource(store.codes, store.labels, images, decoder, max_code=store.manifest.max_code)
 
 
-def _images(arrays: dict[str, Array], views: int, path: str) -> Array | None:
-    images = arrays.get("images")
-    if images is None:
-        return None
-    if images.dtype != np.uint8:
-        raise ConfigError("data.path", path, f"images must be uint8, not {images.dtype}")
-    if images.ndim and images.shape[-1] != 3:
-        images = np.repeat(images[..., None], 3, axis=-1)
-    if images.ndim == 4:
-        images = images[:, None]
-    if images.ndim != 5 or images.shape[:2] != (len(arrays["codes"]), views):
-        shape, codes = arrays["images"].shape, arrays["codes"].shape
-        raise ConfigError("data.path", path, f"images must be (n, [views,] H, W[, 3]) as codes {codes}, not {shape}")
-    return np.ascontiguousarray(np.moveaxis(images, -1, 2))
+def _images(store: TokenStore, path: Path) -> ViewSource:
+    """Pixels of the store's views: from an image store, or from the original files."""
+    found = store_format(path)
+    if found == TOKEN_FORMAT:
+        raise ConfigError("data.images", str(path), "is a token store; give an image store or the folder of the images")
+    if found != IMAGE_FORMAT:
+        if not path.is_dir():
+            raise ConfigError("data.images", str(path), "no such folder")
+        return FileViews(path, store.names(), store.manifest.geometry.views)
+    images = open_image_store(path)
+    ours, theirs = store.manifest.geometry, images.manifest.geometry
+    if ours != theirs:
+        problem = f"its views are {theirs}; those of {store.path} are {ours}; extract the images with the same settings"
+        raise ConfigError("data.images", str(path), problem)
+    if store.manifest.names_digest != images.manifest.names_digest:
+        pairs = zip(store.names(), images.names(), strict=False)
+        place, names = next(((i, p) for i, p in enumerate(pairs) if p[0] != p[1]), (None, None))
+        where = f"image {place} is {names[1]!r} there and {names[0]!r} in the token store" if names else "other counts"
+        raise ConfigError("data.images", str(path), f"was not made of the same images: {where}")
+    return PackedViews(images)
 
 
-def _codebook(arrays: dict[str, Array], path: str) -> Array | None:
-    codebook = arrays.get("codebook")
-    if codebook is None:
-        return None
-    square = codebook.ndim == 4 and codebook.shape[1] == codebook.shape[2] and codebook.shape[3] == 3
-    if not square or codebook.dtype != np.uint8:
-        found = f"{codebook.dtype} {codebook.shape}"
-        raise ConfigError("data.path", path, f"codebook must be uint8 (V, p, p, 3), not {found}")
-    return codebook
+def _decoder(data: DataConfig, store: TokenStore, device: str) -> Decoder | None:
+    own, facts = store.codebook(), store.manifest.tokenizer
+    if data.tokenizer is None:
+        return own
+    tokenizer = open_tokenizer(Path(data.tokenizer), device)
+    if facts.digest not in ("unknown", tokenizer.digest):
+        problem = (
+            f"is {tokenizer.name} {tokenizer.digest[:12]}, the store was made with {facts.name} {facts.digest[:12]}"
+        )
+        raise ConfigError("data.tokenizer", data.tokenizer, problem)
+    return tokenizer
 
 
 def check_fits(source: TokenSource, model: ModelConfig) -> None:
@@ -143,32 +86,63 @@ def check_fits(source: TokenSource, model: ModelConfig) -> None:
     if source.codes.shape[2] != model.block_size:
         problem = f"the data has {source.codes.shape[2]} tokens an image; use that"
         raise ConfigError("model.block_size", model.block_size, problem)
-    codes, labels = int(source.codes.max()), int(source.labels.max())
+    codes, labels = source.largest_code(), int(source.labels.max())
     if codes >= model.vocab_size:
         problem = f"the data's codes go up to {codes}; use at least {codes + 1}"
         raise ConfigError("model.vocab_size", model.vocab_size, problem)
     if labels >= model.num_classes:
         problem = f"the data's labels go up to {labels}; use at least {labels + 1}"
         raise ConfigError("model.num_classes", model.num_classes, problem)
-    if source.codebook is not None and len(source.codebook) != model.vocab_size:
-        problem = f"the data's codebook has {len(source.codebook)} entries; use that"
+    if source.decoder is not None and source.decoder.vocab_size != model.vocab_size:
+        problem = f"the data's codebook has {source.decoder.vocab_size} entries; use that"
         raise ConfigError("model.vocab_size", model.vocab_size, problem)
 
 
-def load_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
-    """The configured source, checked against the model and split by class with a fixed seed."""
-    from sklearn.model_selection import train_test_split
-
-    source = digits() if data.source == "digits" else from_npz(data.path or "")
+def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> Dataset:
+    """The configured source, checked against the model and split by class with a fixed seed, or as `held_out_path`
+    says.  device: where a tokenizer that shows samples runs.  Raises UserError."""
+    source = _open(data, data.path, device)
     if len(source) < 2:
         raise ConfigError("data.path", data.path, f"holds {len(source)} images; it must hold at least 2")
     check_fits(source, model)
-    counts = np.unique(source.labels, return_counts=True)[1]
-    held = min(max(1, round(len(source) * data.held_out_fraction)), len(source) - 1)
-    # By class where every class can be in both parts.
-    possible = counts.min() > 1 and min(held, len(source) - held) >= len(counts)
-    stratify = source.labels if possible else None
+    if data.held_out_path is not None:
+        held_out = _open(data.model_copy(update={"images": None, "tokenizer": None}), data.held_out_path, device)
+        check_fits(held_out, model)
+        return Dataset(source, replace(held_out, decoder=source.decoder))
+    train, held = split(source.labels, data.held_out_fraction or 0.0, data.split_seed)
+    return Dataset(source if not len(held) else source.subset(train), source.subset(held))
+
+
+def _open(data: DataConfig, path: str | None, device: str) -> TokenSource:
+    if data.source == "digits":
+        return digits()
+    return from_npz(path or "") if data.source == "npz" else from_store(data, Path(path or ""), device)
+
+
+def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
+    """Sorted sample numbers for training and held out, each class in both where that is possible."""
+    from sklearn.model_selection import train_test_split
+
+    if fraction == 0:
+        return np.arange(len(labels)), np.arange(0)
+    counts = np.unique(labels, return_counts=True)[1]
+    held = min(max(1, round(len(labels) * fraction)), len(labels) - 1)
+    possible = counts.min() > 1 and min(held, len(labels) - held) >= len(counts)
     train, held_out = train_test_split(
-        np.arange(len(source)), test_size=held, random_state=data.split_seed, stratify=stratify
+        np.arange(len(labels)), test_size=held, random_state=seed, stratify=labels if possible else None
     )
-    return Dataset(source.subset(np.sort(train)), source.subset(np.sort(held_out)))
+    return np.sort(train), np.sort(held_out)
+
+
+def load_decoder(data: DataConfig) -> Decoder | None:
+    """What shows the configured data's tokens, without opening more than is needed; None where nothing does."""
+    if data.source != "store":
+        source = digits() if data.source == "digits" else from_npz(data.path or "")
+        return source.decoder
+    try:
+        store = open_token_store(Path(data.path or ""))
+    except UserError:
+        if data.tokenizer is None:
+            raise
+        return open_tokenizer(Path(data.tokenizer))  # the store may be gone where samples are drawn
+    return _decoder(data, store, "cpu")

@@ -54,6 +54,8 @@ class EvaluateHook(Hook):
             self._evaluate(session)
 
     def _evaluate(self, session: Session) -> None:
+        if len(session.dataset.held_out) == 0:
+            return  # a store is trained on whole unless the configuration says otherwise
         kinds = session.config.evaluate.weights
         values = {f"held_out/ntp_{kind}": held_out_loss(session, kind) for kind in kinds}
         self.sinks.scalars(values, session)

@@ -64,7 +64,7 @@ class ReportHook(Hook):
     def _beside_real(self, session: Session) -> None:
         config, source = session.config.sampling, session.dataset.train
         path = session.run / "samples" / f"step-{session.step:08d}.png"
-        if source.codebook is None or not path.is_file():
+        if source.decoder is None or not path.is_file():
             return
         from PIL import Image
 
@@ -98,9 +98,8 @@ class ReportHook(Hook):
 
 
 def pixels(source: TokenSource, indices: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-    """uint8 images of the first view of all samples, or of those at `indices`, as the codebook shows them."""
-    codes = source.codes[:, 0] if indices is None else source.codes[indices, 0]
-    return source.decode(torch.from_numpy(codes.astype(np.int64)))
+    """uint8 images of the first view of all samples, or of those at `indices`, as the decoder shows them."""
+    return source.decode(source.first_view(indices))
 
 
 def print_table(report: dict[str, Any], run: Path) -> None:

@@ -54,7 +54,7 @@ class SampleHook(Hook):
     def _draw(self, session: Session) -> None:
         self._done = session.step
         config, source = session.config.sampling, session.dataset.train
-        if source.codebook is None:
+        if source.decoder is None:
             return  # tokens without a decoder cannot be shown
         labels = torch.arange(config.classes).repeat_interleave(config.per_class)
         tokens = draw_samples(session, labels, config.weights, session.config.seed)

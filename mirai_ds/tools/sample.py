@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.data import load_dataset
+from mirai_ds.config import RunConfig, UserError
+from mirai_ds.data import load_decoder
+from mirai_ds.data.token_source import Decoder
 from mirai_ds.hooks.sample import rules_of
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
 from mirai_ds.observe.pictures import labelled_grid, save_png
+from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tools.weights import load_weights
 
 
@@ -21,7 +23,7 @@ def sample_to_folder(
     source: Path, out: Path | None, per_class: int | None, classes: str | None, weights: str | None, step: int | None,
     cfg_scale: float | None, cfg_interval: int | None, temperature: float | None, top_k: int | None,
     top_p: float | None, seed: int, recipe: str | None,
-    block_size: int = 256,
+    block_size: int = 256, tokenizer: Path | None = None,
 ) -> str:  # fmt: skip
     """Write tokens.npz and, where the data can decode its tokens, grid.png; returns a line that says what was done."""
     loaded = load_weights(source, weights or _default_kind(source), step, recipe, block_size)
@@ -41,10 +43,14 @@ def sample_to_folder(
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": tokens.numpy().astype(np.uint16), "labels": labels.numpy()}
     try:
-        decoder, reason = load_dataset(config.data, config.model).train, "the data has no codebook"
-    except ConfigError as error:  # a released file, or data that has moved: the tokens are worth having all the same
+        decoder = load_decoder(config.data) if tokenizer is None else open_tokenizer(tokenizer, str(device))
+        reason = "the data has no codebook; --tokenizer FILE shows them"
+    except UserError as error:  # a released file, or data that has moved: the tokens are worth having all the same
+        if tokenizer is not None:
+            raise
         decoder, reason = None, str(error)
-    if decoder is not None and decoder.codebook is not None:
+    if decoder is not None:
+        _check_vocabulary(decoder, config)
         arrays["images"] = decoder.decode(tokens)
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns=columns))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
@@ -80,6 +86,14 @@ def _classes(text: str | None, config: RunConfig) -> list[int]:
     if bad:
         raise UserError(f"--classes {text}: {bad[0]} is outside 0..{config.model.num_classes - 1}")
     return found
+
+
+def _check_vocabulary(decoder: Decoder, config: RunConfig) -> None:
+    if decoder.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"--tokenizer: has {decoder.vocab_size} codes, the model {config.model.vocab_size}: not the one it was "
+            "trained on"
+        )
 
 
 def _check_rules(rules: SamplingRules) -> None:

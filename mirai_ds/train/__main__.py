@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from mirai_ds.config import RunConfig, UserError, load
+from mirai_ds.config.errors import LocalError
 from mirai_ds.runtime.distributed import World, read_world
 
 
@@ -64,6 +65,7 @@ def train(config: RunConfig, run: Path, world: World, resume: str | None, fresh:
     try:
         run_loop(session, default_hooks(sinks))
     finally:
+        session.loader.close()
         sinks.close()
 
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         run = args.run_dir or Path(config.output_dir) / config.name
         train(config, run, world, args.resume, args.fresh)
     except UserError as error:
-        if world.rank == 0:
+        if world.rank == 0 or isinstance(error, LocalError):
             print(f"mirai-ds: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the launcher ends everybody at the first exit: let rank 0 speak

@@ -22,6 +22,7 @@ from mirai_ds.checkpoint.shard_files import StateReader, read_into, restore_rng,
 from mirai_ds.config import ConfigError, RunConfig, UserError, Weights, dump
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
+from mirai_ds.data.loader import auto_workers
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
 from mirai_ds.kernels.build import say_on_stderr
@@ -30,6 +31,8 @@ from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import code_version, describe
 from mirai_ds.train.schedule import total_steps
+
+MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
 
 @dataclass
@@ -131,16 +134,13 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     ds_config = resolve(config, world.size)
-    dataset = load_dataset(config.data, config.model)
+    dataset = load_dataset(config.data, config.model, str(device))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
     if order.steps_per_epoch == 0:
         raise UserError(
             f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
         )
-    if config.score.enabled and dataset.train.codebook is None:
-        raise ConfigError(
-            "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
-        )
+    check_score(config, dataset)
     teacher = build_teacher(config, device)
     objective = MiraiObjective(
         config.model, config.foresight, teacher.feature_dim if teacher else None,
@@ -150,12 +150,31 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
     engine = TrainEngine(objective, config, ds_config, device)
     if config.train.init_from:
         engine.load_weights(initial_weights(config))
+    watches = config.foresight.method == "mirai-i"
     loader = BatchLoader(
         dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
-        images=config.foresight.method == "mirai-i",
+        images=watches, prefetch=config.data.prefetch,
+        workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
     return Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+
+
+def check_score(config: RunConfig, dataset: Dataset) -> None:
+    """Whether a classifier can judge generated images of this data; raises ConfigError."""
+    if not config.score.enabled:
+        return
+    decoder = dataset.train.decoder
+    if decoder is None:
+        raise ConfigError(
+            "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
+        )
+    side = decoder.downsampling * config.model.grid
+    if side > MAX_SCORED_SIDE:
+        problem = f"is for images up to {MAX_SCORED_SIDE} pixels, these have {side}; set it to false"
+        raise ConfigError("score.enabled", True, problem)
+    if len(dataset.held_out) == 0:
+        raise ConfigError("score.enabled", True, "needs held-out images; set data.held_out_fraction or turn it off")
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:

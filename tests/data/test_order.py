@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource
+from mirai_ds.data.views import ArrayViews
 
 MASK = (1 << 64) - 1
 
@@ -139,7 +140,7 @@ def test_a_layout_that_does_not_divide_the_batch_is_refused() -> None:
 
 def test_images_come_only_where_they_are_asked_for() -> None:
     images = np.arange(20 * 2 * 3, dtype=np.uint8).reshape(20, 2, 3, 1, 1)
-    data = TokenSource(np.zeros((20, 2, 4), np.int32), np.zeros(20, np.int64), images)
+    data = TokenSource(np.zeros((20, 2, 4), np.int32), np.zeros(20, np.int64), ArrayViews(images))
     order = DataOrder(20, 4, 0)
     with_images = next(BatchLoader(data, order, 4, 0, 1, torch.device("cpu"), images=True).micro_batches(1))
     indices, keys = order.batch(1)

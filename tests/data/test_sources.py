@@ -12,20 +12,28 @@ import torch
 
 from mirai_ds.config import ConfigError, DataConfig, ModelConfig
 from mirai_ds.data import Dataset, TokenSource, load_dataset
-from mirai_ds.data.sources import check_fits, digits, from_npz
+from mirai_ds.data.npz_file import from_npz
+from mirai_ds.data.sources import check_fits, digits
+from mirai_ds.data.views import ArrayViews
+from mirai_ds.tokenizer import PatchCodebook
 
 DIGITS_MODEL = ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, vocab_size=17, num_classes=10, block_size=64)
 MODEL = ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, vocab_size=5, num_classes=3, block_size=4)
 
 
+def codes_of(part: TokenSource) -> np.ndarray[Any, Any]:
+    """(n, views, N): the part's own codes."""
+    return part.codes[part.places(np.arange(len(part)))]
+
+
 def digest(part: TokenSource) -> str:
     """Of codes and labels, in order."""
-    return hashlib.sha256(part.codes.tobytes() + part.labels.tobytes()).hexdigest()[:16]
+    return hashlib.sha256(codes_of(part).tobytes() + part.labels.tobytes()).hexdigest()[:16]
 
 
 def rows(part: TokenSource) -> set[bytes]:
     """The samples as bytes (all 1,797 digits differ)."""
-    return {code.tobytes() for code in part.codes}
+    return {code.tobytes() for code in codes_of(part)}
 
 
 def test_digits_are_the_pixels() -> None:
@@ -42,20 +50,20 @@ def test_digits_are_the_pixels() -> None:
 
 def test_digits_decode_to_their_images_exactly() -> None:
     ours = digits()
-    assert ours.images is not None
-    assert ours.codebook is not None
+    assert isinstance(ours.images, ArrayViews)
+    assert isinstance(ours.decoder, PatchCodebook)
     grey = [round(255 * level / 16) for level in range(17)]
-    assert ours.codebook[:, 0, 0].tolist() == [[g, g, g] for g in grey]
+    assert ours.decoder.patches[:, 0, 0].tolist() == [[g, g, g] for g in grey]
     decoded = ours.decode(torch.from_numpy(ours.codes[:, 0].astype(np.int64)))
     assert decoded.shape == (1797, 8, 8, 3)
     assert decoded.dtype == np.uint8
-    assert np.array_equal(decoded, np.moveaxis(ours.images[:, 0], 1, -1))
+    assert np.array_equal(decoded, np.moveaxis(ours.images.pixels[:, 0], 1, -1))
     assert decoded[0, 0, :, 0].tolist() == [grey[int(code)] for code in ours.codes[0, 0, :8]]
 
 
 def test_decode_puts_patches_where_they_belong() -> None:
     codebook = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
-    source = TokenSource(np.zeros((1, 1, 4), np.int64), np.zeros(1, np.int64), None, codebook)
+    source = TokenSource(np.zeros((1, 1, 4), np.int64), np.zeros(1, np.int64), None, PatchCodebook(codebook))
     image = source.decode(torch.tensor([[0, 1, 2, 0]]))[0]
     assert image.shape == (4, 4, 3)
     corners = [image[:2, :2], image[:2, 2:], image[2:, :2], image[2:, 2:]]
@@ -63,15 +71,15 @@ def test_decode_puts_patches_where_they_belong() -> None:
 
 
 def test_decode_without_a_codebook_says_so() -> None:
-    with pytest.raises(ValueError, match="no codebook, so its tokens cannot be shown"):
+    with pytest.raises(ValueError, match="no codebook or tokenizer, so its tokens cannot be shown"):
         TokenSource(np.zeros((1, 1, 4), np.int64), np.zeros(1, np.int64)).decode(torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_gather_takes_the_asked_view() -> None:
     codes = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4)
     images = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 1, 1)
-    tokens, labels, shown = TokenSource(codes, np.array([5, 7]), images).gather(
-        torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0])
+    tokens, labels, shown = TokenSource(codes, np.array([5, 7]), ArrayViews(images)).gather(
+        torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0]), images=True
     )
     assert tokens.tolist() == [[20, 21, 22, 23], [0, 1, 2, 3], [12, 13, 14, 15]]
     assert (tokens.dtype, labels.dtype) == (torch.int64, torch.int64)
@@ -102,11 +110,12 @@ def test_the_split_is_fixed_stratified_and_without_overlap(fraction: float, seed
 
 def test_a_subset_keeps_images_and_labels_together() -> None:
     held = load_dataset(DataConfig(), DIGITS_MODEL).held_out
-    assert held.images is not None
-    decoded = held.decode(torch.from_numpy(held.codes[:, 0].astype(np.int64)))
-    assert np.array_equal(decoded, np.moveaxis(held.images[:, 0], 1, -1))
+    everyone = torch.arange(len(held))
+    _, _, images = held.gather(everyone, torch.zeros_like(everyone), images=True)
+    assert images is not None
+    assert np.array_equal(held.decode(held.first_view()), np.moveaxis(images.numpy(), 1, -1))
     label_of = {code.tobytes(): label for code, label in zip(digits().codes, digits().labels, strict=True)}
-    assert [label_of[code.tobytes()] for code in held.codes] == held.labels.tolist()
+    assert [label_of[code.tobytes()] for code in codes_of(held)] == held.labels.tolist()
 
 
 def arrays(samples: int = 6, views: int | None = None, **others: Any) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def test_good_codes_of_every_shape_and_type(dtype: str, views: int | None, tmp_p
     assert np.array_equal(source.codes, values["codes"].reshape(6, views or 1, 4))
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert (source.images, source.codebook) == (None, None)
+    assert (source.images, source.decoder) == (None, None)
     check_fits(source, MODEL)
 
 
@@ -149,18 +158,18 @@ IMAGE_SHAPES = [(None, (6, 4, 4)), (None, (6, 4, 4, 3)), (3, (6, 3, 4, 4)), (3, 
 def test_good_images_of_every_shape(views: int | None, shape: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     source = from_npz(saved(tmp_path, arrays(views=views, images=images)))
-    assert source.images is not None
-    assert source.images.shape == (6, views or 1, 3, 4, 4)
+    assert isinstance(source.images, ArrayViews)
+    assert source.images.pixels.shape == (6, views or 1, 3, 4, 4)
     for channel in range(3):
         plane = images[..., channel] if shape[-1] == 3 else images
-        assert np.array_equal(source.images[:, :, channel], plane.reshape(6, views or 1, 4, 4))
+        assert np.array_equal(source.images.pixels[:, :, channel], plane.reshape(6, views or 1, 4, 4))
 
 
 def test_a_good_codebook_shows_the_tokens(tmp_path: Path) -> None:
     codebook = np.arange(5 * 3, dtype=np.uint8).reshape(5, 1, 1, 3)
     held = loaded(saved(tmp_path, arrays(codebook=codebook))).held_out
-    image = held.decode(torch.from_numpy(held.codes[:1, 0]))
-    assert image.reshape(4, 3).tolist() == [codebook[code, 0, 0].tolist() for code in held.codes[0, 0]]
+    image = held.decode(held.first_view(np.array([0])))
+    assert image.reshape(4, 3).tolist() == [codebook[code, 0, 0].tolist() for code in codes_of(held)[0, 0]]
 
 
 def test_other_arrays_in_the_file_do_not_matter(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirai_ds.tools import verify
-from mirai_ds.tools.verify import compare, rule_tensor, verify_file, verify_files
+from mirai_ds.tools import verify_models
+from mirai_ds.tools.vectors import rule_tensor
+from mirai_ds.tools.verify import compare, verify_file, verify_files
 from tests.model import plain_gpt as plain
 from tests.tools.vectors import (
     FIXTURES,
@@ -131,8 +132,8 @@ def test_other_systems_fail(
 )  # fmt: skip
 def test_an_installation_with_another_rule_fails(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What would happen if our `official` were not the authors': every rule the vectors pin, broken by itself."""
-    right = verify._foresight_config
-    monkeypatch.setattr(verify, "_foresight_config", lambda *a: right(*a).model_copy(update=change))
+    right = verify_models._foresight_config
+    monkeypatch.setattr(verify_models, "_foresight_config", lambda *a: right(*a).model_copy(update=change))
     found = failed(verify_file(FIXTURES / "mirai_e_official_k8_uneven.npz"))
     assert "total_loss" in found
     assert "ntp_loss" not in found

@@ -1,0 +1,193 @@
+"""Labelled images as files: a folder for each class (torchvision's ImageFolder), or idx files (Fashion-MNIST)."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mirai_ds.config import UserError
+
+Array = np.ndarray[Any, Any]
+
+# torchvision.datasets.folder.IMG_EXTENSIONS
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = ("train", "t10k")
+# Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
+SMALL_SIDE = 32
+
+
+class BadImageError(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+class Loaded(NamedTuple):
+    """An RGB (or L) image, and what had to be done to get it (None: nothing of note)."""
+
+    image: Image.Image
+    note: str | None
+
+
+class ImageSet(Protocol):
+    """n images in a fixed order.  names: unique text a file; labels (n,) int32; classes: names in label order."""
+
+    root: Path
+    names: list[str]
+    labels: Array
+    classes: list[str]
+
+    def load(self, index: int, mode: str = "RGB") -> Loaded:
+        """Image `index` in Pillow mode RGB or L; raises BadImageError."""
+        ...
+
+
+class FolderImages:
+    """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.names: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            found = _files_below(root, name)
+            if not found:
+                raise UserError(
+                    f"{root / name}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it"
+                )
+            self.names += found
+            labels += [label] * len(found)
+        self.labels = np.array(labels, dtype=np.int32)
+
+    def load(self, index: int, mode: str = "RGB") -> Loaded:
+        """See `ImageSet.load`."""
+        return read_image(self.root / self.names[index], mode)
+
+
+class IdxImages:
+    """The four files of MNIST and its relatives, .gz or not; names are `train/000042`."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root = root
+        images = read_idx(_idx_file(root, split, "images", 3))
+        labels = read_idx(_idx_file(root, split, "labels", 1))
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
+            raise UserError(f"{root}: {split} images {images.shape} and labels {labels.shape} do not belong together")
+        self.pixels, self.labels = images, labels.astype(np.int32)
+        self.classes = [str(label) for label in range(int(labels.max()) + 1)]
+        self.names = [f"{split}/{i:06d}" for i in range(len(images))]
+
+    def load(self, index: int, mode: str = "RGB") -> Loaded:
+        """See `ImageSet.load`."""
+        return Loaded(Image.fromarray(self.pixels[index]).convert(mode), None)
+
+
+def open_image_set(path: Path, split: str | None = None) -> ImageSet:
+    """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give one with a folder for each class, or with idx files")
+    try:
+        if any(path.glob("*-images[-.]idx3-ubyte*")):
+            if split not in (None, *SPLITS):
+                raise UserError(f"split = {split!r}: idx files have {' and '.join(SPLITS)}")
+            return IdxImages(path, split or "train")
+        if split is not None:
+            raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
+        found = FolderImages(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not found.names:
+        raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
+    bad = next((name for name in found.names if "\n" in name or "\r" in name or not _is_text(name)), None)
+    if bad is not None:
+        raise UserError(f"{path}: the file name {bad!r} holds a line break or is not UTF-8; rename it")
+    return found
+
+
+def read_image(path: Path, mode: str = "RGB") -> Loaded:
+    """A file as ImageFolder reads it: the first frame, converted to `mode`, its orientation tag not applied.
+
+    Raises BadImageError for what Pillow cannot read whole and for more than 8 bits a channel, which it would clip;
+    UserError where the file system fails, which says nothing about the image.
+    """
+    try:
+        with Image.open(path) as image:
+            notes = _notes(image)
+            if image.mode[0] in "IF":
+                raise BadImageError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+            return Loaded(image.convert(mode), "; ".join(notes) or None)
+    except BadImageError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise _unreadable(error, path) from None
+    except Exception as error:  # bytes from anywhere: Pillow's decoders raise nearly any type on them
+        raise _unreadable(error, path) from None
+
+
+def _unreadable(error: Exception, path: Path) -> BadImageError:
+    reason = (str(error).splitlines() or [""])[0].replace(str(path), "the file")
+    return BadImageError(f"cannot be read: {type(error).__name__}: {reason[:160]}")
+
+
+def _notes(image: Image.Image) -> list[str]:
+    notes = []
+    if getattr(image, "is_animated", False):
+        notes.append(f"first of {getattr(image, 'n_frames', 'several')} frames taken")
+    if image.mode in ("CMYK", "YCbCr"):
+        notes.append(f"{image.mode} converted to RGB")
+    if image.mode in ("P", "PA"):
+        notes.append("palette converted to RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        notes.append("transparency dropped")
+    if min(image.size) < SMALL_SIDE:
+        notes.append(f"only {image.width}x{image.height} pixels")
+    return notes
+
+
+def read_idx(path: Path) -> Array:
+    """The array of an idx file of unsigned bytes (Yann LeCun's MNIST format), .gz or not.  Raises UserError."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise UserError(f"{path}: is not an idx file of bytes (it begins with {data[:4].hex(' ') or 'nothing'})")
+    dimensions, start = data[3], 4 + 4 * data[3]
+    if len(data) < start:
+        raise UserError(f"{path}: is cut short in its header")
+    shape = struct.unpack(f">{dimensions}I", data[4:start])
+    wanted = int(np.prod(shape, dtype=object))
+    if len(data) - start != wanted:
+        raise UserError(f"{path}: holds {len(data) - start} bytes, its header {shape} promises {wanted}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _idx_file(root: Path, split: str, what: str, dimensions: int) -> Path:
+    found = sorted(root.glob(f"{split}-{what}[-.]idx{dimensions}-ubyte*"), key=lambda path: path.suffix == ".gz")
+    if not found:
+        raise UserError(f"{root}: has no {split}-{what}-idx{dimensions}-ubyte or .gz")
+    return found[0]
+
+
+def _files_below(root: Path, name: str) -> list[str]:
+    found = []
+    for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+        inside = os.path.relpath(folder, root)
+        found += [f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+    return found
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

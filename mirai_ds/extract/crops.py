@@ -1,0 +1,69 @@
+"""Blocks of centre crops, read by a pool of threads: Pillow gives up the interpreter while it decodes and resizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from mirai_ds.data.crops import centre_crop
+from mirai_ds.data.image_sets import BadImageError, IdxImages, Loaded, read_image
+from mirai_ds.extract.parts import Problem
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+
+class Found(NamedTuple, Generic[T]):
+    """One image: what was made of its crop, or None, and what was found about it."""
+
+    image: int
+    value: T | None
+    problem: Problem | None
+
+
+class CropReader(Generic[T]):
+    """Reads images of a listing, cuts their S x S centres (uint8, S x S x C), calls `then` in the same thread."""
+
+    def __init__(
+        self, source: Path, names: list[str], side: int, mode: str, workers: int, then: Callable[[Array], T]
+    ) -> None:
+        """mode: Pillow's, RGB or L.  names as in `ImageSet`."""
+        self.source, self.names, self.side, self.mode, self.then = source, names, side, mode, then
+        self.pool = ThreadPoolExecutor(workers)
+        idx = any(source.glob("*-images[-.]idx3-ubyte*"))
+        self._idx = IdxImages(source, names[0].split("/")[0]) if idx else None
+
+    def submit(self, images: range) -> list[Future[Found[T]]]:
+        """Begin reading a block."""
+        return [self.pool.submit(self._read, image) for image in images]
+
+    def _read(self, image: int) -> Found[T]:
+        name = self.names[image]
+        try:
+            loaded = self._load(image, name)
+            value = self.then(centre_crop(loaded.image, self.side))
+        except (BadImageError, ValueError, MemoryError) as error:
+            return Found(image, None, Problem(image, name, False, str(error) or type(error).__name__))
+        problem = None if loaded.note is None else Problem(image, name, True, loaded.note)
+        return Found(image, value, problem)
+
+    def _load(self, image: int, name: str) -> Loaded:
+        if self._idx is not None:
+            return self._idx.load(int(name.split("/")[1]), self.mode)
+        return read_image(self.source / name, self.mode)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def collect(futures: list[Future[Found[T]]]) -> tuple[list[int], list[T], list[Problem]]:
+    """Numbers and values of the images that could be read, in order, and all problems."""
+    found = [future.result() for future in futures]
+    kept = [(f.image, f.value) for f in found if f.value is not None]
+    problems = [f.problem for f in found if f.problem is not None]
+    return [image for image, _ in kept], [value for _, value in kept], problems

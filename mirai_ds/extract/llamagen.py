@@ -1,0 +1,271 @@
+"""LlamaGen's extracted folders into a token store: `<i>.npy` of codes (1, views, N) int64 and of labels (1,).
+
+Its DistributedSampler pads the last batch, so real folders may end with copies of the first images; its writers may
+have died and left holes.  Both change training silently there; here they are refused with a list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirai_ds.config import UserError
+from mirai_ds.data.image_sets import FolderImages, open_image_set
+from mirai_ds.data.stores.files import MANIFEST, read_manifest
+from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
+from mirai_ds.extract.codes import assemble, keep_codebook
+from mirai_ds.extract.parts import Part, run_blocks, sure_part
+from mirai_ds.extract.plan import Listing, Plan, begin, check_same, read_plan
+from mirai_ds.extract.progress import Progress
+from mirai_ds.extract.run import Options, tidy
+from mirai_ds.tokenizer import open_tokenizer
+
+Array = np.ndarray[Any, Any]
+
+SHOWN = 20  # lines of a list of complaints
+DEFAULT_VOCABULARY = 16384
+
+
+@dataclass(frozen=True)
+class Import:
+    """What to read and what to do about copies.  images: the folder that was extracted, for names and classes."""
+
+    folder: Path
+    options: Options
+    images: Path | None = None
+    tokenizer: Path | None = None
+    drop_padding: bool = False
+    keep_duplicates: bool = False
+
+
+class ImportJob:
+    """Reads a block's files with a pool of threads."""
+
+    def __init__(self, codes: Path, labels: Path, block_images: int, workers: int) -> None:
+        self.codes, self.labels, self.block_images = codes, labels, block_images
+        self.reader = ThreadPoolExecutor(workers)
+
+    def prepare(self, images: range) -> list[Future[tuple[Array, int] | str]]:
+        """See `parts.Job`."""
+        return [self.reader.submit(self._read, image) for image in images]
+
+    def finish(self, prepared: list[Future[tuple[Array, int] | str]], block: int) -> Part:
+        """codes (n, views, N) uint16 and labels (n,) int32; raises UserError with a list of unfit files."""
+        found = [future.result() for future in prepared]
+        read = [entry for entry in found if not isinstance(entry, str)]
+        shapes = sorted({codes.shape for codes, _ in read})
+        bad = [entry for entry in found if isinstance(entry, str)]
+        if len(shapes) > 1:
+            bad.append(f"{self.codes}: files of shapes {' and '.join(map(str, shapes[:2]))} are mixed")
+        _refuse(self.codes.parent, bad)
+        codes, labels = np.stack([codes for codes, _ in read]), np.array([label for _, label in read], np.int32)
+        first = block * self.block_images
+        return Part(np.arange(first, first + len(read)), {"codes": codes, "labels": labels}, [])
+
+    def _read(self, image: int) -> tuple[Array, int] | str:
+        codes = _load(self.codes / f"{image}.npy")
+        labels = _load(self.labels / f"{image}.npy")
+        for array in (codes, labels):
+            if isinstance(array, str):
+                return array
+        assert not isinstance(codes, str)
+        assert not isinstance(labels, str)
+        if codes.ndim != 3 or codes.shape[0] != 1 or codes.dtype.kind not in "iu":
+            return f"{self.codes / f'{image}.npy'}: is {codes.dtype} {codes.shape}, not (1, views, tokens) integers"
+        if codes.size == 0 or int(codes.min()) < 0 or int(codes.max()) > 65535:
+            return f"{self.codes / f'{image}.npy'}: codes must lie in 0..65535"
+        if labels.size != 1 or labels.dtype.kind not in "iu" or int(labels.flat[0]) < 0:
+            return f"{self.labels / f'{image}.npy'}: is {labels.dtype} {labels.shape}, not one label"
+        return codes[0].astype(np.uint16), int(labels.flat[0])
+
+
+def import_llamagen(request: Import) -> TokenManifest:
+    """Read the folders, refuse holes and copies, write a store; resumable.  Returns its manifest; raises UserError."""
+    options = request.options
+    codes, labels = _folders(request.folder)
+    facts, settings = _facts(request)
+    out, source = options.out, str(request.folder.resolve())
+    if (out / MANIFEST).is_file():
+        made = read_manifest(out, TokenManifest)
+        check_same(out, Plan("llamagen", "", made.made_with, options.block, 0, []), "llamagen", None, settings)
+        tidy(out)
+        return made
+    plan = read_plan(out)
+    if plan is None:
+        count = _count(codes, labels)
+        plan = Plan("llamagen", source, settings, options.block, count, [])
+        begin(out, plan, Listing([str(i) for i in range(count)], np.zeros(count, np.int32)))
+    check_same(out, plan, "llamagen", source, settings)
+    job, progress = ImportJob(codes, labels, options.block, options.workers), Progress(plan, out, speaks=True)
+    try:
+        run_blocks(job, plan, out, 0, 1, True, progress.tell)
+        drop, found = _copies(job, plan, request)
+        listing, classes = _listing(request, found, drop)
+        if request.tokenizer is not None:
+            keep_codebook(request.tokenizer, out)
+        manifest = assemble(job, replace(plan, classes=classes), out, listing, options.geometry, facts, frozenset(drop))
+    finally:
+        progress.close()
+        job.reader.shutdown(wait=False, cancel_futures=True)
+    tidy(out)
+    return manifest
+
+
+def _folders(folder: Path) -> tuple[Path, Path]:
+    """The `*_codes` and `*_labels` folders that LlamaGen's extraction writes."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = []
+    for ending in ("_codes", "_labels"):
+        matches = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.endswith(ending))
+        if len(matches) != 1:
+            names = ", ".join(path.name for path in matches) or "none"
+            raise UserError(
+                f"{folder}: must hold one folder named ...{ending}, as LlamaGen's extraction writes; {names}"
+            )
+        found.append(matches[0])
+    return found[0], found[1]
+
+
+def _facts(request: Import) -> tuple[TokenizerFacts, dict[str, str]]:
+    facts = TokenizerFacts(name="unknown", digest="unknown", vocab_size=DEFAULT_VOCABULARY)
+    if request.tokenizer is not None:
+        tokenizer = open_tokenizer(request.tokenizer)
+        facts = TokenizerFacts(name=tokenizer.name, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
+    settings = {name: str(value) for name, value in request.options.geometry.model_dump().items()}
+    settings |= {"from": "LlamaGen's .npy files", "block": str(request.options.block), "tokenizer": facts.name,
+                 "tokenizer_digest": facts.digest, "drop_padding": str(request.drop_padding),
+                 "keep_duplicates": str(request.keep_duplicates)}  # fmt: skip
+    return facts, settings
+
+
+def _count(codes: Path, labels: Path) -> int:
+    """Images, numbered 0..n-1 in both folders without holes; else raises UserError with a list."""
+    bad: list[str] = []
+    numbers: list[set[int]] = []
+    for folder in (codes, labels):
+        seen: dict[int, str] = {}
+        for name in sorted(os.listdir(folder)):
+            stem = name.removesuffix(".npy")
+            if stem == name or not stem.isdecimal():
+                bad.append(f"{folder / name}: is not called <number>.npy")
+            elif int(stem) in seen:
+                bad.append(f"{folder / name}: the same image as {seen[int(stem)]}")
+            else:
+                seen[int(stem)] = name
+                if name != f"{int(stem)}.npy":
+                    bad.append(f"{folder / name}: must be called {int(stem)}.npy")
+        numbers.append(set(seen))
+    if not numbers[0]:
+        raise UserError(f"{codes}: holds no <number>.npy files")
+    count = max(numbers[0] | numbers[1]) + 1
+    for folder, there in zip((codes, labels), numbers, strict=True):
+        bad += [f"{folder}: {span} missing" for span in spans(sorted(set(range(count)) - there))]
+    _refuse(codes.parent, bad)
+    return count
+
+
+def spans(numbers: list[int]) -> list[str]:
+    """[1, 2, 3, 7] -> ["1.npy to 3.npy are", "7.npy is"]."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in found]
+
+
+def _copies(job: ImportJob, plan: Plan, request: Import) -> tuple[list[int], Array]:
+    """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about."""
+    digests: list[bytes] = []
+    labels: list[Array] = []
+    shapes = set()
+    for block in range(plan.blocks):
+        part = sure_part(job, plan, request.options.out, block)
+        labels.append(part.arrays["labels"])
+        shapes.add(part.arrays["codes"].shape[1:])
+        digests += [hashlib.sha1(row.tobytes(), usedforsecurity=False).digest() for row in part.arrays["codes"]]
+    views, tokens = _one_shape(shapes, request)
+    _check_geometry(request, views, tokens)
+    padding = _padding(digests)
+    bad = []
+    if padding and not request.drop_padding and not request.keep_duplicates:
+        first = len(digests) - padding
+        bad.append(
+            f"images {first} to {len(digests) - 1} are copies of images 0 to {padding - 1}: padding of the "
+            "sampler that extracted them; --drop-padding leaves them out"
+        )
+    whole = len(digests) - padding if request.drop_padding else len(digests)
+    seen: dict[bytes, int] = {}
+    for image, digest in enumerate(digests[: len(digests) - padding]):
+        if digest in seen and not request.keep_duplicates:
+            bad.append(f"image {image} has the codes of image {seen[digest]}; --keep-duplicates allows it")
+        seen.setdefault(digest, image)
+    _refuse(request.folder, bad)
+    return list(range(whole, len(digests))), np.concatenate(labels)
+
+
+def _padding(digests: list[bytes]) -> int:
+    """The largest k < n/2 such that the last k images are the first k, in order."""
+    for k in range((len(digests) - 1) // 2, 0, -1):
+        if digests[-1] == digests[k - 1] and digests[-k:] == digests[:k]:
+            return k
+    return 0
+
+
+def _one_shape(shapes: set[tuple[int, ...]], request: Import) -> tuple[int, int]:
+    if len(shapes) > 1:
+        raise UserError(f"{request.folder}: files of different shapes are mixed: {sorted(shapes)}")
+    views, tokens = shapes.pop()
+    return views, tokens
+
+
+def _check_geometry(request: Import, views: int, tokens: int) -> None:
+    geometry = request.options.geometry.views
+    if geometry.num_views != views:
+        raise UserError(f"--crops {geometry.crops}: means {geometry.num_views} views, the files have {views}")
+    side = round(tokens**0.5)
+    if side * side != tokens or geometry.image_size % side:
+        raise UserError(f"--size {geometry.image_size}: does not fit the files' {tokens} tokens an image")
+
+
+def _listing(request: Import, labels: Array, drop: list[int]) -> tuple[Listing, list[str]]:
+    """Names and classes: of `--images` where given, else numbers."""
+    count = len(labels) - len(drop)
+    if request.images is None:
+        classes = [str(label) for label in range(int(labels.max()) + 1)]
+        return Listing([str(image) for image in range(len(labels))], labels), classes
+    found = open_image_set(request.images)
+    if not isinstance(found, FolderImages) or len(found.names) != count:
+        raise UserError(f"--images {request.images}: has {len(found.names)} images, the codes are of {count}")
+    wrong = np.flatnonzero(found.labels != labels[:count])
+    if len(wrong):
+        place = int(wrong[0])
+        raise UserError(
+            f"--images {request.images}: image {place}, {found.names[place]}, has class {found.labels[place]}, its "
+            f"codes have label {labels[place]}: not the folder that was extracted"
+        )
+    return Listing(found.names, found.labels), found.classes
+
+
+def _load(path: Path) -> Array | str:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        return f"{path}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return array if isinstance(array, np.ndarray) else f"{path}: is not one array"
+
+
+def _refuse(folder: Path, bad: list[str]) -> None:
+    if not bad:
+        return
+    more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    lines = "\n  ".join(bad[:SHOWN] + more)
+    raise UserError(f"{folder}: cannot be imported:\n  {lines}")

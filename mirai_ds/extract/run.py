@@ -1,0 +1,188 @@
+"""An extraction from its options to its store: plan, blocks on every rank, assembly on rank 0, tidying up.
+
+There is no process group: ranks meet in the folder.  Every file appears whole or not at all, so a process may die at
+any instant and the same command goes on, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mirai_ds.config import UserError
+from mirai_ds.data.crops import Crops
+from mirai_ds.data.image_sets import open_image_set
+from mirai_ds.data.stores.files import MANIFEST, GeometryFacts, read_manifest
+from mirai_ds.data.stores.images import ImageManifest
+from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
+from mirai_ds.extract.codes import CodesJob, assemble, keep_codebook
+from mirai_ds.extract.images import Encoding, ImagesJob, assemble_images, encoder
+from mirai_ds.extract.parts import run_blocks, wait_for_parts
+from mirai_ds.extract.plan import (
+    LISTING,
+    PARTS,
+    PLAN,
+    Listing,
+    Plan,
+    begin,
+    check_same,
+    environment,
+    read_listing,
+    read_plan,
+    wait_for_plan,
+)
+from mirai_ds.extract.progress import Progress
+from mirai_ds.runtime.distributed import World, local_device
+from mirai_ds.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every extraction is told.  patience: seconds rank 0 waits for the others without seeing progress."""
+
+    images: Path
+    out: Path
+    size: int
+    crops: Crops = "ten"
+    crop_range: float = 1.1
+    split: str | None = None
+    block: int = 256
+    workers: int = 1
+    strict: bool = False
+    patience: float = 3600.0
+
+    @property
+    def geometry(self) -> GeometryFacts:
+        """The views to cut."""
+        crop_range = self.crop_range if self.crops == "ten" else 1.0
+        return GeometryFacts(image_size=self.size, crops=self.crops, crop_range=crop_range)
+
+    def settings(self) -> dict[str, str]:
+        """What decides the content, as text."""
+        geometry = {name: str(value) for name, value in self.geometry.model_dump().items()}
+        return {**geometry, "split": self.split or "", "block": str(self.block), **environment()}
+
+
+def extract_codes(
+    options: Options, world: World, tokenizer_file: Path, precision: str = "fp32", batch: int = 64
+) -> TokenManifest | None:
+    """Every view of every image through a tokenizer into a token store at `options.out`.
+
+    Call it on every rank with the same options.  Rank 0 returns the manifest once all is there, the others None when
+    their own blocks are done.  Raises UserError.
+    """
+    device = local_device(world)
+    tokenizer = open_tokenizer(tokenizer_file, str(device), precision)
+    _check_tokenizer(tokenizer, tokenizer_file, options.size)
+    settings = options.settings() | {
+        "tokenizer": tokenizer.name, "tokenizer_digest": tokenizer.digest, "precision": precision,
+        "batch": str(batch), "device": _device_name(device.type),
+    }  # fmt: skip
+    facts = TokenizerFacts(name=tokenizer.name, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
+
+    def work(plan: Plan, listing: Listing) -> None:
+        job = CodesJob(plan, listing, options.geometry.views, tokenizer, batch, options.workers)
+
+        def assemble_all() -> None:
+            keep_codebook(tokenizer_file, options.out)
+            assemble(job, plan, options.out, listing, options.geometry, facts)
+
+        _run(job, plan, options, world, assemble_all)
+
+    _extract("codes", options, world, settings, work)
+    return read_manifest(options.out, TokenManifest) if world.rank == 0 else None
+
+
+def extract_images(
+    options: Options, world: World, encoding: Encoding = "png", quality: int | None = None
+) -> ImageManifest | None:
+    """The S x S crop of every image into an image store at `options.out`; see `extract_codes`."""
+    if quality is not None and encoding != "jpeg":
+        raise UserError(f"--quality {quality}: {encoding} is lossless; use --format jpeg or leave it out")
+    if encoding == "jpeg" and quality is None:
+        quality = 95
+    settings = options.settings() | {"encoding": encoding, "quality": str(quality or "")}
+
+    def work(plan: Plan, listing: Listing) -> None:
+        side, encode = options.geometry.views.side, encoder(encoding, quality)
+        job = ImagesJob(plan, listing, side, encode, options.out, options.workers)
+        finish = partial(assemble_images, job, plan, options.out, listing, options.geometry, encoding, quality)
+        _run(job, plan, options, world, finish)
+
+    _extract("images", options, world, settings, work)
+    return read_manifest(options.out, ImageManifest) if world.rank == 0 else None
+
+
+def _run(
+    job: CodesJob | ImagesJob, plan: Plan, options: Options, world: World, assemble_all: Callable[[], object]
+) -> None:
+    """This rank's blocks; on rank 0 the wait for the others' and the assembly, which may do damaged blocks anew."""
+    progress = Progress(plan, options.out, speaks=world.rank == 0)
+    try:
+        run_blocks(job, plan, options.out, world.rank, world.size, options.strict, progress.tell)
+        if world.rank == 0:
+            wait_for_parts(options.out, plan, options.patience, progress.tell)
+            progress.close()
+            assemble_all()
+    finally:
+        progress.close()
+        job.reader.close()
+
+
+def _extract(
+    kind: str, options: Options, world: World, settings: dict[str, str],
+    work: Callable[[Plan, Listing], None],
+) -> None:  # fmt: skip
+    """Plan, work, tidy up."""
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in problems.jsonl
+    out, source = options.out, str(options.images.resolve())
+    plan = _agree(kind, options, world, settings, source)
+    if plan is not None:
+        try:
+            work(plan, read_listing(out, plan))
+        except FileNotFoundError:
+            if not (out / MANIFEST).is_file():  # else another start of the same command was faster
+                raise
+    if world.rank == 0:
+        tidy(out)
+
+
+def _agree(kind: str, options: Options, world: World, settings: dict[str, str], source: str) -> Plan | None:
+    """The plan that all ranks follow; None when the store is finished already.  Raises UserError."""
+    out = options.out
+    if not (out / MANIFEST).is_file() and read_plan(out) is None and world.rank == 0:
+        found = open_image_set(options.images, options.split)
+        plan = Plan(kind, source, settings, options.block, len(found.names), found.classes)
+        begin(out, plan, Listing(found.names, found.labels))
+    begun = wait_for_plan(out, options.patience)
+    if begun is None:
+        made = read_manifest(out, TokenManifest if kind == "codes" else ImageManifest)
+        check_same(out, Plan(kind, "", made.made_with, options.block, made.num_images, []), kind, None, settings)
+        return None
+    check_same(out, begun, kind, source, settings)
+    return begun
+
+
+def tidy(out: Path) -> None:
+    """Remove what only an unfinished store needs."""
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    for path in [out / PLAN, out / LISTING, *out.glob("*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> None:
+    tokenizer.grid(size)
+    if tokenizer.vocab_size > 65536:
+        raise UserError(f"--tokenizer {file}: has {tokenizer.vocab_size} codes; a store holds 16 bits a code")
+    if tokenizer.channels not in (1, 3):
+        raise UserError(f"--tokenizer {file}: is for {tokenizer.channels} channels; images have 1 or 3")
+
+
+def _device_name(kind: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
