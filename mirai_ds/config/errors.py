@@ -63,6 +63,8 @@ OTHER_NAMES = {
     "gpt_model": "model.size",
     "drop_path_rate": "model.drop_path",
     "code_path": "data.path",
+    "vq_ckpt": "data.tokenizer",
+    "num_workers": "data.workers",
     "encoder_depth": "foresight.layer",
     "enc_type": "foresight.encoder.name",
     "ema_decay": "ema.decay",

@@ -22,6 +22,10 @@ CROPS: tuple[Crops, ...] = ("ten", "flip", "one")
 MAX_RESIZED_PIXELS = 178_956_970
 
 
+class BadImageError(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
 class Window(NamedTuple):
     """Where a view lies in the unflipped S x S crop, and whether it is mirrored left to right."""
 
@@ -76,7 +80,7 @@ def centre_crop(image: Image.Image, size: int) -> Array:
     """ADM's centre crop (guided-diffusion's center_crop_arr): uint8 (size, size, C) of an RGB or L image.
 
     Halved by box filter while the shorter side is at least twice `size`, then bicubic to `size`, then cut; each step
-    rounds to uint8.  Raises ValueError for a sliver whose resized form would not fit into memory.
+    rounds to uint8.  Raises BadImageError for a sliver whose resized form would not fit into memory.
     """
     from PIL import Image
 
@@ -85,7 +89,8 @@ def centre_crop(image: Image.Image, size: int) -> Array:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_RESIZED_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels is too narrow to be resized to {size} on the short side")
+        problem = f"{image.width}x{image.height} pixels is too narrow to be resized to {size} on the short side"
+        raise BadImageError(problem)
     pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     top, left = (height - size) // 2, (width - size) // 2

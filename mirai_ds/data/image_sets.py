@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mirai_ds.config import UserError
+from mirai_ds.data.crops import BadImageError
 
 Array = np.ndarray[Any, Any]
 
@@ -21,10 +22,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 SPLITS = ("train", "t10k")
 # Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
 SMALL_SIDE = 32
-
-
-class BadImageError(Exception):
-    """An image that cannot be used; the message is the reason."""
 
 
 class Loaded(NamedTuple):
@@ -88,12 +85,51 @@ class IdxImages:
         return Loaded(Image.fromarray(self.pixels[index]).convert(mode), None)
 
 
+class NamedImages:
+    """The images of a list made earlier: file names below `root`, or `train/000042` of idx files.
+
+    Names are one block of bytes, which forked workers share without copying.
+    """
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        """Raises UserError when idx files are there and the names are not theirs."""
+        self.root, self._names = root, np.array([name.encode() for name in names])
+        self._idx: IdxImages | None = None
+        if has_idx_files(root):
+            split = names[0].split("/")[0]
+            if split not in SPLITS:
+                raise UserError(f"{root}: holds idx files, the list is of {names[0]!r}")
+            self._idx = IdxImages(root, split)
+
+    def name(self, index: int) -> str:
+        """Of image `index`."""
+        return str(self._names[index].decode())
+
+    def load(self, index: int, mode: str = "RGB") -> Loaded:
+        """See `ImageSet.load`."""
+        if self._idx is not None:
+            return self._idx.load(int(self.name(index).split("/")[1]), mode)
+        return read_image(self.root / self.name(index), mode)
+
+    def missing(self) -> str | None:
+        """The first of three samples of the list that is not there; None when all are."""
+        if self._idx is not None:
+            return None
+        last = len(self._names) - 1
+        return next((name for i in (0, last // 2, last) if not (self.root / (name := self.name(i))).is_file()), None)
+
+
+def has_idx_files(root: Path) -> bool:
+    """Whether a folder holds images of the idx format."""
+    return any(root.glob("*-images[-.]idx3-ubyte*"))
+
+
 def open_image_set(path: Path, split: str | None = None) -> ImageSet:
     """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give one with a folder for each class, or with idx files")
     try:
-        if any(path.glob("*-images[-.]idx3-ubyte*")):
+        if has_idx_files(path):
             if split not in (None, *SPLITS):
                 raise UserError(f"split = {split!r}: idx files have {' and '.join(SPLITS)}")
             return IdxImages(path, split or "train")
@@ -122,7 +158,7 @@ def read_image(path: Path, mode: str = "RGB") -> Loaded:
             if image.mode[0] in "IF":
                 raise BadImageError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
             return Loaded(image.convert(mode), "; ".join(notes) or None)
-    except BadImageError:
+    except (BadImageError, MemoryError):
         raise
     except OSError as error:
         if error.errno is not None:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mirai_ds.config import UserError
-from mirai_ds.data.crops import ViewGeometry, centre_crop
-from mirai_ds.data.image_sets import SPLITS, BadImageError, IdxImages, Loaded, read_image
+from mirai_ds.data.crops import BadImageError, ViewGeometry, centre_crop
+from mirai_ds.data.image_sets import NamedImages
 from mirai_ds.data.stores import ImageStore
 
 Array = np.ndarray[Any, Any]
@@ -38,39 +38,21 @@ class FileViews:
     """Views cut from the original files, decoded and resized anew each time."""
 
     def __init__(self, root: Path, names: list[str], geometry: ViewGeometry) -> None:
-        """names: of the images below `root`, or `train/000042` of idx files.  Raises UserError without them."""
-        self.root, self.geometry = root, geometry
-        self.names = np.array([name.encode() for name in names])  # one block: workers share it without copying
-        self._idx = None
-        if any(root.glob("*-images[-.]idx3-ubyte*")):
-            split = names[0].split("/")[0]
-            if split not in SPLITS:
-                raise UserError(
-                    f"data.images = {str(root)!r}: the store's images are called {names[0]!r}, not idx images"
-                )
-            self._idx = IdxImages(root, split)
-        for place in {0, len(names) // 2, len(names) - 1}:
-            if self._idx is None and not (root / names[place]).is_file():
-                raise UserError(
-                    f"data.images = {str(root)!r}: has no {names[place]}, which the token store was made of"
-                )
-
-    def load(self, image: int) -> Loaded:
-        """Image number `image` as RGB.  Raises BadImageError."""
-        name = self.names[image].decode()
-        if self._idx is not None:
-            return self._idx.load(int(name.split("/")[1]))
-        return read_image(self.root / name)
+        """names as in `NamedImages`.  Raises UserError when `root` is another folder."""
+        self.images, self.geometry = NamedImages(root, names), geometry
+        missing = self.images.missing()
+        if missing is not None:
+            raise UserError(f"data.images = {str(root)!r}: has no {missing}, which the token store was made of")
 
     def gather(self, images: Array, views: Array) -> Array:
         """See `ViewSource.gather`."""
         found = []
         for image, view in zip(images.tolist(), views.tolist(), strict=True):
             try:
-                crop = centre_crop(self.load(image).image, self.geometry.side)
-            except (BadImageError, ValueError) as error:
-                name = self.names[image].decode()
-                raise UserError(f"{self.root / name}: {error}; it could be read when its codes were made") from None
+                crop = centre_crop(self.images.load(image).image, self.geometry.side)
+            except BadImageError as error:
+                path = self.images.root / self.images.name(image)
+                raise UserError(f"{path}: {error}; it could be read when its codes were made") from None
             found.append(self.geometry.view(crop, view))
         return _channels_first(found)
 

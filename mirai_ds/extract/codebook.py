@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import UserError
-from mirai_ds.data.crops import centre_crop
-from mirai_ds.data.image_sets import BadImageError, ImageSet, open_image_set
+from mirai_ds.data.crops import BadImageError, centre_crop
+from mirai_ds.data.image_sets import ImageSet, open_image_set
 from mirai_ds.tokenizer import PatchCodebook, reconstruction_error
 
 Array = np.ndarray[Any, Any]
@@ -51,7 +51,7 @@ def read_crops(found: ImageSet, chosen: Array, size: int) -> Array:
     def read(image: int) -> Array | None:
         try:
             return centre_crop(found.load(image).image, size)
-        except (BadImageError, ValueError):
+        except BadImageError:
             return None
 
     with ThreadPoolExecutor() as pool:

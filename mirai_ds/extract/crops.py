@@ -9,8 +9,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from mirai_ds.data.crops import centre_crop
-from mirai_ds.data.image_sets import BadImageError, IdxImages, Loaded, read_image
+from mirai_ds.data.crops import BadImageError, centre_crop
+from mirai_ds.data.image_sets import NamedImages
 from mirai_ds.extract.parts import Problem
 
 Array = np.ndarray[Any, Any]
@@ -31,30 +31,23 @@ class CropReader(Generic[T]):
     def __init__(
         self, source: Path, names: list[str], side: int, mode: str, workers: int, then: Callable[[Array], T]
     ) -> None:
-        """mode: Pillow's, RGB or L.  names as in `ImageSet`."""
-        self.source, self.names, self.side, self.mode, self.then = source, names, side, mode, then
+        """mode: Pillow's, RGB or L.  names as in `NamedImages`."""
+        self.images, self.side, self.mode, self.then = NamedImages(source, names), side, mode, then
         self.pool = ThreadPoolExecutor(workers)
-        idx = any(source.glob("*-images[-.]idx3-ubyte*"))
-        self._idx = IdxImages(source, names[0].split("/")[0]) if idx else None
 
     def submit(self, images: range) -> list[Future[Found[T]]]:
         """Begin reading a block."""
         return [self.pool.submit(self._read, image) for image in images]
 
     def _read(self, image: int) -> Found[T]:
-        name = self.names[image]
+        name = self.images.name(image)
         try:
-            loaded = self._load(image, name)
+            loaded = self.images.load(image, self.mode)
             value = self.then(centre_crop(loaded.image, self.side))
-        except (BadImageError, ValueError, MemoryError) as error:
-            return Found(image, None, Problem(image, name, False, str(error) or type(error).__name__))
+        except BadImageError as error:
+            return Found(image, None, Problem(image, name, False, str(error)))
         problem = None if loaded.note is None else Problem(image, name, True, loaded.note)
         return Found(image, value, problem)
-
-    def _load(self, image: int, name: str) -> Loaded:
-        if self._idx is not None:
-            return self._idx.load(int(name.split("/")[1]), self.mode)
-        return read_image(self.source / name, self.mode)
 
     def close(self) -> None:
         """End the threads."""

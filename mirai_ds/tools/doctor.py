@@ -39,6 +39,7 @@ def examine() -> tuple[list[str], bool]:
     lines.append(f"compiler    {_compiler()}")
     lines.append(f"nvcc        {_nvcc()}")
     lines += _kernel_lines(torch)
+    lines += _shared_memory()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     lines.append(f"disk        {free:.0f} GiB free in {Path.cwd()}")
     lines.append(
@@ -76,6 +77,16 @@ def _gpu_lines(torch: object) -> list[str]:
         p = cuda.get_device_properties(i)
         lines.append(f"gpu         {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, NCCL")
     return lines
+
+
+def _shared_memory() -> list[str]:
+    """Workers hand batches of images over in /dev/shm; containers often have 64 MiB of it and die of a bus error."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free / 2**30
+    except OSError:
+        return ["shm         no /dev/shm: use data.workers: 0"]
+    advice = "" if free >= 1 else "; too little for data.workers with images: docker run --shm-size 8g"
+    return [f"shm         {free:.1f} GiB free in /dev/shm{advice}"]
 
 
 def _compiler() -> str:

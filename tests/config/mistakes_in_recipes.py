@@ -203,6 +203,24 @@ CROSS_FIELD = {
     "grid-classes": _recipe(
         "model: {num_classes: 5}\nsampling: {classes: 6}", "sampling.classes = 6", "num_classes = 5"
     ),
+    "store-without-path": _recipe("data: {source: store}", "data.path = null", "give the store's folder"),
+    "images-for-npz": _recipe(
+        "data: {source: npz, path: a.npz, images: b}", "data.images = 'b'", "is for source: store; remove it"
+    ),
+    "tokenizer-for-digits": _recipe("data: {tokenizer: vq.pt}", "data.tokenizer = 'vq.pt'", "is for source: store"),
+    "held-out-of-digits": _recipe("data: {held_out_path: a}", "data.held_out_path = 'a'", "remove held_out_path"),
+    "held-out-twice": _recipe(
+        "data: {source: store, path: a, held_out_path: b, held_out_fraction: 0.1}",
+        "data.held_out_fraction = 0.1",
+        "held-out samples come from data.held_out_path = 'b'; remove one of them",
+    ),
+    "mirai-i-without-images": _recipe(
+        "{data: {source: store, path: a}, foresight: {method: mirai-i}}",
+        "data.images = null",
+        "give an image store or the original folder",
+    ),
+    "negative-workers": _recipe("data: {workers: -1}", "data.workers = -1", "must be at least 0"),
+    "no-prefetch": _recipe("data: {prefetch: 0}", "data.prefetch = 0", "must be at least 1"),
     "npz-without-path": _recipe("data: {source: npz}", "data.path = null", "give the .npz file"),
     "path-for-digits": _recipe("data: {path: a.npz}", "data.path = 'a.npz'", "remove path or use source: npz"),
     "micro-batch": _recipe("train: {micro_batch_size: 3}", "train.micro_batch_size = 3", "= 256; use e.g. 2"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirai_ds.data.crops import ViewGeometry, Window, centre_crop
+from mirai_ds.data.crops import BadImageError, ViewGeometry, Window, centre_crop
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "ten_crop.npz"
 
@@ -104,5 +104,5 @@ def test_grey_images_keep_one_channel() -> None:
 
 
 def test_a_sliver_is_refused_before_it_fills_the_memory() -> None:
-    with pytest.raises(ValueError, match="1x50000 pixels is too narrow"):
+    with pytest.raises(BadImageError, match="1x50000 pixels is too narrow"):
         centre_crop(Image.new("RGB", (1, 50_000)), 281)

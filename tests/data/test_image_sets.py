@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from mirai_ds.config import UserError
-from mirai_ds.data.image_sets import BadImageError, FolderImages, IdxImages, open_image_set, read_idx, read_image
+from mirai_ds.data.crops import BadImageError
+from mirai_ds.data.image_sets import FolderImages, IdxImages, open_image_set, read_idx, read_image
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

@@ -51,6 +51,33 @@ def test_loss_and_gradients_equal_the_cpus() -> None:
         assert float((q.grad.cpu() - p.grad).abs().max() / p.grad.abs().max()) < 1e-4, name
 
 
+def test_vq16_gives_the_cpus_codes_and_pixels() -> None:
+    """fp32 without TF32: all but near ties; the pixels within a grey level."""
+    from mirai_ds.tokenizer import VQTokenizer
+
+    cpu, gpu = VQTokenizer.random(), VQTokenizer.random(device="cuda")
+    assert cpu.digest == gpu.digest
+    pixels = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = cpu.encode(pixels)
+    assert (gpu.encode(pixels) == tokens).float().mean() > 0.99
+    assert torch.equal(gpu.encode(pixels), torch.cat([gpu.encode(pixels[i : i + 1]) for i in range(2)]))
+    difference = cpu.decode(tokens).astype(int) - gpu.decode(tokens).astype(int)
+    assert abs(difference).max() <= 1
+
+
+def test_a_frozen_encoder_gives_the_cpus_features() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    encoder = timm.create_model("test_vit", num_classes=0, img_size=128).eval()
+    x = torch.randn(2, 3, 128, 128)
+    with torch.inference_mode():
+        wanted = encoder.forward_features(x)
+        found = encoder.cuda().forward_features(x.cuda()).cpu()
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
+
+
 def test_sampling_gives_the_cpus_tokens() -> None:
     weights = {n: p.detach() for n, p in tiny_gpt().named_parameters()}
     labels, indices = torch.arange(8) % 5, torch.arange(8)
