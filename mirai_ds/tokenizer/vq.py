@@ -151,28 +151,25 @@ class VQTokenizer:
 @contextmanager
 def _float32_products(mode: Literal["ieee", "tf32"]) -> Iterator[None]:
     """fp32 products exact or in TF32 meanwhile; afterwards the process's own settings are back."""
-    legacy = torch.get_float32_matmul_precision()
-    # torch 2.8 knows one switch each; later ones a mode an operation, of which the old switches read an agreeing pair.
-    if not hasattr(torch.backends.cudnn, "conv"):
-        before = torch.backends.cudnn.allow_tf32
+    if not hasattr(torch.backends.cudnn, "conv"):  # torch 2.8 has one switch each
+        old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         try:
             torch.set_float32_matmul_precision("high" if mode == "tf32" else "highest")
             torch.backends.cudnn.allow_tf32 = mode == "tf32"
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = before
-            torch.set_float32_matmul_precision(legacy)
+            torch.set_float32_matmul_precision(old[0])
+            torch.backends.cudnn.allow_tf32 = old[1]
         return
+    # The modes by operation alone: later torch refuses to read the old switches where a program has set the modes.
     cpu: Any = torch.backends.mkldnn  # its TF32 is not for every processor, and no reference ran with it
     holders: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, cpu.matmul, cpu.conv]
     saved = [holder.fp32_precision for holder in holders]
     try:
-        torch.set_float32_matmul_precision("high" if mode == "tf32" else "highest")
         for holder, value in zip(holders, (mode, mode, "ieee", "ieee"), strict=True):
             holder.fp32_precision = value
         yield
     finally:
-        torch.set_float32_matmul_precision(legacy)
         for holder, value in zip(holders, saved, strict=True):
             holder.fp32_precision = value
 
@@ -205,7 +202,8 @@ def _select(data: Any, path: Path) -> dict[str, Tensor]:
     name = next((name for name in WRAPPERS if name in data), None)
     found = data if name is None else data[name]
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{path}: the weights in {shown(name)} are {shown(found)}, not a state dict of tensors")
+        where = f"holds {shown(found)}" if name is None else f"holds {shown(found)} in {name!r}"
+        raise UserError(f"{path}: {where}, not a state dict of tensors")
     for key, value in found.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -268,7 +266,9 @@ def _check(weights: Mapping[str, Tensor], config: VQConfig, path: Path) -> None:
         key = bent[0]
         parts.append(f"{len(bent)} misshaped (first: {key} is {tuple(weights[key].shape)}, needed {wanted[key]})")
     if not parts:
-        parts = [f"{key} holds values that are not finite" for key, v in weights.items() if not v.isfinite().all()][:1]
+        parts = [
+            f"{key} holds values that are not finite" for key, v in weights.items() if not v.float().isfinite().all()
+        ][:1]
     if parts:
         network = f"VQ-{config.downsampling} of {config.channels} channels"
         raise UserError(f"{path}: does not fit the network that its shapes mean, {network}: {', '.join(parts)}")

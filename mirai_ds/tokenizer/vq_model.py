@@ -221,7 +221,7 @@ class VQModel(nn.Module):
                 (part.square().sum(1, keepdim=True) + length).sub_((part @ codes.T).mul_(2)).argmin(1)
                 for part in z.split(rows)
             ]
-        return torch.cat(nearest).view(len(latent), -1)
+        return torch.cat(nearest).view(len(latent), latent.shape[2] * latent.shape[3])
 
     def decode_codes(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W), nominally in [-1, 1] and not clamped, of tokens (B, g * g) int64 in raster order."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirai_ds.data.crops import ViewGeometry, centre_crop
+from mirai_ds.data.crops import BadImageError, ViewGeometry, centre_crop
 from mirai_ds.tokenizer import VQ16, VQModel
 from mirai_ds.tools.vectors import Array, Reading, Vector, weights
 
@@ -81,7 +81,7 @@ def read_ten_crop(vector: Vector) -> Iterator[Reading]:
         geometry, image = _case(vector, i, case)
         try:
             crop = centre_crop(Image.fromarray(image), geometry.side)
-        except ValueError as error:
+        except BadImageError as error:
             raise vector.fail(f"`image_{i}`: {error}") from None
         out[f"centre_crop_{i}"] = torch.from_numpy(crop.copy())
         out[f"views_{i}"] = torch.from_numpy(np.stack([geometry.view(crop, v) for v in range(geometry.num_views)]))

@@ -57,7 +57,7 @@ def test_pickled_arrays_are_refused_and_not_executed(tmp_path: Path) -> None:
 
 def test_unknown_kinds_name_the_known_ones(tmp_path: Path) -> None:
     arrays = arrays_of("mirai_i_official_k1")
-    for kind in ("llamagen", "vq16"):
+    for kind in ("llamagen", "vq17"):
         spoiled = {**arrays, "kind": np.array(kind)}
         one_line(lambda spoiled=spoiled: check(tmp_path, spoiled), kind, "llamagen_gpt", "mirai_objective")
     del arrays["kind"]
