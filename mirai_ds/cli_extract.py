@@ -32,7 +32,7 @@ def _views(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _running(block: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _running(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Options on how the work is shared out."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +42,8 @@ def _running(block: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read."),
             click.option("--processes", type=click.IntRange(min=1), help="Default one a GPU, else one."),
             click.option("--workers", type=click.IntRange(min=1), help="Reading threads a process; default its cores."),
-            click.option("--block", type=click.IntRange(min=1), default=block, show_default=True,
-                         help="Images done whole or not at all: what a kill can cost each process."),
+            click.option("--block", type=click.IntRange(min=1),
+                         help=f"Images done whole or not at all, what a kill can cost; default a 64th up to {most}."),
         ):  # fmt: skip
             function = option(function)
         return function
@@ -64,7 +64,7 @@ def extract() -> None:
 @click.option("--images", type=FOLDER, required=True)
 @click.option("--tokenizer", type=FOLDER, required=True, help="vq_ds16_c2i.pt or .safetensors; or a codebook (.npz).")
 @_views
-@_running(block=256)
+@_running(most=256)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), default="fp32", show_default=True,
               help="Of the tokenizer; less than fp32 flips codes that are nearly ties.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Views encoded at once.")
@@ -91,7 +91,7 @@ def codes(tokenizer: Path, precision: str, batch: int, **options: Any) -> None:
 @extract.command("images")
 @click.option("--images", type=FOLDER, required=True)
 @_views
-@_running(block=4096)
+@_running(most=4096)
 @click.option("--format", "encoding", type=click.Choice(["png", "webp", "jpeg"]), default="png", show_default=True,
               help="png and webp are lossless.")  # fmt: skip
 @click.option("--quality", type=click.IntRange(1, 100), help="Of jpeg; default 95.")
@@ -151,7 +151,7 @@ def codebook(channels: str | None, **options: Any) -> None:
 @click.option("--drop-padding", is_flag=True, help="Leave out the sampler's copies of the first images at the end.")
 @click.option("--keep-duplicates", is_flag=True, help="Allow images with the same codes.")
 @click.option("--workers", type=click.IntRange(min=1), default=16, show_default=True, help="Reading threads.")
-@click.option("--block", type=click.IntRange(min=1), default=4096, show_default=True)
+@click.option("--block", type=click.IntRange(min=1), help="Images read whole or not at all.")
 @mistakes_in_one_line
 def import_llamagen(folder: Path, images: Path | None, tokenizer: Path | None, drop_padding: bool,
                     keep_duplicates: bool, **options: Any) -> None:  # fmt: skip

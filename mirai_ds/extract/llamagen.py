@@ -23,7 +23,7 @@ from mirai_ds.extract.codes import assemble, keep_codebook
 from mirai_ds.extract.parts import Part, run_blocks, sure_part
 from mirai_ds.extract.plan import Listing, Plan, begin, check_same, read_plan
 from mirai_ds.extract.progress import Progress
-from mirai_ds.extract.run import Options, tidy
+from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, tidy
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -93,16 +93,17 @@ def import_llamagen(request: Import) -> TokenManifest:
     out, source = options.out, str(request.folder.resolve())
     if (out / MANIFEST).is_file():
         made = read_manifest(out, TokenManifest)
-        check_same(out, Plan("llamagen", "", made.made_with, options.block, 0, []), "llamagen", None, settings)
+        check_same(out, Plan("llamagen", "", made.made_with, 0, 0, []), "llamagen", None, settings)
         tidy(out)
         return made
     plan = read_plan(out)
     if plan is None:
         count = _count(codes, labels)
-        plan = Plan("llamagen", source, settings, options.block, count, [])
+        block = options.block or automatic_block(count, LARGEST_BLOCK["images"])
+        plan = Plan("llamagen", source, settings, block, count, [])
         begin(out, plan, Listing([str(i) for i in range(count)], np.zeros(count, np.int32)))
     check_same(out, plan, "llamagen", source, settings)
-    job, progress = ImportJob(codes, labels, options.block, options.workers), Progress(plan, out, speaks=True)
+    job, progress = ImportJob(codes, labels, plan.block_images, options.workers), Progress(plan, out, speaks=True)
     try:
         run_blocks(job, plan, out, 0, 1, True, progress.tell)
         drop, found = _copies(job, plan, request)
@@ -139,9 +140,11 @@ def _facts(request: Import) -> tuple[TokenizerFacts, dict[str, str]]:
         tokenizer = open_tokenizer(request.tokenizer)
         facts = TokenizerFacts(name=tokenizer.name, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
     settings = {name: str(value) for name, value in request.options.geometry.model_dump().items()}
-    settings |= {"from": "LlamaGen's .npy files", "block": str(request.options.block), "tokenizer": facts.name,
-                 "tokenizer_digest": facts.digest, "drop_padding": str(request.drop_padding),
-                 "keep_duplicates": str(request.keep_duplicates)}  # fmt: skip
+    settings |= {
+        "from": "LlamaGen's .npy files", "block": str(request.options.block or "auto"), "tokenizer": facts.name,
+        "tokenizer_digest": facts.digest, "drop_padding": str(request.drop_padding),
+        "keep_duplicates": str(request.keep_duplicates),
+    }  # fmt: skip
     return facts, settings
 
 

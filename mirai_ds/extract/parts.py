@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +19,8 @@ from mirai_ds.data.stores.files import MANIFEST, write_aside
 from mirai_ds.extract.plan import PARTS, Plan
 
 Array = np.ndarray[Any, Any]
+
+BEAT_SECONDS = 5.0
 
 
 class Problem(NamedTuple):
@@ -113,20 +117,48 @@ def sure_part(
     return part
 
 
+@contextmanager
+def sign_of_life(folder: Path, rank: int) -> Iterator[None]:
+    """Touch this rank's file every few seconds: a block may take an hour, a dead rank should be noticed sooner."""
+    path, over = folder / PARTS / f"rank-{rank}.alive", threading.Event()
+
+    def beat() -> None:
+        while True:
+            with suppress(OSError):  # the folder is gone: another start of the same command has finished
+                path.touch()
+            if over.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def wait_for_parts(folder: Path, plan: Plan, patience: float, tell: Callable[[], None]) -> None:
-    """Wait for the blocks of other ranks.  Raises UserError when nothing new appears for `patience` seconds."""
-    missing, since = missing_blocks(folder, plan), time.monotonic()
-    while missing:
-        if (folder / MANIFEST).is_file():
-            return
+    """Wait for the blocks of other ranks.  Raises UserError when they show no sign of life for `patience` seconds."""
+    signs, since = _signs_of_others(folder), time.monotonic()
+    while (missing := missing_blocks(folder, plan)) and not (folder / MANIFEST).is_file():
         if time.monotonic() - since > patience:
             raise UserError(
-                f"--out {folder}: {len(missing)} of {plan.blocks} blocks are missing and none came for "
-                f"{patience / 60:.0f} minutes; give the same command again to go on"
+                f"--out {folder}: {len(missing)} of {plan.blocks} blocks are missing and nobody has worked on them for "
+                f"{patience:.0f} seconds; give the same command again to go on"
             )
         time.sleep(0.5)
         tell()
-        now = missing_blocks(folder, plan)
-        if len(now) < len(missing):
-            since = time.monotonic()
-        missing = now
+        now = _signs_of_others(folder)
+        if now != signs:
+            signs, since = now, time.monotonic()
+
+
+def _signs_of_others(folder: Path) -> dict[str, float]:
+    """When each rank but 0 last touched its file: only changes mean anything, clocks of machines differ."""
+    found = {}
+    for path in (folder / PARTS).glob("rank-*.alive"):
+        with suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_mtime
+    found.pop("rank-0.alive", None)
+    return found

@@ -49,12 +49,18 @@ class Listing:
     labels: Array
 
 
-def environment() -> dict[str, str]:
-    """Versions that may change a pixel or a code."""
+def pillow_version() -> str:
+    """What decides pixels."""
     import PIL
+
+    return str(PIL.__version__)
+
+
+def torch_version() -> dict[str, str]:
+    """What decides codes, beside the device."""
     import torch
 
-    return {"torch": torch.__version__, "pillow": PIL.__version__, "machine": platform.machine()}
+    return {"torch": torch.__version__, "machine": platform.machine()}
 
 
 def begin(folder: Path, plan: Plan, listing: Listing) -> None:

@@ -21,7 +21,7 @@ from mirai_ds.data.stores.images import ImageManifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
 from mirai_ds.extract.codes import CodesJob, assemble, keep_codebook
 from mirai_ds.extract.images import Encoding, ImagesJob, assemble_images, encoder
-from mirai_ds.extract.parts import run_blocks, wait_for_parts
+from mirai_ds.extract.parts import run_blocks, sign_of_life, wait_for_parts
 from mirai_ds.extract.plan import (
     LISTING,
     PARTS,
@@ -30,19 +30,24 @@ from mirai_ds.extract.plan import (
     Plan,
     begin,
     check_same,
-    environment,
+    pillow_version,
     read_listing,
     read_plan,
+    torch_version,
     wait_for_plan,
 )
 from mirai_ds.extract.progress import Progress
 from mirai_ds.runtime.distributed import World, local_device
 from mirai_ds.tokenizer import Tokenizer, open_tokenizer
 
+LARGEST_BLOCK = {"codes": 256, "images": 4096}
+LISTING_SECONDS = 3600.0  # millions of files on a slow file system
+
 
 @dataclass(frozen=True)
 class Options:
-    """What every extraction is told.  patience: seconds rank 0 waits for the others without seeing progress."""
+    """What every extraction is told.  block: images done whole or not at all,
+    by default 256 (codes) or 4096 (images), fewer of small sets.  patience: seconds without a sign of life."""
 
     images: Path
     out: Path
@@ -50,10 +55,10 @@ class Options:
     crops: Crops = "ten"
     crop_range: float = 1.1
     split: str | None = None
-    block: int = 256
+    block: int | None = None
     workers: int = 1
     strict: bool = False
-    patience: float = 3600.0
+    patience: float = 300.0
 
     @property
     def geometry(self) -> GeometryFacts:
@@ -64,7 +69,7 @@ class Options:
     def settings(self) -> dict[str, str]:
         """What decides the content, as text."""
         geometry = {name: str(value) for name, value in self.geometry.model_dump().items()}
-        return {**geometry, "split": self.split or "", "block": str(self.block), **environment()}
+        return {**geometry, "split": self.split or "", "block": str(self.block or "auto"), "pillow": pillow_version()}
 
 
 def extract_codes(
@@ -80,7 +85,7 @@ def extract_codes(
     _check_tokenizer(tokenizer, tokenizer_file, options.size)
     settings = options.settings() | {
         "tokenizer": tokenizer.name, "tokenizer_digest": tokenizer.digest, "precision": precision,
-        "batch": str(batch), "device": _device_name(device.type),
+        "batch": str(batch), "device": _device_name(device.type), **torch_version(),
     }  # fmt: skip
     facts = TokenizerFacts(name=tokenizer.name, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
 
@@ -123,7 +128,8 @@ def _run(
     """This rank's blocks; on rank 0 the wait for the others' and the assembly, which may do damaged blocks anew."""
     progress = Progress(plan, options.out, speaks=world.rank == 0)
     try:
-        run_blocks(job, plan, options.out, world.rank, world.size, options.strict, progress.tell)
+        with sign_of_life(options.out, world.rank):
+            run_blocks(job, plan, options.out, world.rank, world.size, options.strict, progress.tell)
         if world.rank == 0:
             wait_for_parts(options.out, plan, options.patience, progress.tell)
             progress.close()
@@ -156,15 +162,21 @@ def _agree(kind: str, options: Options, world: World, settings: dict[str, str], 
     out = options.out
     if not (out / MANIFEST).is_file() and read_plan(out) is None and world.rank == 0:
         found = open_image_set(options.images, options.split)
-        plan = Plan(kind, source, settings, options.block, len(found.names), found.classes)
+        block = options.block or automatic_block(len(found.names), LARGEST_BLOCK[kind])
+        plan = Plan(kind, source, settings, block, len(found.names), found.classes)
         begin(out, plan, Listing(found.names, found.labels))
-    begun = wait_for_plan(out, options.patience)
+    begun = wait_for_plan(out, LISTING_SECONDS)
     if begun is None:
         made = read_manifest(out, TokenManifest if kind == "codes" else ImageManifest)
-        check_same(out, Plan(kind, "", made.made_with, options.block, made.num_images, []), kind, None, settings)
+        check_same(out, Plan(kind, "", made.made_with, 0, made.num_images, []), kind, None, settings)
         return None
     check_same(out, begun, kind, source, settings)
     return begun
+
+
+def automatic_block(images: int, largest: int) -> int:
+    """At least 64 blocks where there are as many images, so that a kill costs little and progress is seen."""
+    return max(1, min(largest, images // 64))
 
 
 def tidy(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from mirai_ds.config import UserError
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.stores import open_token_store
-from mirai_ds.extract import extract_codes
+from mirai_ds.extract import extract_codes, parts
+from mirai_ds.extract.run import automatic_block
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import open_tokenizer
 from tests.extract.conftest import ALONE, content, options
@@ -190,6 +192,37 @@ def test_a_torn_part_is_done_anew(store: Path, photos: Path, codebook: Path, tmp
     parts[2].write_bytes(b"")
     extract_codes(options(photos, out), ALONE, codebook, batch=7)
     assert content(out) == content(store)
+
+
+def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(
+    photos: Path, codebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block may take an hour; what counts is that somebody works on it."""
+    monkeypatch.setattr(parts, "BEAT_SECONDS", 0.2)
+    out, reached, go = tmp_path / "s", threading.Event(), threading.Event()
+    real = parts.write_part
+
+    def slow(path: Path, part: parts.Part) -> None:
+        if path.name == "000001.npz":  # rank 1's first
+            reached.set()
+            go.wait(30)
+        real(path, part)
+
+    monkeypatch.setattr(parts, "write_part", slow)
+    with pytest.raises(UserError, match="2 of 5 blocks are missing and nobody has worked on them for 1 seconds"):
+        extract_codes(options(photos, out, patience=1.0), World(0, 0, 2, 2), codebook)
+    other = threading.Thread(target=extract_codes, args=(options(photos, out), World(1, 1, 2, 2), codebook))
+    other.start()
+    assert reached.wait(30)
+    threading.Timer(3.0, go.set).start()  # three times rank 0's patience
+    made = extract_codes(options(photos, out, patience=1.0), World(0, 0, 2, 2), codebook)
+    other.join()
+    assert made is not None
+    assert made.num_images == 18
+
+
+def test_small_sets_are_done_in_small_blocks() -> None:
+    assert [automatic_block(n, 256) for n in (1, 18, 640, 1000, 60_000, 1_281_167)] == [1, 1, 10, 15, 256, 256]
 
 
 def test_tokenizers_that_do_not_fit(photos: Path, codebook: Path, tmp_path: Path) -> None:

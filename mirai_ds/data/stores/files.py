@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -194,6 +194,17 @@ def check_digest(path: Path, digest: str) -> None:
         raise UserError(f"{path}: no such file; the store is incomplete")
     if digest_of_file(path) != digest:
         raise UserError(f"{path}: does not have the digest in the manifest; it is damaged")
+
+
+def complaints(*checks: Callable[[], object]) -> list[str]:
+    """What those of `checks` say that raise UserError."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def write_lists(folder: Path, names: Iterable[str], labels: Array, problems: list[dict[str, Any]]) -> dict[str, Any]:

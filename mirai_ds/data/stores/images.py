@@ -25,6 +25,7 @@ from mirai_ds.data.stores.files import (
     PROBLEMS,
     StoreManifest,
     check_digest,
+    complaints,
     open_array,
     read_labels,
     read_manifest,
@@ -84,17 +85,9 @@ class ImageStore:
 
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the shards read so far."""
-        found = []
-        for check in (self.names, partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest)):
-            try:
-                check()
-            except UserError as error:
-                found.append(str(error))
+        found = complaints(self.names, partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest))
         for shard, digest in enumerate(self.manifest.shard_digests):
-            try:
-                check_digest(self.path / shard_name(shard), digest)
-            except UserError as error:
-                found.append(str(error))
+            found += complaints(partial(check_digest, self.path / shard_name(shard), digest))
             progress(shard + 1)
         return found
 

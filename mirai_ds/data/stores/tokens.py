@@ -24,6 +24,7 @@ from mirai_ds.data.stores.files import (
     PROBLEMS,
     StoreManifest,
     check_digest,
+    complaints,
     open_array,
     read_labels,
     read_manifest,
@@ -85,13 +86,8 @@ class TokenStore:
 
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the images read so far."""
-        found = []
         problems = partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest)
-        for check in (self.names, self.codebook, problems):
-            try:
-                check()
-            except UserError as error:
-                found.append(str(error))
+        found = complaints(self.names, self.codebook, problems)
         step = self.manifest.digest_images
         for block, digest in enumerate(code_digests(self.codes, step)):
             if digest != self.manifest.codes_digests[block]:
