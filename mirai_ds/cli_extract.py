@@ -92,8 +92,8 @@ def codes(tokenizer: Path, precision: str, batch: int, **options: Any) -> None:
 @click.option("--images", type=FOLDER, required=True)
 @_views
 @_running(most=4096)
-@click.option("--format", "encoding", type=click.Choice(["png", "webp", "jpeg"]), default="png", show_default=True,
-              help="png and webp are lossless.")  # fmt: skip
+@click.option("--format", "encoding", type=click.Choice(["webp", "png", "jpeg"]), default="webp", show_default=True,
+              help="webp and png are lossless.")  # fmt: skip
 @click.option("--quality", type=click.IntRange(1, 100), help="Of jpeg; default 95.")
 @mistakes_in_one_line
 def images(encoding: Any, quality: int | None, **options: Any) -> None:

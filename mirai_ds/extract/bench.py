@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from mirai_ds.tokenizer import VQ16, Tokenizer, VQTokenizer
 
 RESULTS = Path("docs/data-results.csv")
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "task", "variant", "value", "unit", "ratio", "note")
+TASKS = ("loader", "views", "extract")
 ALONE = World(0, 0, 1, 1)
 Row = dict[str, str]
 
@@ -84,7 +85,7 @@ def extraction(
     folder: Path, tokenizer: Tokenizer, images: int, batch: int, workers: int
 ) -> dict[str, Callable[[], float]]:
     """Images a second end to end; both give the same codes."""
-    found, geometry = open_image_set(photographs(folder / "jpeg", images)), ViewGeometry(256, "ten", 1.1)
+    found, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     listing = Listing(found.names, found.labels)
     plan = Plan("codes", str(found.root), {}, images, images, found.classes)
 
@@ -144,7 +145,7 @@ def loading(folder: Path, images: int, batch: int) -> dict[str, Callable[[], flo
 
 def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
     """Images a second of one worker, and what an image takes on disk."""
-    found, geometry = open_image_set(photographs(folder / "jpeg", images)), ViewGeometry(256, "ten", 1.1)
+    found, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     numbers, views = np.arange(images), np.arange(images) % 10
     runs: dict[str, Callable[[], float]] = {}
     notes: dict[str, str] = {}
@@ -187,27 +188,19 @@ def write(new: list[Row], path: Path) -> None:
         writer.writerows(kept + new)
 
 
-def measure(device: str, quick: bool, about: Row) -> Iterator[list[Row]]:
-    """The rows of each task.  quick: a fraction of the work, for a test that the benchmark runs."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for task in ("loader", "views", "extract"):
-            (folder / task).mkdir()
-        yield rows(
-            "loader",
-            "tokens/s",
-            in_turns(loading(folder / "loader", 64 if quick else 4096, 32), 1 if quick else 5),
-            {},
-            about,
-        )
-        runs, notes = viewing(folder / "views", 4 if quick else 64)
-        yield rows("views", "images/s a worker", in_turns(runs, 1 if quick else 5), notes, about)
-        torch.manual_seed(0)
-        tokenizer = random_tokenizer(device, small=quick)
-        images, batch = (2, 20) if quick else ((4, 20) if device == "cpu" else (256, 256))
-        runs = extraction(folder / "extract", tokenizer, images, batch, max(1, len(os.sched_getaffinity(0))))
-        note = {"batched": f"{batch} views a call, {tokenizer.name} fp32"}
-        yield rows("extract", "images/s (ten views each)", in_turns(runs, 1 if quick else 3), note, about)
+def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> list[Row]:
+    """The rows of a task.  quick: a fraction of the work, for a test that the benchmark runs."""
+    rounds = 1 if quick else 5
+    if task == "loader":
+        return rows(task, "tokens/s", in_turns(loading(folder, 64 if quick else 4096, 32), rounds), {}, about)
+    if task == "views":
+        runs, notes = viewing(folder, 4 if quick else 64)
+        return rows(task, "images/s a worker", in_turns(runs, rounds), notes, about)
+    tokenizer = random_tokenizer(device, small=quick)
+    images, batch = (2, 20) if quick or device == "cpu" else (256, 256)
+    runs = extraction(folder, tokenizer, images, batch, max(1, len(os.sched_getaffinity(0))))
+    note = {"batched": f"{batch} views a call, {tokenizer.name} fp32"}
+    return rows(task, "images/s (ten views each)", in_turns(runs, min(rounds, 3)), note, about)
 
 
 def random_tokenizer(device: str, small: bool) -> Tokenizer:
@@ -225,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a fraction of the work: shows that it runs")
     parser.add_argument("--table", action="store_true", help="print the rows of --out as a table; measure nothing")
@@ -236,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         print(table(read(args.out)))
         return 0
     about = facts(args.device, " ".join(["python -m mirai_ds.extract.bench", *given]))
-    for found in measure(args.device, args.quick, about):
+    for task in args.tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(task, Path(folder), args.device, args.quick, about)
         write(found, args.out)
         print("\n".join(table(found).splitlines()[2:]), flush=True)
     return 0

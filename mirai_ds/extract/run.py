@@ -103,7 +103,7 @@ def extract_codes(
 
 
 def extract_images(
-    options: Options, world: World, encoding: Encoding = "png", quality: int | None = None
+    options: Options, world: World, encoding: Encoding = "webp", quality: int | None = None
 ) -> ImageManifest | None:
     """The S x S crop of every image into an image store at `options.out`; see `extract_codes`."""
     if quality is not None and encoding != "jpeg":

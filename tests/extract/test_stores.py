@@ -53,7 +53,7 @@ def test_inspect_says_what_is_there(store: Path, packed: Path) -> None:
         assert part in text, text
     lines, damages = inspect_store(packed, verify=True)
     assert damages == []
-    assert "18 crops of 17x17 pixels as png" in "\n".join(lines)
+    assert "18 crops of 17x17 pixels as webp" in "\n".join(lines)
     assert [size_text(n) for n in (999, 1500, 6_558_375_904)] == ["999 bytes", "1.5 kB", "6.6 GB"]
 
 
