@@ -23,7 +23,7 @@ from mirai_ds.extract.codes import assemble, keep_codebook
 from mirai_ds.extract.parts import Part, run_blocks, sure_part
 from mirai_ds.extract.plan import Listing, Plan, begin, check_same, read_plan
 from mirai_ds.extract.progress import Progress
-from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, tidy
+from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, full_disks_in_one_line, tidy
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -88,14 +88,23 @@ class ImportJob:
 def import_llamagen(request: Import) -> TokenManifest:
     """Read the folders, refuse holes and copies, write a store; resumable.  Returns its manifest; raises UserError."""
     options = request.options
+    with full_disks_in_one_line(options.out):
+        _import(request)
+    tidy(options.out)
+    return read_manifest(options.out, TokenManifest)
+
+
+def _import(request: Import) -> None:
+    options = request.options
     codes, labels = _folders(request.folder)
     facts, settings = _facts(request)
+    # Decided last: what was read before the copies were refused need not be read again.
+    policy = {"drop_padding": str(request.drop_padding), "keep_duplicates": str(request.keep_duplicates)}
     out, source = options.out, str(request.folder.resolve())
     if (out / MANIFEST).is_file():
         made = read_manifest(out, TokenManifest)
-        check_same(out, Plan("llamagen", "", made.made_with, 0, 0, []), "llamagen", None, settings)
-        tidy(out)
-        return made
+        check_same(out, Plan("llamagen", "", made.made_with, 0, 0, []), "llamagen", None, settings | policy)
+        return
     plan = read_plan(out)
     if plan is None:
         count = _count(codes, labels)
@@ -110,12 +119,11 @@ def import_llamagen(request: Import) -> TokenManifest:
         listing, classes = _listing(request, found, drop)
         if request.tokenizer is not None:
             keep_codebook(request.tokenizer, out)
-        manifest = assemble(job, replace(plan, classes=classes), out, listing, options.geometry, facts, frozenset(drop))
+        plan = replace(plan, classes=classes, settings=settings | policy)
+        assemble(job, plan, out, listing, options.geometry, facts, frozenset(drop))
     finally:
         progress.close()
         job.reader.shutdown(wait=False, cancel_futures=True)
-    tidy(out)
-    return manifest
 
 
 def _folders(folder: Path) -> tuple[Path, Path]:
@@ -142,8 +150,7 @@ def _facts(request: Import) -> tuple[TokenizerFacts, dict[str, str]]:
     settings = {name: str(value) for name, value in request.options.geometry.model_dump().items()}
     settings |= {
         "from": "LlamaGen's .npy files", "block": str(request.options.block or "auto"), "tokenizer": facts.name,
-        "tokenizer_digest": facts.digest, "drop_padding": str(request.drop_padding),
-        "keep_duplicates": str(request.keep_duplicates),
+        "tokenizer_digest": facts.digest,
     }  # fmt: skip
     return facts, settings
 

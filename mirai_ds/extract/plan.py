@@ -82,7 +82,7 @@ def read_plan(folder: Path) -> Plan | None:
         return Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{folder / PLAN}: cannot be read ({error}); remove {folder} and extract again") from None
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,15 +147,12 @@ def _extract(
     """Plan, work, tidy up."""
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in problems.jsonl
     out, source = options.out, str(options.images.resolve())
-    plan = _agree(kind, options, world, settings, source)
-    if plan is not None:
-        try:
+    with full_disks_in_one_line(out):
+        plan = _agree(kind, options, world, settings, source)
+        if plan is not None:
             work(plan, read_listing(out, plan))
-        except FileNotFoundError:
-            if not (out / MANIFEST).is_file():  # else another start of the same command was faster
-                raise
-    if world.rank == 0:
-        tidy(out)
+        if world.rank == 0:
+            tidy(out)
 
 
 def _agree(kind: str, options: Options, world: World, settings: dict[str, str], source: str) -> Plan | None:
@@ -172,6 +170,18 @@ def _agree(kind: str, options: Options, world: World, settings: dict[str, str], 
         return None
     check_same(out, begun, kind, source, settings)
     return begun
+
+
+@contextmanager
+def full_disks_in_one_line(out: Path) -> Iterator[None]:
+    """A file that cannot be written is the user's to mend; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (out / MANIFEST).is_file():
+            return  # another start of the same command was faster and has tidied up
+        problem = f"cannot be written ({error.strerror or error}); mend that and give the same command again to go on"
+        raise UserError(f"--out {out}: {problem}") from None
 
 
 def automatic_block(images: int, largest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -219,6 +220,27 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(
     other.join()
     assert made is not None
     assert made.num_images == 18
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    store: Path, photos: Path, codebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, room = parts.write_aside, [2]
+
+    def until_full(path: Path, data: bytes) -> None:
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room[0] -= 1
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_aside", until_full)
+        refused(r"cannot be written \(No space left on device\); mend that", photos, tmp_path / "s", codebook)
+    assert len(list((tmp_path / "s" / "parts").glob("*.npz"))) == 2
+    extract_codes(options(photos, tmp_path / "s"), ALONE, codebook, batch=7)
+    assert content(tmp_path / "s") == content(store)
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", photos, tmp_path / "file" / "s", codebook)
 
 
 def test_small_sets_are_done_in_small_blocks() -> None:

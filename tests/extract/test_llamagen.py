@@ -100,18 +100,20 @@ def test_long_lists_are_cut(folder: Path, tmp_path: Path) -> None:
 def test_padding_of_the_sampler(store: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "theirs", store, padding=6)
     refused(folder, tmp_path / "s", "images 18 to 23 are copies of images 0 to 5", "--drop-padding")
-    shutil.rmtree(tmp_path / "s")
+    for file in (folder / "imagenet16_codes").iterdir():
+        file.write_bytes(b"")  # it goes on with what was read
     made = imported(folder, tmp_path / "s", drop_padding=True)
     assert made.num_images == 18
     assert np.array_equal(open_token_store(tmp_path / "s").codes, open_token_store(store).codes)
-    assert imported(folder, tmp_path / "all", keep_duplicates=True).num_images == 24
+    assert made.made_with["drop_padding"] == "True"
+    again = write_folder(tmp_path / "again", store, padding=6)
+    assert imported(again, tmp_path / "all", keep_duplicates=True).num_images == 24
 
 
 def test_copies_in_the_middle(folder: Path, tmp_path: Path) -> None:
     for name in ("imagenet16_codes", "imagenet16_labels"):
         shutil.copy(folder / name / "2.npy", folder / name / "12.npy")
     refused(folder, tmp_path / "s", "image 12 has the codes of image 2; --keep-duplicates allows it")
-    shutil.rmtree(tmp_path / "s")
     assert imported(folder, tmp_path / "s", keep_duplicates=True).num_images == 18
 
 
