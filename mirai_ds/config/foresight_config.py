@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mirai_ds.config.errors import ConfigError
 from mirai_ds.config.model_config import ModelConfig, Section
@@ -79,21 +79,62 @@ class LambdaSchedule(Section):
         return self
 
 
+class EncoderPreset(NamedTuple):
+    """A short name's timm model, and the 1-based block whose output is the feature (None: the last, normed)."""
+
+    timm_name: str
+    layer: int | None = None
+
+
+# The encoders of the paper's tables.  MAE's features are raw outputs of a block two thirds up: 8 of 12, 16 of 24.
+ENCODERS: dict[str, EncoderPreset] = {
+    "dinov2-b": EncoderPreset("vit_base_patch14_dinov2"),
+    "dinov2-l": EncoderPreset("vit_large_patch14_dinov2"),
+    "dinov3-b": EncoderPreset("vit_base_patch16_dinov3"),
+    "mae-b": EncoderPreset("vit_base_patch16_224.mae", layer=8),
+    "mae-l": EncoderPreset("vit_large_patch16_224.mae", layer=16),
+}
+
+
 class EncoderConfig(Section):
-    """Mirai-I's frozen vision encoder, a timm model loaded from a local file."""
+    """Mirai-I's frozen vision encoder, a timm model with weights from a local file or as published.
+
+    `name`: a key of `ENCODERS`, which fills the fields left out, or any timm ViT.  mean and std are ImageNet's for
+    every encoder; timm's own defaults (0.5 for MAE) are not used.
+    """
 
     name: str = "vit_base_patch14_dinov2"
     weights: str | None = Field(None, description="file with the encoder's state dict (.safetensors, .pth, .bin)")
+    pretrained: bool = Field(False, description="timm's published weights, from the Hugging Face cache or the network")
     image_size: int | None = Field(None, ge=1, description="encoder input side; default patch size * token grid")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)  # YAML has lists, not tuples
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), strict=False)
     dtype: Literal["fp32", "bf16"] = "fp32"
+    layer: int | None = Field(None, ge=1, description="block whose output is the feature, 1-based; default the last")
+    final_norm: bool | None = Field(None, description="the encoder's last norm on it; default true without layer")
+    block_causal: int | None = Field(None, ge=1, description="patch i sees patch j iff j // b <= i // b; default all")
+    compile: bool = Field(False, description="torch.compile the encoder's forward")
+
+    @property
+    def timm_name(self) -> str:
+        """What timm calls the encoder."""
+        return ENCODERS[self.name].timm_name if self.name in ENCODERS else self.name
 
     @model_validator(mode="after")
-    def _check(self) -> EncoderConfig:
+    def _fill_and_check(self) -> EncoderConfig:
+        if self.layer is None and self.name in ENCODERS:
+            self.__dict__["layer"] = ENCODERS[self.name].layer
+        if self.final_norm is None:
+            self.__dict__["final_norm"] = self.layer is None
         if min(self.std) <= 0:
             raise ConfigError("foresight.encoder.std", list(self.std), "each must be greater than 0")
+        if self.pretrained and self.weights is not None:
+            raise ConfigError("foresight.encoder.pretrained", True, "foresight.encoder.weights is a file; keep one")
         return self
+
+
+# Explicit offsets: what the compiled loss takes on CUDA.  Without them: the 3x3 block, all that the paper uses.
+MAX_OFFSETS, MAX_HEADS = 64, 9
 
 
 class ForesightConfig(Section):
@@ -101,13 +142,16 @@ class ForesightConfig(Section):
 
     method: Method = "none"
     convention: Literal["official", "paper"] = "official"
-    num_heads: int | None = Field(None, ge=1, le=9, description="K: 3 for mirai-e, 1 for mirai-i")
+    num_heads: int | None = Field(None, ge=1, description="K: 3 for mirai-e, 1 for mirai-i, at most 9; or of offsets")
     layout: Literal["2d", "1d"] = "2d"
     layer: int | None = Field(None, ge=1, description="student block, 1-based; default round(8/12 * n_layer)")
     teacher_layer: int | None = Field(None, ge=1, description="mirai-e: teacher block; default the student's")
     weights: list[float] | None = Field(None, description="lambda of each head; default 2 each")
     heads_reduction: Literal["sum", "mean"] | None = None
     head_order: Literal["official", "nearest"] | None = None
+    offsets: list[list[int]] | None = Field(
+        None, description="[down, right] of each head instead of num_heads and head_order, e.g. [[0, 1]]; at most 64"
+    )
     slots: Literal["input", "predict"] | None = Field(None, description="cell n: the slot that holds, or predicts, it")
     border: Literal["mask", "wrap", "clamp"] | None = None
     normalizer: Literal["valid", "constant"] | None = Field(None, description="divide by valid cells, or by all")
@@ -125,6 +169,13 @@ class ForesightConfig(Section):
     )
     encoder: EncoderConfig | None = None
 
+    @field_validator("offsets", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, list) and not all(isinstance(offset, list) for offset in value):
+            raise ConfigError("foresight.offsets", value, "must be a list of [down, right], e.g. [[0, 1]]")
+        return value
+
     @property
     def active(self) -> bool:
         """Whether there is an alignment loss at all."""
@@ -137,10 +188,13 @@ class ForesightConfig(Section):
 
     @model_validator(mode="after")
     def _fill(self) -> ForesightConfig:
+        self._check_offsets()
         if not self.active:
             return self
         fill = dict(CONVENTIONS[self.convention])
         fill["num_heads"] = 3 if self.method == "mirai-e" else 1
+        if self.offsets is not None:
+            fill |= {"num_heads": len(self.offsets), "head_order": None}
         fill["warmup_epochs"] = 15.0 if self.method == "mirai-e" else 0.0
         fill["class_slot"] = self.method == "mirai-e" and self.convention == "official"
         for name, value in fill.items():
@@ -152,6 +206,30 @@ class ForesightConfig(Section):
             self.__dict__["encoder"] = EncoderConfig()
         self._check()
         return self
+
+    def _check_offsets(self) -> None:
+        """Without `offsets`: few enough heads.  With them: pairs that make sense, and no field that says otherwise."""
+        name, given = "foresight.offsets", self.offsets
+        if given is None:
+            if (self.num_heads or 0) > MAX_HEADS:
+                fix = "; for more give foresight.offsets" if self.layout == "2d" else ""
+                raise ConfigError("foresight.num_heads", self.num_heads, f"must be at most {MAX_HEADS}{fix}")
+            return
+        if not 1 <= len(given) <= MAX_OFFSETS:
+            raise ConfigError(name, given, f"must have 1 to {MAX_OFFSETS} entries [down, right], one a head")
+        for i, offset in enumerate(given):
+            if len(offset) != 2 or min(offset) < 0:
+                raise ConfigError(f"{name}[{i}]", offset, "must be [down, right], two numbers of at least 0")
+            if offset in given[:i]:
+                raise ConfigError(f"{name}[{i}]", offset, "given twice; remove one")
+        if self.layout == "1d":
+            raise ConfigError(name, given, "needs layout: 2d; remove it")
+        if self.head_order is not None:
+            problem = "foresight.offsets orders the heads; remove it or set it to null"
+            raise ConfigError("foresight.head_order", self.head_order, problem)
+        if self.num_heads not in (None, len(given)):
+            problem = f"must be {len(given)}, one head an entry of foresight.offsets; remove it or set it to null"
+            raise ConfigError("foresight.num_heads", self.num_heads, problem)
 
     def _check(self) -> None:
         weights = self.weights or []
@@ -184,6 +262,10 @@ class ForesightConfig(Section):
             value = getattr(self, name)
             if value is not None and value > model.depth:
                 raise ConfigError(f"foresight.{name}", value, f"must be at most the model's depth, {model.depth}")
+        for i, offset in enumerate(self.offsets or []):
+            if max(offset) >= model.grid:
+                problem = f"leaves the {model.grid}x{model.grid} grid from every cell; use at most {model.grid - 1}"
+                raise ConfigError(f"foresight.offsets[{i}]", offset, problem)
         if model.grid < 3 and self.heads > model.grid**2:
             problem = f"must be at most {model.grid**2}, the cells of the grid"
             raise ConfigError("foresight.num_heads", self.heads, problem)

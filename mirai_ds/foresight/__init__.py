@@ -1,9 +1,10 @@
 """Foresight alignment: neighbours, heads, teachers, schedules and the objective that joins them to the model."""
 
+from mirai_ds.foresight.encoders import EncoderTeacher
 from mirai_ds.foresight.neighbours import index_table, offsets, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
 from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
-from mirai_ds.foresight.teachers import EmaTeacher, EncoderTeacher, Teacher
+from mirai_ds.foresight.teachers import EmaTeacher, Teacher
 
 __all__ = [
     "EmaTeacher",

@@ -18,7 +18,9 @@ NEAREST_OFFSETS = tuple(sorted(OFFICIAL_OFFSETS, key=lambda o: (o[0] ** 2 + o[1]
 
 
 def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
-    """(rows down, columns right) of each head; in 1d layout (0, k): k tokens later on the flat sequence."""
+    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later."""
+    if config.offsets is not None:
+        return [(down, right) for down, right in config.offsets]
     if config.layout == "1d":
         return [(0, k) for k in range(config.heads)]
     order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
@@ -42,7 +44,7 @@ def index_table(config: ForesightConfig, grid: int) -> Tensor:
     """(S, K) int64 on CPU for S = N student slots (class and x_1..x_{N-1}), N = grid^2.
 
     Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches in raster
-    order, all N of them.
+    order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on this grid.
     """
     cells = grid * grid
     encoder = config.method == "mirai-i"
@@ -57,13 +59,15 @@ def index_table(config: ForesightConfig, grid: int) -> Tensor:
             found = target_cell(cell, offset, grid, config)
             if 0 <= found < available:
                 table[slot, k] = found if encoder else found + 1
-        if config.class_slot:
-            table[0, k] = 0
     empty = [k for k in range(config.heads) if bool((table[:, k] < 0).all())]
+    if empty and config.offsets is not None:
+        problem = f"head {empty[0] + 1} has no target on a {grid}x{grid} grid; remove {config.offsets[empty[0]]}"
+        raise ConfigError("foresight.offsets", config.offsets, problem)
     if empty:
-        raise ConfigError(
-            "foresight.num_heads", config.heads, f"head {empty[0] + 1} has no target on a {grid}x{grid} grid; lower it"
-        )
+        problem = f"head {empty[0] + 1} has no target on a {grid}x{grid} grid; lower it"
+        raise ConfigError("foresight.num_heads", config.heads, problem)
+    if config.class_slot:
+        table[0] = 0
     return table
 
 

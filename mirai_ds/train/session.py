@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import code_version, describe
 from mirai_ds.train.schedule import total_steps
+
+T = TypeVar("T")
 
 MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
@@ -134,14 +136,14 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     ds_config = resolve(config, world.size)
-    dataset = load_dataset(config.data, config.model, str(device))
+    dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
     if order.steps_per_epoch == 0:
         raise UserError(
             f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
         )
     check_score(config, dataset)
-    teacher = build_teacher(config, device)
+    teacher = on_every_rank(lambda: build_teacher(config, device))
     objective = MiraiObjective(
         config.model, config.foresight, teacher.feature_dim if teacher else None,
         ds_config["gradient_accumulation_steps"],
@@ -209,19 +211,27 @@ def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> st
     One rank a node speaks.  Raises on every rank what went wrong on any."""
     if not config.foresight.active:
         return None
-    try:
-        chosen = choose(
-            config.foresight.kernel, device.type, say=say_on_stderr if world.local_rank == 0 else lambda _: None
-        )
-        mine: tuple[str | None, str | None] = (chosen, None)
-    except UserError as error:
-        mine = (None, str(error))
-    everyone: list[tuple[str | None, str | None]] = [mine] * dist.get_world_size()
+    say = say_on_stderr if world.local_rank == 0 else lambda _: None
+    mine = on_every_rank(lambda: choose(config.foresight.kernel, device.type, say=say))
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    problem = next((problem for _, problem in everyone if problem is not None), None)
+    return ", ".join(sorted(set(everyone)))  # nodes may differ under `auto`
+
+
+def on_every_rank(build: Callable[[], T]) -> T:
+    """Collective: `build()`.  What the user must mend on any rank (a file that one node has not) is raised on every
+    rank, because only rank 0 speaks."""
+    result, mine = None, None
+    try:
+        result = build()
+    except UserError as error:
+        mine = str(error)
+    problems: list[str | None] = [mine] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None:
         raise UserError(problem)
-    return ", ".join(sorted({kernel for kernel, _ in everyone if kernel}))  # nodes may differ under `auto`
+    return cast(T, result)
 
 
 def open_run_folder(

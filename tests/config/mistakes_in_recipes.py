@@ -59,6 +59,9 @@ UNKNOWN_NAMES = {
     "precision": _recipe("train: {precision: fp8}", "train.precision = 'fp8'", "use one of: bf16, bf16-autocast, fp32"),
     "convention": _recipe("foresight: {convention: papers}", "foresight.convention = 'papers'", "'paper'?"),
     "policy": _recipe("train: {recompute: {policy: fulll}}", "train.recompute.policy = 'fulll'", "'full'?"),
+    "encoder-weights-misspelt": _recipe(
+        "foresight: {encoder: {pre_trained: true}}", "foresight.encoder.pre_trained: unknown key", "'pretrained'?"
+    ),
     "weights-kind": _recipe("evaluate: {weights: [raw, avg]}", "evaluate.weights[1] = 'avg'", "use one of: ema, raw"),
 }
 
@@ -84,6 +87,19 @@ TYPES = {
     "three-betas": _recipe("optimizer: {betas: [0.9, 0.9, 0.9]}", "betas = [0.9, 0.9, 0.9]", "must have 2 values"),
     "number-for-betas": _recipe("optimizer: {betas: 0.9}", "optimizer.betas = 0.9", "a list, e.g. [0.9, 0.95]"),
     "number-for-deepspeed": _recipe("deepspeed: 2", "deepspeed = 2", "a file, the name of a shipped one (zero2)"),
+    "encoder-layer-text": _recipe(
+        "foresight: {encoder: {layer: last}}", "foresight.encoder.layer = 'last'", "must be a whole number"
+    ),
+    "encoder-norm-text": _recipe(
+        "foresight: {encoder: {final_norm: 'no'}}", "foresight.encoder.final_norm = 'no'", "write false"
+    ),
+    "encoder-pretrained-file": _recipe(
+        "foresight: {encoder: {pretrained: a.pth}}", "foresight.encoder.pretrained = 'a.pth'", "true or false"
+    ),
+    "encoder-compile": _recipe("foresight: {encoder: {compile: 1}}", "encoder.compile = 1", "write true"),
+    "one-offset": _recipe("foresight: {offsets: [0, 1]}", "foresight.offsets = [0, 1]", "e.g. [[0, 1]]"),
+    "offsets-number": _recipe("foresight: {offsets: 2}", "foresight.offsets = 2", "must be a list"),
+    "offset-fraction": _recipe("foresight: {offsets: [[0, 0.5]]}", "foresight.offsets[0][1] = 0.5", "whole number"),
     "set-section": _set("optimizer=3", "optimizer = 3", "must be a section with fields such as lr, betas, eps"),
     "set-empty": _set("optimizer.lr=", "optimizer.lr = null", "leave the key out for the default, 0.0001"),
 }
@@ -101,6 +117,22 @@ RANGES = {
     "ema-one": _recipe("ema: {decay: 1.0}", "ema.decay = 1.0", "must be less than 1"),
     "batch-zero": _recipe("train: {global_batch_size: 0}", "train.global_batch_size = 0", "must be at least 1"),
     "heads-zero": _recipe("foresight: {num_heads: 0}", "foresight.num_heads = 0: must be at least 1"),
+    "encoder-layer-zero": _recipe(
+        "foresight: {encoder: {layer: 0}}", "foresight.encoder.layer = 0", "must be at least 1"
+    ),
+    "encoder-block-zero": _recipe(
+        "foresight: {encoder: {block_causal: 0}}", "foresight.encoder.block_causal = 0", "must be at least 1"
+    ),
+    "offset-left": _recipe("foresight: {offsets: [[0, -1]]}", "foresight.offsets[0] = [0, -1]", "[down, right]", "0"),
+    "offset-of-three": _recipe(
+        "foresight: {offsets: [[0, 1, 2]]}", "foresight.offsets[0] = [0, 1, 2]", "[down, right]"
+    ),
+    "offset-empty": _recipe("foresight: {offsets: [[]]}", "foresight.offsets[0] = []", "[down, right]"),
+    "offsets-none": _recipe("foresight: {offsets: []}", "foresight.offsets = []", "1 to 64 entries"),
+    "offsets-many": _recipe(
+        f"foresight: {{offsets: {[[0, k] for k in range(65)]}}}", "foresight.offsets = [[0, 0]", "1 to 64 entries"
+    ),
+    "heads-ten-flat": _recipe("foresight: {num_heads: 10, layout: 1d}", "foresight.num_heads = 10: must be at most 9"),
     "heads-ten": _recipe("foresight: {num_heads: 10}", "foresight.num_heads = 10: must be at most 9"),
     "betas": _recipe("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas = [0.9, 1.0]", "each must be", "less than 1"),
     "name-with-slash": _recipe("name: a/b", "name = 'a/b'", "may hold letters, digits", "use e.g. 'a-b'"),
@@ -140,6 +172,35 @@ CROSS_FIELD = {
     ),
     "encoder-std": _recipe(
         "foresight: {encoder: {std: [0, 1, 1]}}", "foresight.encoder.std = [0.0, 1.0, 1.0]", "greater than 0"
+    ),
+    "encoder-weights-twice": _recipe(
+        "foresight: {encoder: {weights: a.pth, pretrained: true}}",
+        "foresight.encoder.pretrained = true",
+        "foresight.encoder.weights is a file; keep one",
+    ),
+    "offset-twice": _recipe(
+        "foresight: {offsets: [[0, 1], [1, 0], [0, 1]]}", "foresight.offsets[2] = [0, 1]", "given twice; remove one"
+    ),
+    "offsets-in-a-line": _recipe(
+        "foresight: {layout: 1d, offsets: [[0, 1]]}", "foresight.offsets = [[0, 1]]", "needs layout: 2d"
+    ),
+    "offsets-and-order": _recipe(
+        "foresight: {head_order: nearest, offsets: [[0, 1]]}", "foresight.head_order = 'nearest'", "remove it"
+    ),
+    "offsets-and-heads": _set(
+        "foresight.offsets=[[0, 1]]",
+        "foresight.num_heads = 3",
+        "must be 1, one head an entry of foresight.offsets; remove it or set it to null",
+        text="base: digits-mirai-e",
+    ),
+    "offsets-and-weights": _recipe(
+        "foresight: {method: mirai-i, offsets: [[0, 1], [1, 0]], weights: [2]}", "foresight.weights = [2.0]", "have 2"
+    ),
+    "offset-beyond-grid": _set(
+        "foresight.offsets=[[0, 1], [4, 0]]",
+        "foresight.offsets[1] = [4, 0]",
+        "leaves the 4x4 grid from every cell; use at most 3",
+        text=MIRAI,
     ),
     "heads-beyond-grid": _recipe(
         "model: {size: custom, dim: 8, n_layer: 1, n_head: 1, block_size: 4}\n"

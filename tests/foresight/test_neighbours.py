@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirai_ds.config import ConfigError, ForesightConfig
+from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
 from mirai_ds.foresight import index_table, offsets, slot_counts
 
 SHIFTS = (0, 1, 16, 17, 2, 18, 34, 33, 32)  # the authors' code, by head, on their 16 grid
@@ -158,6 +158,81 @@ def test_class_slot_only_where_asked() -> None:
     assert torch.equal(with_class[1:], without[1:])
 
 
+def test_several_heads_of_an_encoder_on_the_papers_convention() -> None:
+    """Slot s (from 0) predicts cell s: its heads look at patch s, the one to its right and the one below."""
+    table = index_table(paper("mirai-i", 3), 4)
+    assert table[:, 0].tolist() == list(range(16))
+    assert table[:, 1].tolist() == [1, 2, 3, -1, 5, 6, 7, -1, 9, 10, 11, -1, 13, 14, 15, -1]
+    assert table[:, 2].tolist() == [*range(4, 16), -1, -1, -1, -1]
+    assert torch.equal(index_table(paper("mirai-i", 2), 4), table[:, :2])
+    assert slot_counts(paper("mirai-i", 3), table).tolist() == [16, 12, 12]
+
+
+def custom(method: str, convention: str, pairs: list[list[int]], **changes: Any) -> ForesightConfig:
+    config = ForesightConfig(**{"method": method, "convention": convention, "offsets": pairs, **changes})
+    config.fill_from_model(ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, block_size=16))
+    return config
+
+
+RIGHT_AND_FAR = [[0, 1], [3, 2]]
+
+
+def test_explicit_offsets_fill_the_heads() -> None:
+    config = custom("mirai-i", "paper", RIGHT_AND_FAR)
+    assert (config.heads, config.weights, config.head_order) == (2, [2.0, 2.0], None)
+    assert offsets(config) == [(0, 1), (3, 2)]
+    assert ForesightConfig(**config.model_dump()) == config
+    assert custom("mirai-e", "official", [[0, 1]]).heads == 1  # not the method's 3
+    many = [[down, right] for down in range(4) for right in range(4)]
+    assert offsets(custom("mirai-i", "paper", many, num_heads=16)) == [(r // 4, r % 4) for r in range(16)]
+
+
+# (border, method) -> the two columns on a 4x4 grid, slots: predict; mirai-e's rows are one later (slot 0 is the class)
+EXPLICIT = {
+    "mask": (
+        [1, 2, 3, -1, 5, 6, 7, -1, 9, 10, 11, -1, 13, 14, 15, -1],
+        [14, 15, *[-1] * 14],
+    ),
+    "wrap": (  # flat shifts 1 and 3 * 4 + 2
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, -1],
+        [14, 15, *[-1] * 14],
+    ),
+    "clamp": (
+        [1, 2, 3, 3, 5, 6, 7, 7, 9, 10, 11, 11, 13, 14, 15, 15],
+        [14, 15, 15, 15] * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("border", EXPLICIT)
+def test_explicit_offsets_by_value(border: str) -> None:
+    wanted = torch.tensor(EXPLICIT[border]).T
+    patches = index_table(custom("mirai-i", "paper", RIGHT_AND_FAR, border=border), 4)
+    assert torch.equal(patches, wanted)
+    slots = index_table(custom("mirai-e", "paper", RIGHT_AND_FAR, border=border), 4)
+    assert torch.equal(slots, torch.where(wanted < 0, -1, wanted + 1))
+
+
+def test_explicit_offsets_on_the_official_convention() -> None:
+    """The authors' pairing at flat shift down * grid + right, or down * flat_stride + right."""
+    pairs = [[1, 3], [0, 1], [2, 2]]
+    for method in ("mirai-e", "mirai-i"):
+        for stride in (None, 5):
+            table = index_table(custom(method, "official", pairs, flat_stride=stride), 4)
+            for k, (down, right) in enumerate(pairs):
+                assert torch.equal(table[:, k], flat_rule(method, down * (stride or 4) + right, 16)), (method, k)
+    usual = [[down, right] for down, right in EVIDENT]
+    assert torch.equal(index_table(custom("mirai-e", "official", usual), 4), index_table(official("mirai-e", 9), 4))
+
+
+def test_explicit_offsets_without_a_target() -> None:
+    """The class slot, which every head has in the authors' code, is no target."""
+    config = custom("mirai-e", "official", [[0, 0], [3, 3]])
+    with pytest.raises(ConfigError, match=r"foresight.offsets = .*head 2 has no target on a 4x4 grid; remove \[3, 3\]"):
+        index_table(config, 4)
+    assert int((index_table(custom("mirai-i", "paper", [[3, 3]]), 4) >= 0).sum()) == 1
+
+
 def test_a_head_without_any_target_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"foresight.num_heads = 9: head \d has no target on a 2x2 grid"):
         index_table(paper("mirai-i", 9), 2)
@@ -219,7 +294,7 @@ def test_any_choice_equals_brute_force(case: dict[str, Any], grid: int) -> None:
         case = {**case, "class_slot": False}
     config = ForesightConfig(**case)
     wanted = brute_force(case, grid)
-    if {head for _, head in wanted} != set(range(case["num_heads"])):
+    if {head for (slot, head) in wanted if slot or not case["class_slot"]} != set(range(case["num_heads"])):
         with pytest.raises(ConfigError, match="has no target"):
             index_table(config, grid)
         return

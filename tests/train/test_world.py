@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mirai_ds.config import OptimizerConfig, TrainConfig
 from mirai_ds.runtime.distributed import World, read_world
 from mirai_ds.train.schedule import horizon_steps, learning_rate, total_steps
+from tests.train.agreement_cases import agreement_case
 
 
 def test_world_of_each_launcher() -> None:
@@ -38,3 +41,11 @@ def test_max_steps_stops_without_bending_schedules() -> None:
     train = TrainConfig(epochs=2.5, max_steps=7)
     assert (horizon_steps(train, 10), total_steps(train, 10)) == (25, 7)
     assert total_steps(TrainConfig(epochs=300), 5004) == 1_501_200  # LlamaGen's 300 epochs on ImageNet
+
+
+def test_what_one_rank_lacks_is_every_ranks_error(ranks: Any) -> None:
+    """Else rank 0 would wait in the next collective, and the one that knows the reason says nothing."""
+    for failing in (0, 1):
+        said = ranks[2].run(agreement_case, failing)
+        assert said == [f"error: encoder.pth: no such file on rank {failing}"] * 2
+    assert ranks[2].run(agreement_case, None) == ["built on 0", "built on 1"]
