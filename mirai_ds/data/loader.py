@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +24,7 @@ from mirai_ds.data.order import DataOrder
 from mirai_ds.data.token_source import TokenSource
 
 MAX_AUTO_WORKERS = 8
+READ_BYTES = 16 * 2**20
 
 
 class Batch(NamedTuple):
@@ -133,6 +138,39 @@ def _quiet_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")  # remarks on files, once for each worker
+
+
+def warm_page_cache(source: TokenSource) -> threading.Thread | None:
+    """Read a mapped store once in order, in the background: at random the first epoch would fetch it page by page.
+    For one rank a node.  None where codes are in memory or would fill half of it."""
+    if not isinstance(source.codes, np.memmap) or source.codes.filename is None:
+        return None
+    path = Path(source.codes.filename)
+    if path.stat().st_size > available_bytes() // 2:
+        return None
+
+    def read() -> None:
+        buffer = bytearray(READ_BYTES)
+        with (
+            suppress(OSError),
+            path.open("rb", buffering=0) as file,
+        ):  # what cannot be read will be said when it is used
+            while file.readinto(buffer):
+                pass
+
+    thread = threading.Thread(target=read, daemon=True, name="warm-page-cache")
+    thread.start()
+    return thread
+
+
+def available_bytes() -> int:
+    """Memory that could be used for caching; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return found[0] * 1024 if found else 0
 
 
 def auto_workers(images: bool, local_ranks: int) -> int:

@@ -22,7 +22,7 @@ from mirai_ds.checkpoint.shard_files import StateReader, read_into, restore_rng,
 from mirai_ds.config import ConfigError, RunConfig, UserError, Weights, dump
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
-from mirai_ds.data.loader import auto_workers
+from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
 from mirai_ds.kernels.build import say_on_stderr
@@ -143,6 +143,8 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
             f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
         )
     check_score(config, dataset)
+    if world.local_rank == 0:
+        warm_page_cache(dataset.train)
     teacher = on_every_rank(lambda: build_teacher(config, device))
     objective = MiraiObjective(
         config.model, config.foresight, teacher.feature_dim if teacher else None,

@@ -14,7 +14,7 @@ import torch
 
 from mirai_ds.config import ConfigError, DataConfig, ModelConfig, UserError
 from mirai_ds.config.errors import LocalError
-from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource, load_dataset, load_decoder
+from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource, load_dataset, load_decoder, loader
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.loader import auto_workers
@@ -35,11 +35,11 @@ def opened(store: Path, images: Path | None = None, **others: Any) -> TokenSourc
 
 
 def batches(source: TokenSource, steps: range, workers: int, images: bool = True, rank: int = 0) -> list[Batch]:
-    loader = BatchLoader(source, DataOrder(len(source), 6, 3), 3, rank, 2, CPU, images, workers)
+    reader = BatchLoader(source, DataOrder(len(source), 6, 3), 3, rank, 2, CPU, images, workers)
     try:
-        return [batch for step in steps for batch in loader.micro_batches(step)]
+        return [batch for step in steps for batch in reader.micro_batches(step)]
     finally:
-        loader.close()
+        reader.close()
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -78,11 +78,11 @@ def test_workers_change_nothing(workers: int, store: Path, packed: Path) -> None
         plain = batches(source, range(8), 0, rank=rank)
         assert same(batches(source, range(8), workers, rank=rank), plain)
         assert same(batches(source, range(5, 8), workers, rank=rank), plain[5:])  # a resume
-    loader = BatchLoader(source, DataOrder(18, 6, 3), 3, 0, 2, CPU, True, workers)
+    reader = BatchLoader(source, DataOrder(18, 6, 3), 3, 0, 2, CPU, True, workers)
     plain = batches(source, range(8), 0)
     for step in (0, 1, 2, 6, 7, 1):  # jumps start anew
-        assert same(list(loader.micro_batches(step)), plain[step : step + 1])
-    loader.close()
+        assert same(list(reader.micro_batches(step)), plain[step : step + 1])
+    reader.close()
 
 
 def test_workers_do_not_touch_the_process_own_randomness(store: Path) -> None:
@@ -96,8 +96,8 @@ def test_signals_to_the_whole_group_leave_the_workers_alone(store: Path, packed:
     """A scheduler signals every process: the rank must still be able to finish its step and save."""
     source = opened(store, packed)
     plain = batches(source, range(6), 0)
-    loader = BatchLoader(source, DataOrder(18, 6, 3), 3, 0, 2, CPU, True, 2)
-    found = list(loader.micro_batches(0))
+    reader = BatchLoader(source, DataOrder(18, 6, 3), 3, 0, 2, CPU, True, 2)
+    found = list(reader.micro_batches(0))
     children = [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     own = Path("/proc/self/cmdline").read_bytes()
@@ -106,9 +106,9 @@ def test_signals_to_the_whole_group_leave_the_workers_alone(store: Path, packed:
     for pid in workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(pid, number)
-    found += [batch for step in range(1, 6) for batch in loader.micro_batches(step)]
+    found += [batch for step in range(1, 6) for batch in reader.micro_batches(step)]
     assert same(found, plain)
-    loader.close()
+    reader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -217,6 +217,26 @@ def test_idx_files_end_to_end(images: str, tmp_path: Path) -> None:
         assert np.array_equal(tokens[i].numpy().reshape(4, 4), crop)
         assert all(np.array_equal(shown[i, c].numpy(), crop) for c in range(3))
     assert found.tolist() == labels.tolist()
+
+
+def test_a_store_is_read_ahead_in_order(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = opened(store), []
+    real = loader.Path.open
+
+    def watched(self: Path, *arguments: Any, **named: Any) -> Any:
+        read.append(str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(loader.Path, "open", watched)
+    thread = loader.warm_page_cache(source)
+    assert thread is not None
+    thread.join()
+    assert str(store / "codes.npy") in read
+    monkeypatch.setattr(loader, "available_bytes", lambda: 2 * (store / "codes.npy").stat().st_size - 2)
+    assert loader.warm_page_cache(source) is None  # it would push out what others need
+    assert loader.warm_page_cache(TokenSource(np.array(source.codes), source.labels)) is None
+    monkeypatch.undo()
+    assert loader.available_bytes() > 2**26
 
 
 def test_how_many_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
