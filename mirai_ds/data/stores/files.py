@@ -137,14 +137,10 @@ def sync_folder(folder: Path) -> None:
 
 def digest_of_file(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
     found = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        found.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
     return found.hexdigest()
 
 
