@@ -44,7 +44,7 @@ def test_mistakes_are_one_line(photos: Path, codebook: Path, tmp_path: Path) -> 
         ("codes", *common, "--tokenizer", "none.pt"): "none.pt: no such file",
         ("codes", *common[2:], "--images", "nowhere", "--tokenizer", str(codebook)): "nowhere: no such folder",
         ("codes", *common, "--size", "18", "--tokenizer", str(codebook)): "18",
-        ("images", *common, "--quality", "80"): "--quality 80: png is lossless",
+        ("images", *common, "--quality", "80"): "--quality 80: webp is lossless",
         ("codebook", *common, "--patch", "5"): "a codebook file ends in .npz",
         ("codebook", *common[:4], "--patch", "5", "--out", "x.npz"): "--patch 5: does not divide --size 16",
         ("import-llamagen", str(photos), "--out", str(tmp_path / "s")): "must hold one folder named ..._codes",
