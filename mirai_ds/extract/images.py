@@ -14,8 +14,8 @@ from PIL import Image
 from mirai_ds.config import UserError
 from mirai_ds.data.stores.files import (
     GeometryFacts,
-    aside_name,
     digest_of_file,
+    write_array,
     write_aside,
     write_lists,
     write_manifest,
@@ -91,10 +91,7 @@ def assemble_images(job: ImagesJob, plan: Plan, folder: Path, listing: Listing, 
         problems += [problem._asdict() for problem in part.problems]
     if not kept:
         raise UserError(f"{plan.source}: not one image could be read; {problems[0]['name']}: {problems[0]['reason']}")
-    beside = aside_name(folder / INDEX)
-    with beside.open("wb") as file:
-        np.save(file, np.concatenate(rows).astype(np.int64))
-    beside.replace(folder / INDEX)
+    write_array(folder / INDEX, np.concatenate(rows).astype(np.int64))
     lists = write_lists(folder, (listing.names[image] for image in kept), listing.labels[kept], problems)
     manifest = ImageManifest(
         num_images=len(kept), geometry=geometry, classes=plan.classes, made_with=plan.settings, encoding=encoding,

@@ -7,6 +7,7 @@ an unfinished extraction, never a store.  It carries the digest of everything el
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import socket
@@ -121,6 +122,13 @@ def write_aside(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_array(path: Path, array: Array) -> None:
+    """A .npy file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_aside(path, buffer.getvalue())
+
+
 def aside_name(path: Path) -> Path:
     """A name next to `path` that no other process uses."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -206,12 +214,7 @@ def complaints(*checks: Callable[[], object]) -> list[str]:
 def write_lists(folder: Path, names: Iterable[str], labels: Array, problems: list[dict[str, Any]]) -> dict[str, Any]:
     """Write names, labels and problems; returns what the manifest says of them."""
     write_aside(folder / NAMES, "".join(f"{name}\n" for name in names).encode())
-    beside = aside_name(folder / LABELS)
-    with beside.open("wb") as file:
-        np.save(file, labels.astype(np.int32))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(folder / LABELS)
+    write_array(folder / LABELS, labels.astype(np.int32))
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     write_aside(folder / PROBLEMS, lines.encode())
     digests = {"names_digest": NAMES, "labels_digest": LABELS, "problems_digest": PROBLEMS}
