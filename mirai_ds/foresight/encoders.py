@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirai_ds.config import ConfigError, EncoderConfig
+from mirai_ds.config import ConfigError, EncoderConfig, UserError
 from mirai_ds.config.errors import nearest
 from mirai_ds.config.foresight_config import ENCODERS
+from mirai_ds.runtime.weight_files import read_weight_file
 
 
 class EncoderTeacher:
@@ -233,9 +234,8 @@ def _fitting_weights(model: nn.Module, path: Path, config: EncoderConfig) -> dic
 
     try:
         state = read_weights(path)
-    except Exception as error:  # bytes from anywhere: the readers raise nearly any type on them
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise unfit(f"cannot be read as weights: {type(error).__name__}: {reason}") from None
+    except UserError as error:
+        raise unfit(f"cannot be read as weights: {error}") from None
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     kernel, needed = (shapes.get("patch_embed.proj.weight") for shapes in (state, wanted))
     if isinstance(kernel, Tensor) and needed is not None and kernel.ndim == 4 and kernel.shape[-1] != needed[-1]:
@@ -260,13 +260,11 @@ def _fitting_weights(model: nn.Module, path: Path, config: EncoderConfig) -> dic
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors or a torch file, without executing anything in it."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(str(path))
-    data = torch.load(path, map_location="cpu", weights_only=True)
+    """The state dict in a weights file, unwrapped; raises UserError when the file cannot be read or holds none."""
+    data = read_weight_file(path)
     for key in ("state_dict", "model", "teacher"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, not a state dict")
     return {name: value for name, value in data.items() if isinstance(value, Tensor)}
