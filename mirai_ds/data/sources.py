@@ -108,9 +108,19 @@ def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> D
     if data.held_out_path is not None:
         held_out = _open(data.model_copy(update={"images": None, "tokenizer": None}), data.held_out_path, device)
         check_fits(held_out, model)
+        if data.source == "store":
+            _check_same_tokenizer(Path(data.path or ""), Path(data.held_out_path))
         return Dataset(source, replace(held_out, decoder=source.decoder))
     train, held = split(source.labels, data.held_out_fraction or 0.0, data.split_seed)
     return Dataset(source if not len(held) else source.subset(train), source.subset(held))
+
+
+def _check_same_tokenizer(train: Path, held_out: Path) -> None:
+    """Codes of two tokenizers look alike and mean other things; imported ones may be of an unknown one."""
+    ours, theirs = (open_token_store(path).manifest.tokenizer for path in (train, held_out))
+    if "unknown" not in (ours.digest, theirs.digest) and ours.digest != theirs.digest:
+        problem = f"was made with {theirs.name} {theirs.digest[:12]}, data.path with {ours.name} {ours.digest[:12]}"
+        raise ConfigError("data.held_out_path", str(held_out), problem)
 
 
 def _open(data: DataConfig, path: str | None, device: str) -> TokenSource:

@@ -21,7 +21,7 @@ from mirai_ds.data.loader import auto_workers
 from mirai_ds.data.sources import from_store
 from mirai_ds.data.stores import open_token_store
 from mirai_ds.extract import extract_codes, extract_images
-from mirai_ds.tokenizer import open_tokenizer
+from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 from tests.data.test_image_sets import write_idx
 from tests.extract.conftest import ALONE, options
 
@@ -146,8 +146,6 @@ def test_images_that_do_not_belong_to_the_codes(
     extract_images(options(renamed, tmp_path / "other"), ALONE)
     refused(f"was not made of the same images: image 4 is '{first}.png' there and '{first}'", store, tmp_path / "other")
     book = np.load(codebook)["codebook"]
-    from mirai_ds.tokenizer import PatchCodebook
-
     PatchCodebook(book[::-1].copy()).save(tmp_path / "turned.npz")
     refused("the store was made with patch-codebook", store, tokenizer=str(tmp_path / "turned.npz"))
     assert opened(store, tokenizer=str(codebook)).decoder is not None
@@ -187,6 +185,11 @@ def test_held_out_samples(store: Path, photos: Path, codebook: Path, tmp_path: P
     own = load_dataset(DataConfig(source="store", path=str(store), held_out_path=str(other)), MODEL)
     assert (len(own.train), len(own.held_out), own.held_out.num_views) == (18, 18, 1)
     assert np.array_equal(own.held_out.first_view().numpy(), open_token_store(other).codes[:, 0])
+    turned = tmp_path / "turned.npz"
+    PatchCodebook(np.load(codebook)["codebook"][::-1].copy()).save(turned)
+    extract_codes(options(photos, tmp_path / "foreign", crops="one"), ALONE, turned)
+    with pytest.raises(ConfigError, match=r"data.held_out_path = .* was made with patch-codebook .*, data.path with"):
+        load_dataset(DataConfig(source="store", path=str(store), held_out_path=str(tmp_path / "foreign")), MODEL)
 
 
 def test_a_store_must_fit_the_model(store: Path) -> None:
@@ -200,8 +203,6 @@ def test_a_store_must_fit_the_model(store: Path) -> None:
 @pytest.mark.parametrize("images", ["files", "packed"])
 def test_idx_files_end_to_end(images: str, tmp_path: Path) -> None:
     pixels, labels = write_idx(tmp_path, "train", 7)
-    from mirai_ds.tokenizer import PatchCodebook
-
     levels = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)
     PatchCodebook(levels).save(tmp_path / "grey.npz")  # a pixel a token: lossless
     extract_codes(options(tmp_path, tmp_path / "s", size=4, crops="one"), ALONE, tmp_path / "grey.npz")
