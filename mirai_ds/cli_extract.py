@@ -91,7 +91,7 @@ def codes(tokenizer: Path, precision: str, batch: int, **options: Any) -> None:
 @extract.command("images")
 @click.option("--images", type=FOLDER, required=True)
 @_views
-@_running(most=4096)
+@_running(most=1024)
 @click.option("--format", "encoding", type=click.Choice(["webp", "png", "jpeg"]), default="webp", show_default=True,
               help="webp and png are lossless.")  # fmt: skip
 @click.option("--quality", type=click.IntRange(1, 100), help="Of jpeg; default 95.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mirai_ds.config import UserError
+from mirai_ds.runtime.disk import digest_of_file, sync
 
 FORMAT = 1
 # Written before the first step: a start that failed on a mistake leaves only these, and may be repeated.
@@ -40,26 +40,9 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def save(run: Path, info: CheckpointInfo, write_rank: Callable[[Path], Path], keep_last: int) -> Path:
@@ -78,8 +61,8 @@ def save(run: Path, info: CheckpointInfo, write_rank: Callable[[Path], Path], ke
     report: tuple[str, str, int] | str
     try:
         path = write_rank(partial)
-        _sync(path)
-        report = (path.name, digest(path), path.stat().st_size)
+        sync(path)
+        report = (path.name, digest_of_file(path), path.stat().st_size)
     except (OSError, RuntimeError, ValueError) as error:
         report = f"rank {rank}: {type(error).__name__}: {error}"
     reports: list[tuple[str, str, int] | str] = [""] * dist.get_world_size()
@@ -105,19 +88,19 @@ def _publish(partial: Path, target: Path, info: CheckpointInfo, files: list[tupl
     _write_text(partial / "info.json", json.dumps(asdict(info), indent=1))
     entries = {name: {"sha256": sha, "bytes": size} for name, sha, size in files}
     path = partial / "info.json"
-    entries[path.name] = {"sha256": digest(path), "bytes": path.stat().st_size}
+    entries[path.name] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
     _write_text(partial / _MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1))
-    _sync(partial)
+    sync(partial)
     replaced = target.with_name(target.name + ".replaced")
     if target.exists():  # the same step was saved before this resume; the new one takes its place
         os.rename(target, replaced)
     os.rename(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     pointer = target.parent / _POINTER
     _write_text(pointer.with_suffix(".new"), target.name)
     os.replace(pointer.with_suffix(".new"), pointer)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _prune(run: Path, keep_last: int) -> None:
@@ -144,7 +127,7 @@ def verify(folder: Path) -> CheckpointInfo:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise UserError(f"{path}: {size} bytes, should be {entry['bytes']}")
-            if digest(path) != entry["sha256"]:
+            if digest_of_file(path) != entry["sha256"]:
                 raise UserError(f"{path}: content differs from its digest")
         return CheckpointInfo(**json.loads((folder / "info.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -151,10 +151,8 @@ def warm_page_cache(source: TokenSource) -> threading.Thread | None:
 
     def read() -> None:
         buffer = bytearray(READ_BYTES)
-        with (
-            suppress(OSError),
-            path.open("rb", buffering=0) as file,
-        ):  # what cannot be read will be said when it is used
+        # What cannot be read will be said when it is used.
+        with suppress(OSError), path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
 

@@ -13,11 +13,13 @@ from mirai_ds.data.npz_file import from_npz
 from mirai_ds.data.stores import (
     IMAGE_FORMAT,
     TOKEN_FORMAT,
+    TokenManifest,
     TokenStore,
     open_image_store,
     open_token_store,
     store_format,
 )
+from mirai_ds.data.stores.files import read_manifest
 from mirai_ds.data.token_source import Dataset, Decoder, TokenSource
 from mirai_ds.data.views import ArrayViews, FileViews, PackedViews, ViewSource
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
@@ -117,7 +119,7 @@ def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> D
 
 def _check_same_tokenizer(train: Path, held_out: Path) -> None:
     """Codes of two tokenizers look alike and mean other things; imported ones may be of an unknown one."""
-    ours, theirs = (open_token_store(path).manifest.tokenizer for path in (train, held_out))
+    ours, theirs = (read_manifest(path, TokenManifest).tokenizer for path in (train, held_out))
     if "unknown" not in (ours.digest, theirs.digest) and ours.digest != theirs.digest:
         problem = f"was made with {theirs.name} {theirs.digest[:12]}, data.path with {ours.name} {ours.digest[:12]}"
         raise ConfigError("data.held_out_path", str(held_out), problem)

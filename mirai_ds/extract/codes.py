@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,9 +16,7 @@ from mirai_ds.data.crops import ViewGeometry
 from mirai_ds.data.stores.files import (
     GeometryFacts,
     aside_name,
-    digest_of_file,
     open_array,
-    sync_folder,
     write_lists,
     write_manifest,
 )
@@ -27,6 +24,7 @@ from mirai_ds.data.stores.tokens import CODES, DIGEST_IMAGES, TOKENIZER, Tokeniz
 from mirai_ds.extract.crops import CropReader, Found, collect
 from mirai_ds.extract.parts import Job, Part, sure_part
 from mirai_ds.extract.plan import Listing, Plan
+from mirai_ds.runtime.disk import digest_of_file, sync
 from mirai_ds.tokenizer import Tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -109,10 +107,9 @@ def _write_codes(job: Job, plan: Plan, folder: Path, shape: tuple[int, ...], dro
         at += len(chosen)
     out.flush()
     del out
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(beside)
     beside.replace(folder / CODES)
-    sync_folder(folder)
+    sync(folder)
 
 
 def keep_codebook(file: Path, folder: Path) -> None:

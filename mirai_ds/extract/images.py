@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,7 +15,6 @@ from PIL import Image
 from mirai_ds.config import UserError
 from mirai_ds.data.stores.files import (
     GeometryFacts,
-    digest_of_file,
     write_array,
     write_aside,
     write_lists,
@@ -24,6 +24,7 @@ from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
 from mirai_ds.extract.crops import CropReader, Found, collect
 from mirai_ds.extract.parts import Part, sure_part
 from mirai_ds.extract.plan import Listing, Plan
+from mirai_ds.runtime.disk import digest_of_file
 
 Array = np.ndarray[Any, Any]
 
@@ -64,9 +65,9 @@ class ImagesJob:
     def finish(self, prepared: list[Future[Found[bytes]]], block: int) -> Part:
         """Writes the shard; lengths (kept,) int64 and the shard's digest are the part."""
         kept, encoded, problems = collect(prepared)
-        path = self.folder / shard_name(block)
-        write_aside(path, b"".join(encoded))
-        digest = np.frombuffer(digest_of_file(path).encode(), np.uint8)
+        shard = b"".join(encoded)
+        write_aside(self.folder / shard_name(block), shard)
+        digest = np.frombuffer(hashlib.sha256(shard).hexdigest().encode(), np.uint8)
         lengths = np.array([len(data) for data in encoded], np.int64)
         return Part(np.array(kept, np.int64), {"lengths": lengths, "digest": digest}, problems)
 

@@ -41,14 +41,14 @@ from mirai_ds.extract.progress import Progress
 from mirai_ds.runtime.distributed import World, local_device
 from mirai_ds.tokenizer import Tokenizer, open_tokenizer
 
-LARGEST_BLOCK = {"codes": 256, "images": 4096}
+LARGEST_BLOCK = {"codes": 256, "images": 1024}  # 1024 crops of 384 pixels take 270 MB, twice while one is written
 LISTING_SECONDS = 3600.0  # millions of files on a slow file system
 
 
 @dataclass(frozen=True)
 class Options:
     """What every extraction is told.  block: images done whole or not at all,
-    by default 256 (codes) or 4096 (images), fewer of small sets.  patience: seconds without a sign of life."""
+    by default 256 (codes) or 1024 (images), fewer of small sets.  patience: seconds without a sign of life."""
 
     images: Path
     out: Path

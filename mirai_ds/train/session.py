@@ -161,7 +161,10 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
         workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
-    return Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+    session = Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+    if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
+        session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
+    return session
 
 
 def check_score(config: RunConfig, dataset: Dataset) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mirai_ds.extract import bench
 from mirai_ds.kernels.bench import read
@@ -60,4 +59,3 @@ def test_speeds_are_medians_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speeds == {"a": 4.0, "b": 2.0}
     found = bench.rows("task", "u/s", speeds, {"a": "note"}, {"device": "d", "date": "now"})
     assert [(row["ratio"], row["note"]) for row in found] == [("2.00", "note"), ("1.00", "")]
-    assert torch.get_num_threads() >= 1

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mirai_ds.checkpoint.foreign import check_gpt_weights, infer_model_config, read_gpt_weights, write_llamagen
-from mirai_ds.config import ConfigError, ModelConfig, UserError
+from mirai_ds.config import ConfigError, ModelConfig
 from mirai_ds.model import GPT
 from tests.model import plain_gpt as plain
+from tests.one_line import one_line
 
 SETTINGS: dict[str, Any] = plain.TINY
 CONFIG = ModelConfig(size="custom", **SETTINGS)
@@ -40,15 +41,6 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for key, value in wanted.items():
         assert found[key].dtype == value.dtype, key
         assert torch.equal(found[key], value), key
-
-
-def one_line(call: Callable[[], object], *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 LAYOUTS: dict[str, Callable[[Any, Any], Any]] = {

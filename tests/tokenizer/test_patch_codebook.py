@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from mirai_ds.config import UserError
 from mirai_ds.tokenizer import (
     PatchCodebook,
     VQConfig,
@@ -23,15 +21,7 @@ from mirai_ds.tokenizer import (
     reconstruction_error,
 )
 from mirai_ds.tokenizer.patch_codebook import Array
-
-
-def one_line(call: Callable[[], object], *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
+from tests.one_line import one_line
 
 
 def noise(*shape: int, seed: int = 0) -> Array:

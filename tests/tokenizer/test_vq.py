@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mirai_ds.config import UserError
 from mirai_ds.tokenizer import VQ8, VQ16, VQConfig, VQTokenizer, open_tokenizer, vq
 from mirai_ds.tokenizer.vq import infer_config, weights_digest
 from tests.model import plain_gpt as plain
+from tests.one_line import one_line
 from tests.tokenizer import plain_vq
 from tests.tokenizer.test_vq_model import SMALL, shapes_of
 
@@ -25,15 +25,6 @@ torch.set_num_threads(1)  # on small tensors two threads mostly wait for each ot
 
 ARGS = argparse.Namespace(vq_model="VQ-16", codebook_size=16384, cloud_save_path=None, ema=True)
 STATISTIC = "quantize.codebook_used"
-
-
-def one_line(call: Callable[[], object], *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 @pytest.fixture(scope="module")

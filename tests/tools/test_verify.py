@@ -16,6 +16,7 @@ from mirai_ds.tools import verify_models
 from mirai_ds.tools.vectors import rule_tensor
 from mirai_ds.tools.verify import compare, verify_file, verify_files
 from tests.model import plain_gpt as plain
+from tests.one_line import one_line
 from tests.tools.vectors import (
     FIXTURES,
     VECTORS,
@@ -23,7 +24,6 @@ from tests.tools.vectors import (
     arrays_of,
     check,
     failed,
-    one_line,
     reference_gpt,
     reference_mirai,
 )

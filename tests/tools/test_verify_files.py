@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mirai_ds.tools.verify import render, verify_file, verify_files
-from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, one_line, save
+from tests.one_line import one_line
+from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, save
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
 

@@ -19,7 +19,8 @@ from mirai_ds.data import crops
 from mirai_ds.tokenizer import VQ16, VQModel, vq_model
 from mirai_ds.tools import verify_images
 from mirai_ds.tools.verify import FileResult, compare, render, verify_file, verify_files
-from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, failed, one_line
+from tests.one_line import one_line
+from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, failed
 
 VQ, CROPS = FIXTURES / "vq16_64px.npz", FIXTURES / "ten_crop.npz"
 CROP_ARRAYS = {f"{name}_{i}" for name in ("centre_crop", "views") for i in range(3)}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from mirai_ds.config import UserError
 from mirai_ds.tools.verify import FileResult, verify_file
 from tests.model import plain_gpt as plain
 
@@ -45,15 +42,6 @@ def check(tmp_path: Path, arrays: Arrays, tolerance: float = 1e-5) -> FileResult
 def failed(result: FileResult) -> set[str]:
     assert result.ok == all(record.ok for record in result.records)
     return {record.name for record in result.records if not record.ok}
-
-
-def one_line(call: Callable[[], object], *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 def reference_gpt(config: Arrays, seed: int, keep: list[int] | None, batch: int = 1) -> Arrays:

@@ -22,6 +22,7 @@ from mirai_ds.config import UserError
 from mirai_ds.config.errors import from_validation, shown
 from mirai_ds.config.model_config import Section
 from mirai_ds.data.crops import ViewGeometry
+from mirai_ds.runtime.disk import digest_of_file, sync
 
 Array = np.ndarray[Any, Any]
 
@@ -119,7 +120,7 @@ def write_aside(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_array(path: Path, array: Array) -> None:
@@ -132,24 +133,6 @@ def write_array(path: Path, array: Array) -> None:
 def aside_name(path: Path) -> Path:
     """A name next to `path` that no other process uses."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush renames in `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
