@@ -1,7 +1,8 @@
 """Build script.  Metadata is in pyproject.toml; here is what it cannot say.
 
-`kernels/` and `ds_configs/` sit at the top level, where users look for them, and are installed *inside* the package
-(`mirai_ds.kernels`, `mirai_ds.ds_configs`): the name `kernels` belongs to another project on PyPI.
+`kernels/`, `ds_configs/` and `jobs/` sit at the top level, where users look for them, and are installed *inside* the
+package (`mirai_ds.kernels`, `mirai_ds.ds_configs`, `mirai_ds.jobs`): the name `kernels` belongs to another
+project on PyPI.
 
 Sources of the fused operations are always installed and compiled on first use.  MIRAI_BUILD_KERNELS=1 compiles them
 now, with the torch that is installed: MIRAI_BUILD_KERNELS=1 pip install --no-build-isolation .
@@ -17,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PREBUILD = os.environ.get("MIRAI_BUILD_KERNELS", "0") not in ("", "0")
-ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs"}
+ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs", "mirai_ds.jobs": "jobs"}
 packages = [*find_packages(include=["mirai_ds", "mirai_ds.*"]), "mirai_ds.config.recipes"]
 for package, folder in ROOMS.items():
     packages += [package] + [f"{package}.{name}" for name in find_packages(folder)]
@@ -68,6 +69,7 @@ setup(
         "mirai_ds": ["py.typed"],
         "mirai_ds.config.recipes": ["*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
+        "mirai_ds.jobs": ["*.sbatch", "parts/*.sh", "clusters/*.yaml"],
         "mirai_ds.kernels": ["*/*.cu", "*/*.cpp", "*/*.h"],
     },
     cmdclass={"build_py": BuildWithKernels},

@@ -11,6 +11,7 @@ import click
 
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
 
 
@@ -232,6 +233,7 @@ def doctor() -> None:
 
 
 main.add_command(extract)
+main.add_command(submit)
 
 if __name__ == "__main__":
     main()

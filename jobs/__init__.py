@@ -1,0 +1,1 @@
+"""Slurm job templates and cluster files that `mirai-ds submit` renders; installed as `mirai_ds.jobs`."""

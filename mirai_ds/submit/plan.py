@@ -1,0 +1,206 @@
+"""From what the user asks for to a checked job: mistakes are heard of here, not hours later in a log."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.config.errors import UserError, from_validation
+from mirai_ds.config.load import load
+from mirai_ds.submit.cluster import Cluster
+from mirai_ds.submit.job import Job, Task, Template
+from mirai_ds.submit.values import one_line
+
+SMOKE = ("train.max_steps=20", "checkpoint.every_steps=5", "logging.every_steps=1", "foresight.warmup_epochs=0.1",
+         "evaluate.every_steps=null", "evaluate.at_end=false", "sampling.at_end=false",
+         "score.enabled=false")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The options of `mirai-ds submit`; None means the cluster file's value."""
+
+    recipe: str
+    template: Template = "train"
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cluster: str = "a100"
+    overrides: tuple[str, ...] = ()
+    deepspeed: str | None = None
+    run_dir: Path | None = None
+    name: str | None = None
+    chain: int = 1
+    dependency: str | None = None
+    at_once: int | None = None
+    arguments: tuple[str, ...] = field(default=())
+
+
+def interpreter(cluster: Cluster) -> str:
+    """The Python of the ranks: the cluster file's, or the one that runs now (links kept: a venv's link is the venv)."""
+    return cluster.python or os.path.abspath(sys.executable)
+
+
+def plan(wish: Wish, cluster: Cluster) -> Job:
+    """Check everything that can be checked before a job is sent; raises UserError."""
+    for value in (wish.recipe, *wish.overrides, *wish.arguments, wish.deepspeed or "", str(wish.run_dir or "")):
+        one_line(value, "argument")
+    _check_fit(wish)
+    gpus = cluster.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
+    if gpus > cluster.gpus_per_node:
+        raise UserError(
+            f"--gpus-per-node {gpus}: nodes of {wish.cluster} have {cluster.gpus_per_node}; ask for as many or fewer"
+        )
+    ranks = gpus or cluster.ranks_per_node or 1
+    if wish.template == "sample_evaluate":
+        ranks, gpus = 1, min(gpus, 1)
+    tasks, name, folder = _tasks(wish, interpreter(cluster), wish.nodes * ranks)
+    request = {
+        "template": wish.template, "name": wish.name or name, "nodes": wish.nodes, "gpus_per_node": gpus,
+        "ranks_per_node": ranks, "cpus_per_rank": cluster.cpus_per_rank, "time": wish.time or cluster.time,
+        "signal_seconds": cluster.signal_seconds, "partition": wish.partition or cluster.partition,
+        "account": wish.account or cluster.account, "qos": wish.qos or cluster.qos,
+        "constraint": wish.constraint or cluster.constraint, "memory": cluster.memory,
+        "exclusive": cluster.exclusive and gpus == cluster.gpus_per_node, "dependency": wish.dependency,
+        "chain": wish.chain, "at_once": wish.at_once, "folder": str(folder), "submit_dir": os.getcwd(),
+        "cluster_file": wish.cluster, "tasks": [task.model_dump() for task in tasks],
+    }  # fmt: skip
+    try:
+        return Job.model_validate(request)
+    except ValidationError as error:
+        raise from_validation(error, Job) from None
+
+
+def _check_fit(wish: Wish) -> None:
+    """Options that the template has no use for are mistakes, not ignored."""
+    trains = wish.template in ("train", "array", "smoke")
+    given = {
+        "--set": wish.overrides and not trains,
+        "--deepspeed": wish.deepspeed is not None and not trains,
+        "--chain": wish.chain > 1 and wish.template != "train",
+        "--at-once": wish.at_once is not None and wish.template != "array",
+        "--nodes": wish.nodes > 1 and wish.template == "sample_evaluate",
+    }
+    for option, wrong in given.items():
+        if wrong:
+            raise UserError(f"{option}: has no meaning with --template {wish.template}; remove it")
+    if wish.arguments and wish.template not in ("extract", "sample_evaluate"):
+        more = shlex.join(wish.arguments)
+        raise UserError(f"{more}: --template {wish.template} takes one recipe; change fields with --set")
+
+
+def _tasks(wish: Wish, python: str, world_size: int) -> tuple[list[Task], str, Path]:
+    """The commands, the job's name, and the folder of its script and log."""
+    start = [python, "-m", "mirai_ds"]
+    if wish.template == "array":
+        return _array(wish, start, world_size)
+    if wish.template in ("extract", "sample_evaluate"):
+        return _tool(wish, start)
+    smoke = wish.template == "smoke"
+    overrides = (*SMOKE, *wish.overrides) if smoke else wish.overrides
+    config = load(wish.recipe, overrides, wish.deepspeed)
+    resolve(config, world_size)
+    name = f"smoke-{config.name}" if smoke else config.name
+    run = _absolute(wish.run_dir or Path(config.output_dir) / name)
+    command = [*start, "train", *training(wish.recipe, overrides, wish.deepspeed), "--resume", "if-present"]
+    if not smoke:  # the smoke test trains in two folders below it
+        command += ["--run-dir", str(run)]
+        refuse_finished(run)
+    return [Task(run_dir=str(run), command=command)], name, run
+
+
+def training(recipe: str, overrides: tuple[str, ...], deepspeed: str | None) -> list[str]:
+    """Arguments of `mirai-ds train` as the user gave them."""
+    passed = [recipe, *[part for override in overrides for part in ("--set", override)]]
+    return passed + (["--deepspeed", deepspeed] if deepspeed else [])
+
+
+def refuse_finished(run: Path) -> None:
+    """A job for a finished run would end at once; raises UserError."""
+    try:
+        word = (run / "outcome").read_text(encoding="utf-8").split()[:1]
+    except (OSError, UnicodeDecodeError):
+        return
+    if word == ["finished"]:
+        raise UserError(
+            f"{run}: this run is finished, its job would end at once; remove {run / 'outcome'} to train it further, or "
+            "choose another --run-dir"
+        )
+
+
+def _tool(wish: Wish, start: list[str]) -> tuple[list[Task], str, Path]:
+    if wish.template == "extract":
+        if wish.recipe not in ("codes", "images"):
+            raise UserError(f"{wish.recipe}: --template extract takes codes or images, then -- and their options")
+        if "--out" not in wish.arguments and not any(part.startswith("--out=") for part in wish.arguments):
+            raise UserError("--template extract: give the options of `mirai-ds extract` after --, --out among them")
+        name, command = f"extract-{wish.recipe}", [*start, "extract", wish.recipe, *wish.arguments]
+    else:
+        name, command = "sample", [*start, "sample", wish.recipe, *wish.arguments]
+    run = _absolute(wish.run_dir or Path("runs") / name)
+    return [Task(run_dir=str(run), command=command)], name, run
+
+
+def _array(wish: Wish, start: list[str], world_size: int) -> tuple[list[Task], str, Path]:
+    """One task a line: `RECIPE [--set SECTION.FIELD=VALUE]... [--run-dir DIR]`, quoted as in a shell, # comments."""
+    path = Path(wish.recipe)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: --template array takes a list with a recipe a line: {error}") from None
+    tasks: list[Task] = []
+    seen: dict[Path, int] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; quote it as in a shell") from None
+        if not words:
+            continue
+        recipe, overrides, run_dir = _line(words, where)
+        overrides = (*overrides, *wish.overrides)
+        config = load(recipe, overrides, wish.deepspeed)
+        resolve(config, world_size)
+        run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
+        if run in seen:
+            raise UserError(f"{where}: the run folder of line {seen[run]} ({run}); add --set name=... or --run-dir")
+        seen[run] = number
+        passed = training(recipe, overrides, wish.deepspeed)
+        command = [*start, "train", *passed, "--resume", "if-present", "--run-dir", str(run)]
+        tasks.append(Task(run_dir=str(run), command=command))
+    if not tasks:
+        raise UserError(f"{path}: no recipe in it; write one a line")
+    name = "array-" + "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem)
+    return tasks, name[:100], _absolute(wish.run_dir or Path("runs") / name)
+
+
+def _line(words: list[str], where: str) -> tuple[str, tuple[str, ...], str | None]:
+    recipe, overrides, run_dir = words[0], [], None
+    rest = words[1:]
+    while rest:
+        option, sign, value = rest.pop(0).partition("=")
+        if option not in ("--set", "--run-dir") or (not sign and not rest):
+            raise UserError(f"{where}: {option}: write RECIPE [--set SECTION.FIELD=VALUE]... [--run-dir DIR]")
+        value = value if sign else rest.pop(0)
+        if option == "--set":
+            overrides.append(value)
+        else:
+            run_dir = value
+    for value in words:
+        one_line(value, where)
+    return recipe, tuple(overrides), run_dir
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))

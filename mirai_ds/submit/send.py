@@ -1,0 +1,72 @@
+"""The script's file and `sbatch`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from mirai_ds.config.errors import UserError
+from mirai_ds.submit.job import Job
+from mirai_ds.submit.render import log_pattern, sbatch_command
+
+
+def script_path(job: Job) -> Path:
+    """RUN/jobs/NAME-TIMESTAMP.sbatch, numbered where it is taken."""
+    stem = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = Path(job.folder) / "jobs" / f"{stem}.sbatch", 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{stem}-{number}.sbatch")
+    return path
+
+
+def write_script(script: Path, text: str) -> None:
+    """Write the script; Slurm opens the log beside it, so the folder must exist.  Raises UserError."""
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{script}: cannot be written: {error.strerror}; choose another --run-dir") from None
+
+
+def send(job: Job, script: Path) -> list[str]:
+    """Submit the script `job.chain` times, each after the one before; returns the job ids.
+
+    Raises UserError with Slurm's reason in one line; what was submitted before that is named in it.
+    """
+    ids: list[str] = []
+    for _ in range(job.chain):
+        command = sbatch_command(job, script, ids[-1] if ids else None)
+        try:
+            ids.append(_submit(command))
+        except UserError as error:
+            before = f"; submitted before it: {', '.join(ids)} (scancel {' '.join(ids)})" if ids else ""
+            raise UserError(f"{error}{before}") from None
+    return ids
+
+
+def _submit(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch: not found: Slurm's commands are not on this machine; submit from a login node, or look at the "
+            "script with --dry-run"
+        ) from None
+    except OSError as error:
+        raise UserError(f"sbatch: {error.strerror}") from None
+    if done.returncode != 0:
+        lines = [re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines()]
+        reason = "; ".join(dict.fromkeys(line for line in lines if line)) or f"exit code {done.returncode}"
+        raise UserError(f"sbatch refused the job: {reason}")
+    found = re.fullmatch(r"([0-9]+)(;.*)?", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
+    if found is None:
+        raise UserError(f"sbatch gave no job id but {done.stdout.strip()[:80]!r}")
+    return found[1]
+
+
+def log_path(job: Job, job_id: str) -> str:
+    """Where Slurm writes the log of `job_id`; of an array the tasks' pattern."""
+    return log_pattern(job).replace("%x", job.name).replace("%j", job_id).replace("%A_%a", f"{job_id}_*")
