@@ -154,8 +154,12 @@ def main(argv: list[str] | None = None) -> None:
                 start.fence.release(f"failed {error}")
         _say_and_leave(error, world)
     except BaseException as error:
-        start.outcome.write("requeue", f"crashed: {type(error).__name__}: {error}")
-        traceback.print_exc()
+        if lost_a_peer(error):
+            print(f"mirai-ds: error: rank {world.rank}: another rank is gone ({error})", file=sys.stderr, flush=True)
+            start.outcome.write("requeue", f"rank {world.rank} lost another rank")
+        else:
+            traceback.print_exc()
+            start.outcome.write("requeue", f"crashed: rank {world.rank}: {type(error).__name__}: {error}")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # not sys.exit: a process group with waiting peers would hang in its destructor
@@ -165,6 +169,14 @@ def main(argv: list[str] | None = None) -> None:
     if verdict != "finished":
         sys.stdout.flush()
         os._exit(EXIT_CODES[verdict])  # type: ignore[index]
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended; that one knows why."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
+    )
 
 
 def _say_and_leave(error: UserError, world: World) -> None:

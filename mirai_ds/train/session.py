@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -201,7 +203,7 @@ def build_session(
     config: RunConfig, run: Path, world: World, device: torch.device, fence: Fence, stop: StopRequests
 ) -> Session:
     """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -239,6 +241,13 @@ def build_session(
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     return session
+
+
+def seed_everything(seed: int) -> None:
+    """Training draws from no generator; user code may, and then two runs should draw alike."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def check_score(config: RunConfig, dataset: Dataset) -> None:
