@@ -53,11 +53,14 @@ def train(
       mirai-ds train digits-mirai-e --set train.epochs=10 --deepspeed ds_configs/zero1.json
       deepspeed --hostfile hosts --module mirai_ds.train recipe.yaml    the same on several nodes
     """
+    from mirai_ds.checkpoint.outcome import EXIT_CODES, NAME, VARIABLE
+    from mirai_ds.checkpoint.outcome import read as read_outcome
     from mirai_ds.checkpoint.store import check_run_folder
     from mirai_ds.config.deepspeed_file import resolve
     from mirai_ds.config.errors import UserError
     from mirai_ds.config.load import load
     from mirai_ds.runtime.launch import launch, visible_gpus
+    from mirai_ds.runtime.signals import STOP_FILE
 
     if fresh and resume:
         raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
@@ -75,8 +78,11 @@ def train(
     gpus = visible_gpus()
     count = ranks or gpus or config.launch.cpu_ranks
     resolve(config, count)  # mistakes are cheaper to hear of before ranks start
-    check_run_folder(run_dir or Path(config.output_dir) / config.name, resume, fresh)
-    sys.exit(launch("mirai_ds.train", passed, count, gpus))
+    run = run_dir or Path(config.output_dir) / config.name
+    check_run_folder(run, resume, fresh)
+    code = launch("mirai_ds.train", passed, count, gpus, run / STOP_FILE)
+    outcome = read_outcome(Path(os.environ.get(VARIABLE) or run / NAME))
+    sys.exit(EXIT_CODES[outcome[0]] if outcome and outcome[0] != "failed" else code)  # launchers lose exit codes
 
 
 @main.command()

@@ -10,7 +10,7 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mirai_ds.checkpoint.store import files_of
 from mirai_ds.config import UserError
 from mirai_ds.engine.engine import TrainEngine
 
@@ -39,8 +40,32 @@ def _values(engine: TrainEngine) -> dict[str, list[Tensor]]:
     }
 
 
-def write_rank(folder: Path, engine: TrainEngine, rank: int) -> Path:
-    """Write this rank's slices (fp32), AdamW step counters and random states."""
+class Snapshot(NamedTuple):
+    """A rank's part of a checkpoint, in host memory and no longer changing."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+class SnapshotBuffers:
+    """Host memory that snapshots are taken into, kept from one to the next (pinned where there is a GPU, so that the
+    copies of all slices run at once)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, part: Tensor) -> Tensor:
+        """A float32 host copy of `part`; on a GPU it is complete after the next synchronisation."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != part.shape:
+            pinned = part.device.type == "cuda"
+            kept = self._kept[name] = torch.empty(part.shape, dtype=torch.float32, pin_memory=pinned)
+        kept.copy_(part, non_blocking=True)
+        return kept
+
+
+def take_snapshot(engine: TrainEngine, rank: int, buffers: SnapshotBuffers) -> Snapshot:
+    """Copy this rank's slices (fp32), AdamW step counters and random states."""
     tensors: dict[str, Tensor] = {f"rng/{name}": state for name, state in rng_state(engine.device).items()}
     pieces: dict[str, tuple[int, tuple[int, ...], float]] = {}
     steps = engine.layout.steps()
@@ -50,12 +75,17 @@ def write_rank(folder: Path, engine: TrainEngine, rank: int) -> Path:
                 continue  # replicated: rank 0 writes it
             flat = value.detach().flatten()
             for piece in shard.pieces():
-                part = flat[piece.local : piece.local + piece.length]
-                tensors[f"{kind}/{piece.name}"] = part.to("cpu", torch.float32, copy=True)
+                name = f"{kind}/{piece.name}"
+                tensors[name] = buffers.copy(name, flat[piece.local : piece.local + piece.length])
                 pieces[piece.name] = (piece.start, piece.shape, float(step))
-    path = rank_file(folder, rank)
-    save_file(tensors, path, metadata={"pieces": json.dumps(pieces)})
-    return path
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    return Snapshot(tensors, {"pieces": json.dumps(pieces)})
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot as one safetensors file.  Raises what safetensors or the system raise."""
+    save_file(snapshot.tensors, path, metadata=snapshot.metadata)
 
 
 class StateReader:
@@ -67,7 +97,7 @@ class StateReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.steps: dict[str, float] = {}
         self._files = []
-        for path in sorted(folder.glob("state-rank*.safetensors")):
+        for path in _state_files(folder):
             file = safe_open(path, framework="pt")
             self._files.append(file)
             for name, (start, shape, step) in json.loads(file.metadata()["pieces"]).items():
@@ -75,7 +105,7 @@ class StateReader:
                 self._where.setdefault(name, []).append((start, length, file))
                 self.shapes[name], self.steps[name] = tuple(shape), step
         if not self._files:
-            raise UserError(f"{folder}: holds no state-rank*.safetensors; not a checkpoint of mirai_ds")
+            raise UserError(f"{folder}: its manifest names no state-rank*.safetensors; not a checkpoint of mirai_ds")
 
     def read(self, kind: str, name: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements start..start+length-1 of flattened `name`, float32 on CPU; UserError when some are missing."""
@@ -108,6 +138,15 @@ class StateReader:
             return {}
         file = self._files[rank]
         return {key.removeprefix("rng/"): file.get_tensor(key) for key in file.keys() if key.startswith("rng/")}  # noqa: SIM118
+
+
+def _state_files(folder: Path) -> list[Path]:
+    """The files that the manifest names, by rank; a stray one beside them is no part of the checkpoint."""
+    try:
+        names = sorted(name for name in files_of(folder) if name.startswith("state-rank"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+    return [folder / name for name in names]
 
 
 @torch.no_grad()

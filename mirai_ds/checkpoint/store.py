@@ -1,21 +1,34 @@
-"""A run's checkpoints on disk: written aside, digested, renamed, pointer last; verified before they are loaded."""
+"""A run's checkpoints on disk: what there is, what is whole, where to resume.  Imports no torch: tools need it too."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from mirai_ds.checkpoint import fence
 from mirai_ds.config import UserError
-from mirai_ds.runtime.disk import digest_of_file, sync
+from mirai_ds.runtime.disk import digest_of_file
 
 FORMAT = 1
 # Written before the first step: a start that failed on a mistake leaves only these, and may be repeated.
-START_FILES = frozenset({"config.yaml", "deepspeed.json", "environment.json", "starts.jsonl"})
-_POINTER, _MANIFEST, _PARTIAL = "latest", "manifest.json", ".partial"
+START_FILES = frozenset(
+    {
+        "config.yaml",
+        "deepspeed.json",
+        "environment.json",
+        "starts.jsonl",
+        "outcome",
+        "stop",
+        "jobs",
+        "hang",
+        fence.FOLDER,
+    }
+)
+POINTER, MANIFEST, INFO = "latest", "manifest.json", "info.json"
+READERS = 4  # digests at once: one core hashes slower than a disk reads
 
 
 @dataclass(frozen=True)
@@ -32,80 +45,18 @@ class CheckpointInfo:
     method: str
     code: str
     applied_steps: int
+    incarnation: int = 0  # which start wrote it (checkpoint.fence)
+    data: str = ""  # digest of codes and labels
+    batch_offset: int = 0  # batches left out by rollbacks: step s trains on batch s + offset
+    log_bytes: int = -1  # length of metrics.jsonl at that moment
+    metrics: dict[str, float] = field(default_factory=dict)  # measured at this step
+    hooks: dict[str, Any] = field(default_factory=dict)  # what guards remember
     format: int = FORMAT
 
 
 def folder_of(run: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` steps."""
     return run / "checkpoints" / f"step-{step:08d}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
-
-
-def save(run: Path, info: CheckpointInfo, write_rank: Callable[[Path], Path], keep_last: int) -> Path:
-    """Collective.  `write_rank(folder)` writes this rank's file and returns it.
-
-    On any rank's failure every rank raises with the cause, and the earlier checkpoints are as they were.
-    """
-    import torch.distributed as dist  # here: the rest of this file is for tools that need no torch
-
-    rank, target = dist.get_rank(), folder_of(run, info.step)
-    partial = target.with_name(target.name + _PARTIAL)
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    report: tuple[str, str, int] | str
-    try:
-        path = write_rank(partial)
-        sync(path)
-        report = (path.name, digest_of_file(path), path.stat().st_size)
-    except (OSError, RuntimeError, ValueError) as error:
-        report = f"rank {rank}: {type(error).__name__}: {error}"
-    reports: list[tuple[str, str, int] | str] = [""] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
-    failures = [r for r in reports if isinstance(r, str)]
-    if not failures and rank == 0:
-        try:
-            _publish(partial, target, info, [r for r in reports if not isinstance(r, str)])
-            _prune(run, keep_last)
-        except OSError as error:
-            failures = [f"rank 0: {type(error).__name__}: {error}"]
-    outcome = [failures]
-    dist.broadcast_object_list(outcome, src=0)
-    failures = outcome[0]
-    if failures:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"checkpoint of step {info.step} could not be written ({failures[0]}); earlier ones are intact")
-    return target
-
-
-def _publish(partial: Path, target: Path, info: CheckpointInfo, files: list[tuple[str, str, int]]) -> None:
-    _write_text(partial / "info.json", json.dumps(asdict(info), indent=1))
-    entries = {name: {"sha256": sha, "bytes": size} for name, sha, size in files}
-    path = partial / "info.json"
-    entries[path.name] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
-    _write_text(partial / _MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1))
-    sync(partial)
-    replaced = target.with_name(target.name + ".replaced")
-    if target.exists():  # the same step was saved before this resume; the new one takes its place
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    pointer = target.parent / _POINTER
-    _write_text(pointer.with_suffix(".new"), target.name)
-    os.replace(pointer.with_suffix(".new"), pointer)
-    sync(target.parent)
-
-
-def _prune(run: Path, keep_last: int) -> None:
-    for old in list_steps(run)[:-keep_last]:
-        shutil.rmtree(folder_of(run, old), ignore_errors=True)
 
 
 def list_steps(run: Path) -> list[int]:
@@ -118,20 +69,34 @@ def list_steps(run: Path) -> list[int]:
 def verify(folder: Path) -> CheckpointInfo:
     """Check every file's size and digest; raises UserError with the reason when the checkpoint is not whole."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
+        files = files_of(folder)
         for name, entry in files.items():
-            path = folder / name
-            size = path.stat().st_size
+            size = (folder / name).stat().st_size
             if size != entry["bytes"]:
-                raise UserError(f"{path}: {size} bytes, should be {entry['bytes']}")
-            if digest_of_file(path) != entry["sha256"]:
-                raise UserError(f"{path}: content differs from its digest")
-        return CheckpointInfo(**json.loads((folder / "info.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{folder / name}: {size} bytes, should be {entry['bytes']}")
+        with ThreadPoolExecutor(READERS) as pool:
+            for name, digest in zip(files, pool.map(lambda n: digest_of_file(folder / n), files), strict=True):
+                if digest != files[name]["sha256"]:
+                    raise UserError(f"{folder / name}: content differs from its digest")
+        return CheckpointInfo(**json.loads((folder / INFO).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's files: name -> {bytes, sha256}.  Raises UserError for another format or a damaged manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    if INFO not in files or len(files) < 2:
+        raise UserError(f"{folder}: not a whole checkpoint (its manifest lists no state)")
+    return files
+
+
+def is_living(info: CheckpointInfo, living: dict[int, float]) -> bool:
+    """Whether the run still builds upon this checkpoint, by `fence.living_until`."""
+    return not living or info.step <= living.get(info.incarnation, -1)
 
 
 def holds_a_run(run: Path) -> bool:
@@ -164,7 +129,7 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
     request: `auto` (the newest that is whole) or a step number.  Raises UserError when there is none: a run that was
     asked to resume never starts afresh.
     """
-    steps = list_steps(run)
+    steps, living = list_steps(run), fence.living_until(fence.read_all(run))
     if request not in ("auto", "if-present"):
         if not request.isdigit() or int(request) not in steps:
             raise UserError(f"--resume {request}: {run} has checkpoints of steps {steps or 'none'}; give one or 'auto'")
@@ -174,8 +139,12 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
     for step in reversed(steps):
         folder = folder_of(run, step)
         try:
-            return folder, verify(folder), skipped
+            info = verify(folder)
         except UserError as error:
             skipped.append(str(error))
+            continue
+        if is_living(info, living):
+            return folder, info, skipped
+        skipped.append(f"{folder}: start {info.incarnation} wrote it on a branch that a later start left behind")
     reason = f"; none of {len(skipped)} is whole: {skipped[0]}" if skipped else ": there is no checkpoint"
     raise UserError(f"--resume {request}: nothing to resume from in {run}{reason}")

@@ -5,27 +5,33 @@ from mirai_ds.config.foresight_config import EncoderConfig, ForesightConfig, Lam
 from mirai_ds.config.load import build, dump, load, recipe_names, recipe_text
 from mirai_ds.config.model_config import SIZES, ModelConfig
 from mirai_ds.config.run_config import (
+    CheckpointConfig,
     DataConfig,
+    GuardConfig,
     OptimizerConfig,
     RecomputeConfig,
     RunConfig,
     SamplingConfig,
+    SpikeConfig,
     TrainConfig,
     Weights,
 )
 
 __all__ = [
     "SIZES",
+    "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "EncoderConfig",
     "ForesightConfig",
+    "GuardConfig",
     "LambdaSchedule",
     "ModelConfig",
     "OptimizerConfig",
     "RecomputeConfig",
     "RunConfig",
     "SamplingConfig",
+    "SpikeConfig",
     "TrainConfig",
     "UserError",
     "Weights",

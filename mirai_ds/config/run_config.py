@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mirai_ds.config.errors import ConfigError
+from mirai_ds.config.errors import ConfigError, nearest
 from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig, Section
 from mirai_ds.config.yaml_text import number_in
@@ -133,11 +133,40 @@ class EmaConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save and how many to keep."""
+    """When to save, how, and what to keep.  A checkpoint stays when any of the `keep_` rules wants it."""
 
     every_steps: int | None = Field(None, ge=1)
     at_end: bool = True
+    background: bool = Field(False, description="copy the state, write it while training goes on")
+    on_failure: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
     keep_last: int = Field(2, ge=1)
+    keep_every_steps: int | None = Field(None, ge=1, description="keep those of every so many steps for good")
+    keep_best: int = Field(0, ge=0, description="keep the ones with the lowest best_metric")
+    best_metric: str = Field("held_out/ntp_ema", description="measured at the step of the checkpoint")
+
+
+class SpikeConfig(Section):
+    """A step whose next-token loss lies far above the last ones: median + sigmas * 1.4826 * median deviation."""
+
+    action: Literal["off", "warn", "stop", "rollback"] = Field(
+        "off", description="rollback: to the last checkpoint, and on with the batches after the spike"
+    )
+    sigmas: float = Field(8.0, gt=0)
+    window: int = Field(100, ge=10, description="steps that the loss is compared with; none is judged before")
+    max_rollbacks: int = Field(3, ge=1, description="in the whole run; then it stops")
+
+
+class GuardConfig(Section):
+    """What ends a run, or saves it."""
+
+    nonfinite_skips: int = Field(3, ge=0, description="steps in a row with NaN or infinity before the run stops")
+    nonfinite_states: int = Field(1, ge=0, description="of such steps keep the whole state, of the others the report")
+    spike: SpikeConfig = SpikeConfig()
+    hang_seconds: float = Field(600, gt=0, description="without a step: stacks of all ranks, then an end")
+    stop_deadline_seconds: float | None = Field(None, gt=0, description="after a signal, for the step and the save")
+    max_restarts: int = Field(3, ge=1, description="--resume if-present: starts in a row that died without progress")
+    preflight: bool = Field(True, description="check disk, data, ranks, devices and clocks before the first step")
+    max_clock_skew_seconds: float = Field(60, gt=0)
 
 
 class LoggingConfig(Section):
@@ -200,6 +229,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -230,12 +260,28 @@ class RunConfig(Section):
         if f.method == "mirai-i" and self.data.source == "store" and self.data.images is None:
             problem = "foresight.method = 'mirai-i' watches images; give an image store or the original folder"
             raise ConfigError("data.images", None, problem)
+        self._check_guards()
         if self.sampling.classes > self.model.num_classes:
             self._give_up_classes()
         if self.sampling.top_k > self.model.vocab_size:
             problem = f"must be at most model.vocab_size = {self.model.vocab_size}"
             raise ConfigError("sampling.top_k", self.sampling.top_k, problem)
         return self
+
+    def _check_guards(self) -> None:
+        c, e = self.checkpoint, self.evaluate
+        if self.guard.spike.action == "rollback" and c.every_steps is None:
+            problem = "'rollback' goes back to a checkpoint; give checkpoint.every_steps"
+            raise ConfigError("guard.spike.action", "rollback", problem)
+        if c.keep_best and (c.every_steps is None or not e.every_steps or c.every_steps % e.every_steps):
+            problem = (
+                f"needs a measurement at each checkpoint: checkpoint.every_steps = {c.every_steps} must be a multiple "
+                f"of evaluate.every_steps = {e.every_steps}"
+            )
+            raise ConfigError("checkpoint.keep_best", c.keep_best, problem)
+        measured = [f"held_out/ntp_{kind}" for kind in e.weights]
+        if c.keep_best and c.best_metric not in measured:
+            raise ConfigError("checkpoint.best_metric", c.best_metric, nearest(c.best_metric, measured))
 
     def _give_up_classes(self) -> None:
         if "classes" in self.sampling.model_fields_set:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def from_store(data: DataConfig, path: Path, device: str = "cpu") -> TokenSource
     store = open_token_store(path)
     images = None if data.images is None else _images(store, Path(data.images))
     decoder = _decoder(data, store, device)
-    return TokenSource(store.codes, store.labels, images, decoder, max_code=store.manifest.max_code)
+    manifest = store.manifest
+    seal = hashlib.sha256("".join(manifest.codes_digests).encode()).hexdigest()
+    return TokenSource(store.codes, store.labels, images, decoder, max_code=manifest.max_code, seal=seal)
 
 
 def _images(store: TokenStore, path: Path) -> ViewSource:

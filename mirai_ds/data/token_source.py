@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,7 +30,8 @@ class Decoder(Protocol):
 @dataclass(frozen=True)
 class TokenSource:
     """codes (m, views, N) integer, perhaps mapped from a file; labels (n,) of this source's samples; rows (n,) their
-    places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known."""
+    places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known; seal:
+    digest of all codes, if known."""
 
     codes: Array
     labels: Array
@@ -37,6 +39,7 @@ class TokenSource:
     decoder: Decoder | None = None
     rows: Array | None = None
     max_code: int | None = None
+    seal: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +52,17 @@ class TokenSource:
     def largest_code(self) -> int:
         """The largest code; reads all of them where it is not known."""
         return int(self.codes.max()) if self.max_code is None else self.max_code
+
+    def digest(self) -> str:
+        """sha256 that changes with any code, label or choice of samples; reads all codes where no seal is known."""
+        found = hashlib.sha256((self.seal or "").encode())
+        if self.seal is None:
+            found.update(f"{self.codes.dtype} {self.codes.shape}".encode())
+            found.update(np.ascontiguousarray(self.codes).data)
+        for array in (self.labels, self.rows):
+            if array is not None:
+                found.update(np.ascontiguousarray(array).astype(np.int64).data)
+        return found.hexdigest()
 
     def subset(self, indices: Array) -> TokenSource:
         """The samples at `indices`; codes and images stay where they are."""

@@ -5,11 +5,27 @@ from mirai_ds.hooks.evaluate import EvaluateHook
 from mirai_ds.hooks.log import LogHook, Sinks
 from mirai_ds.hooks.report import ReportHook
 from mirai_ds.hooks.sample import SampleHook
+from mirai_ds.hooks.spike import SpikeHook
+from mirai_ds.hooks.stop import StopHook
 from mirai_ds.train.loop import Hook
 
-__all__ = ["CheckpointHook", "EvaluateHook", "LogHook", "ReportHook", "SampleHook", "Sinks", "default_hooks"]
+__all__ = [
+    "CheckpointHook",
+    "EvaluateHook",
+    "LogHook",
+    "ReportHook",
+    "SampleHook",
+    "Sinks",
+    "SpikeHook",
+    "StopHook",
+    "default_hooks",
+]
 
 
 def default_hooks(sinks: Sinks) -> list[Hook]:
-    """Log first (it opens the sinks), save last of the measuring ones, report at the very end."""
-    return [LogHook(sinks), EvaluateHook(sinks), SampleHook(sinks), CheckpointHook(), ReportHook(sinks)]
+    """Log first (it opens the sinks); a spike is judged before its state is measured or saved; save last of the
+    measuring ones, report at the very end."""
+    return [
+        LogHook(sinks), SpikeHook(sinks), EvaluateHook(sinks), SampleHook(sinks), CheckpointHook(sinks), StopHook(),
+        ReportHook(sinks),
+    ]  # fmt: skip

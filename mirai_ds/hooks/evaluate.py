@@ -22,6 +22,7 @@ def held_out_loss(session: Session, kind: Weights) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=session.device)
     with session.plain_gpt(kind) as gpt:
         for indices in mine.split(config.batch_size):
+            session.beat("evaluating")
             tokens, labels, _ = source.gather(indices, torch.zeros_like(indices))
             tokens, labels = tokens.to(session.device), labels.to(session.device)
             loss = next_token_loss(gpt(tokens[:, :-1], labels).logits, tokens)
@@ -48,6 +49,10 @@ class EvaluateHook(Hook):
         if every and session.step % every == 0:
             self._evaluate(session)
 
+    def on_rewind(self, session: Session) -> None:
+        """What was measured later counts no more."""
+        self._done = -1
+
     def on_end(self, session: Session) -> None:
         """Measure the final weights unless that was just done."""
         if session.config.evaluate.at_end and self._done != session.step:
@@ -58,5 +63,6 @@ class EvaluateHook(Hook):
             return  # a store is trained on whole unless the configuration says otherwise
         kinds = session.config.evaluate.weights
         values = {f"held_out/ntp_{kind}": held_out_loss(session, kind) for kind in kinds}
+        session.measured |= values
         self.sinks.scalars(values, session)
         self._done = session.step

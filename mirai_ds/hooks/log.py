@@ -29,13 +29,26 @@ class Sinks:
         """Open for appending after `session.step`."""
         if not session.is_main or self.jsonl is not None:
             return
-        self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step)
+        self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step, session.log_bytes)
+        session.log_position = self.jsonl.position
         if session.config.logging.tensorboard:
             self.board = TensorBoard(session.run / "tensorboard", session.step)
 
+    def rewind(self, session: Session) -> None:
+        """Take back what came after the checkpoint that was returned to."""
+        self.close()
+        self.jsonl, self.board = None, None
+        self.open(session)
+
+    def machine(self, values: dict[str, float], session: Session) -> None:
+        """Write scalars that tell of the machine; they are no part of the curve that a resume repeats."""
+        if self.board is not None:
+            self.board.scalars(values, session.step)
+
     def scalars(self, values: dict[str, float], session: Session) -> None:
-        """Write named scalars of the current step."""
+        """Write named scalars of the current step.  Raises FencedError when another start holds the run."""
         if self.jsonl is not None:
+            session.fence.check()
             epoch = session.step / session.order.steps_per_epoch
             self.jsonl.write({"step": session.step, "epoch": round(epoch, 6), **values})
         if self.board is not None:
@@ -90,6 +103,12 @@ class LogHook(Hook):
             self.progress.show(session.step, record.epoch, values)
         self._since, self._step, self._flops_done = time.perf_counter(), session.step, 0.0
         session.hook_seconds = 0.0
+
+    def on_rewind(self, session: Session) -> None:
+        """Start counting and writing from the step that was returned to."""
+        self.sinks.rewind(session)
+        self._step, self._since, self._flops_done = session.step, time.perf_counter(), 0.0
+        self._skipped = session.step - session.applied_steps
 
     def on_end(self, session: Session) -> None:
         """Close the progress line."""

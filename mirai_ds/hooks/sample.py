@@ -26,6 +26,7 @@ def draw_samples(session: Session, labels: Tensor, kind: Weights, seed: int, bat
     out = torch.zeros(len(labels), session.config.model.block_size, dtype=torch.int64, device=session.device)
     with session.plain_gpt(kind) as gpt:
         for indices in mine.split(batch):
+            session.beat("sampling")
             indices = indices.to(session.device)
             chosen = labels.to(session.device)[indices]
             out[indices] = sample_tokens(gpt, chosen, indices, rules_of(session.config.sampling), seed)
@@ -45,6 +46,10 @@ class SampleHook(Hook):
         every = session.config.sampling.every_steps
         if every and session.step % every == 0:
             self._draw(session)
+
+    def on_rewind(self, session: Session) -> None:
+        """What was drawn later counts no more."""
+        self._done = -1
 
     def on_end(self, session: Session) -> None:
         """Draw from the final weights unless that was just done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,30 @@ import numpy as np
 class JsonLines:
     """One JSON object a line, flushed as written."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, resume_bytes: int = -1) -> None:
+        """resume_bytes: the file's length when the checkpoint of `resume_step` was taken; -1: not known."""
         self.path = path
         if path.exists():
-            self._keep_until(resume_step)
+            self._take_back(resume_step, resume_bytes)
         self._file = path.open("a", encoding="utf-8")
 
-    def _keep_until(self, step: int) -> None:
-        """Drop lines of later steps and a torn last line, so that a resumed run continues one clean sequence."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
+    def _take_back(self, step: int, length: int) -> None:
+        """Drop what was written after the checkpoint, so that a resumed run continues one clean sequence.  Where the
+        length is not known or the file is shorter (a machine lost power), by the steps in it."""
+        text = self.path.read_bytes()
+        if step == 0:
+            kept = b""  # the run begins anew
+        elif 0 < length <= len(text) and text[length - 1 : length] == b"\n":
+            kept = text[:length]
+        else:
+            kept = b"".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
         new = self.path.with_suffix(".new")
-        new.write_text("".join(kept), encoding="utf-8")
+        new.write_bytes(kept)
         os.replace(new, self.path)
+
+    def position(self) -> int:
+        """Length of the file in bytes, everything written by now included."""
+        return self._file.tell()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it must hold `step`."""
@@ -42,13 +49,22 @@ class JsonLines:
         self._file.close()
 
 
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity for a torn one."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class TensorBoard:
     """Grouped scalars, images and text.  `purge_step` hides events after a resumed step, so curves do not zig-zag."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = resume_step + 1 if resume_step else None
+        # 0 in a run that begins anew: a start before it may have died before its first checkpoint.
+        purge = resume_step + 1 if resume_step else 0
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def scalars(self, values: dict[str, float], step: int) -> None:

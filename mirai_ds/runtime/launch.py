@@ -9,7 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from mirai_ds.runtime.signals import SAME_EVENT_SECONDS
 
 
 def visible_gpus() -> int:
@@ -30,6 +33,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+PARENT = "MIRAI_DS_PARENT"  # set for ranks that `launch` started
 # glibc gives large blocks back to the system at every free: thousands of page faults a step.  Blocks above 32 MiB, the
 # most it can be told, still are.
 CPU_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
@@ -48,9 +52,15 @@ def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     return env
 
 
-def launch(module: str, arguments: list[str], ranks: int, gpus: int) -> int:
+def has_parent() -> bool:
+    """Whether `launch` started this process: then signals reach it as a stop file."""
+    return PARENT in os.environ
+
+
+def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: Path | None = None) -> int:
     """Run `python -m module arguments` on `ranks` local ranks; returns the exit code.
 
+    stop_file: where ranks look for a request to stop; None: signals go to the launcher, which ends them.
     `deepspeed.launcher.launch` and not the `deepspeed` command: the command dies of SIGTERM and its ranks are killed
     without warning, this one forwards it.
     """
@@ -59,14 +69,35 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int) -> int:
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
         f"--master_port={free_port()}", "--log_level=critical", "--no_local_rank", "--module", module, *arguments,
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=launch_environment(ranks, gpus))
+    if stop_file is not None:
+        stop_file.unlink(missing_ok=True)
+    env = {**launch_environment(ranks, gpus), PARENT: "1"}
+    # A session of its own: a terminal's Ctrl-C comes here alone, and reaches the ranks as a request.
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    asked: list[float] = []
 
     def forward(number: int, _frame: object) -> None:
-        process.send_signal(number)
+        """First a request in a file, which every rank obeys at its next step; the launcher would give them 30 s.  A
+        second signal goes through to them."""
+        if stop_file is None:
+            process.send_signal(number)
+        elif not asked:
+            asked.append(time.monotonic())
+            name = signal.Signals(number).name
+            stop_file.parent.mkdir(parents=True, exist_ok=True)
+            aside = stop_file.with_name(f".{stop_file.name}.new")
+            aside.write_text(f"{'stop' if number == signal.SIGINT else 'requeue'} {name}", encoding="utf-8")
+            os.replace(aside, stop_file)
+            print(f"mirai-ds: {name}: stops after this step and saves; once more ends it now", flush=True)
+        elif time.monotonic() - asked[0] > SAME_EVENT_SECONDS:
+            process.send_signal(signal.SIGTERM)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    old = {number: signal.signal(number, forward) for number in caught}
     try:
         return process.wait()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        if stop_file is not None:
+            stop_file.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mirai_ds.checkpoint.foreign import write_llamagen
 from mirai_ds.checkpoint.shard_files import StateReader
 from mirai_ds.tools.weights import checkpoint_of
-from mirai_ds.train.session import read_run_config
+from mirai_ds.train.run_folder import read_run_config
 
 
 def export_run(run: Path, out: Path, weights: str, step: int | None, with_projectors: bool) -> str:

@@ -70,7 +70,7 @@ def draw_in_batches(
 
 
 def _default_kind(source: Path) -> str:
-    from mirai_ds.train.session import read_run_config
+    from mirai_ds.train.run_folder import read_run_config
 
     return read_run_config(source).sampling.weights if source.is_dir() else "raw"
 

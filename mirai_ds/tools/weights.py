@@ -11,7 +11,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.foreign import check_gpt_weights, infer_model_config, read_gpt_weights
 from mirai_ds.checkpoint.shard_files import StateReader
 from mirai_ds.config import RunConfig, UserError, load
-from mirai_ds.train.session import read_run_config
+from mirai_ds.train.run_folder import read_run_config
 
 
 @dataclass(frozen=True)

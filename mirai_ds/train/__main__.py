@@ -9,11 +9,16 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
+from mirai_ds.checkpoint.fence import Fence, FencedError
+from mirai_ds.checkpoint.outcome import EXIT_CODES, Outcome
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
 from mirai_ds.runtime.distributed import World, read_world
+from mirai_ds.runtime.signals import StopRequests
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -40,53 +45,147 @@ def set_aside(run: Path) -> None:
     print(f"mirai-ds: set the earlier run aside as {aside}", flush=True)
 
 
-def train(config: RunConfig, run: Path, world: World, resume: str | None, fresh: bool) -> None:
-    """Build the session, resume if asked, run the loop."""
-    from mirai_ds.runtime.distributed import local_device
+class Start:
+    """One start of a run on this rank, from joining the others to the outcome."""
 
-    device = local_device(world)
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from mirai_ds.engine.start import start_process_group
-    from mirai_ds.hooks import Sinks, default_hooks
-    from mirai_ds.train.loop import run_loop
-    from mirai_ds.train.session import agree_on_kernel, build_session, open_run_folder
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.outcome = Outcome()
+        self.stop = StopRequests()
+        self.stop.leave = self.leave
+        self.fence: Fence | None = None
+        self.watchdog: Any = None
 
-    start_process_group(world, config.launch.timeout_minutes)
-    kernel = agree_on_kernel(config, device, world)
-    facts = {"alignment_kernel": kernel}
-    resume = open_run_folder(config, run, world, resume, set_aside if fresh else None, facts)
-    if kernel is not None and world.rank == 0:
-        print(f"mirai-ds: alignment loss: {kernel} kernel (foresight.kernel: {config.foresight.kernel})", flush=True)
-    session = build_session(config, run, world, device)
-    if resume is not None:
-        session.resume(resume)
-    sinks = Sinks()
-    try:
-        run_loop(session, default_hooks(sinks))
-    finally:
-        session.loader.close()
-        sinks.close()
+    def leave(self, reason: str) -> None:
+        """End this process wherever it is; the earlier checkpoints are whole."""
+        self.outcome.write("requeue", reason)
+        print(f"mirai-ds: {reason}; the last checkpoint stands", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODES["requeue"])
+
+    def train(self, config: RunConfig, run: Path, resume: str | None, fresh: bool) -> tuple[str, str]:
+        """Build the session, resume if asked, run the loop; the verdict."""
+        from mirai_ds.runtime.distributed import local_device
+
+        device = local_device(self.world)
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from mirai_ds.engine.start import start_process_group
+        from mirai_ds.hooks import Sinks, default_hooks
+        from mirai_ds.train.agree import agree_on_kernel
+        from mirai_ds.train.loop import run_loop
+        from mirai_ds.train.run_folder import open_run_folder
+
+        start_process_group(self.world, config.launch.timeout_minutes)
+        kernel = agree_on_kernel(config, device, self.world)
+        facts = {"alignment_kernel": kernel}
+        resume, fence = open_run_folder(
+            config, run, self.world, resume, set_aside if fresh else None, facts, self.outcome
+        )
+        self.fence = fence
+        self._stand_guard(config, run, fence)
+        if kernel is not None and self.world.rank == 0:
+            print(
+                f"mirai-ds: alignment loss: {kernel} kernel (foresight.kernel: {config.foresight.kernel})", flush=True
+            )
+        session = self._session(config, run, device, fence, resume)
+        sinks = Sinks()
+        try:
+            run_loop(session, default_hooks(sinks))
+        finally:
+            session.loader.close()
+            session.saver.close()
+            sinks.close()
+            self.watchdog.close()
+        assert session.ended is not None
+        verdict, reason = session.ended
+        session.control.barrier()  # nobody leaves before all are done: launchers end the others
+        if self.world.rank == 0:
+            fence.release(f"{verdict} {reason}")
+            self.outcome.write(verdict, reason)
+            if verdict != "finished":
+                print(f"mirai-ds: {verdict}: {reason}", flush=True)
+        session.control.barrier()
+        return verdict, reason
+
+    def _session(self, config: RunConfig, run: Path, device: Any, fence: Fence, resume: str | None) -> Any:
+        from mirai_ds.train.preflight import preflight
+        from mirai_ds.train.session import build_session
+
+        session = build_session(config, run, self.world, device, fence, self.stop)
+        session.beat = self.watchdog.beat
+        if config.guard.preflight:
+            preflight(session)
+        if resume is not None:
+            session.resume(resume)
+        else:
+            fence.settle(0, None)
+        return session
+
+    def _stand_guard(self, config: RunConfig, run: Path, fence: Fence) -> None:
+        from mirai_ds.runtime.watchdog import Watchdog
+
+        self.stop.deadline_seconds = config.guard.stop_deadline_seconds
+        self.stop.watch_file(run)
+        if self.world.rank == 0:
+            fence.watch()
+        folder = run / "hang" / f"start-{fence.mine.number:05d}"
+        self.watchdog = Watchdog(
+            config.guard.hang_seconds, folder, self.world.rank, self.world.size,
+            lambda text: self.outcome.write("requeue", f"hang: {text}"),
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit code 2 and one line for a mistake of the user."""
+    """Exit code 2 and one line for a mistake of the user, 75 to be started again, 1 for anything unforeseen."""
     args = arguments(sys.argv[1:] if argv is None else argv)
     world = read_world() or World(0, 0, 1, 1)
+    start = Start(world)
+    start.stop.install()
+    if world.rank == 0:
+        start.outcome.clear_named()
     try:
         config = load(args.recipe, args.overrides, args.deepspeed)
         run = args.run_dir or Path(config.output_dir) / config.name
-        train(config, run, world, args.resume, args.fresh)
+        verdict, _ = start.train(config, run, args.resume, args.fresh)
     except UserError as error:
-        if world.rank == 0 or isinstance(error, LocalError):
-            print(f"mirai-ds: error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, FencedError):
+            start.outcome.write("failed", str(error))
+            if start.fence is not None and world.rank == 0:
+                start.fence.release(f"failed {error}")
+        _say_and_leave(error, world)
+    except BaseException as error:
+        if lost_a_peer(error):
+            print(f"mirai-ds: error: rank {world.rank}: another rank is gone ({error})", file=sys.stderr, flush=True)
+            start.outcome.write("requeue", f"rank {world.rank} lost another rank")
         else:
-            time.sleep(2)  # the launcher ends everybody at the first exit: let rank 0 speak
+            traceback.print_exc()
+            start.outcome.write("requeue", f"crashed: rank {world.rank}: {type(error).__name__}: {error}")
         sys.stdout.flush()
-        os._exit(2)  # not sys.exit: a process group with waiting peers would hang in its destructor
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: a process group with waiting peers would hang in its destructor
     import torch.distributed as dist
 
     dist.destroy_process_group()
+    if verdict != "finished":
+        sys.stdout.flush()
+        os._exit(EXIT_CODES[verdict])  # type: ignore[index]
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended; that one knows why."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
+    )
+
+
+def _say_and_leave(error: UserError, world: World) -> None:
+    if world.rank == 0 or isinstance(error, (LocalError, FencedError)):
+        print(f"mirai-ds: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # the launcher ends everybody at the first exit: let rank 0 speak
+    sys.stdout.flush()
+    os._exit(2)
 
 
 if __name__ == "__main__":

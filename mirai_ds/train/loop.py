@@ -1,6 +1,6 @@
 """The loop.
 
-For every step: `train_step`, then each hook's `after_step` in the order they were given.  Before the first step
+For every step: `guarded_step`, then each hook's `after_step` in the order they were given.  Before the first step
 `on_start`, after the last `on_end`.  New behaviour is a new hook; the loop does not grow.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from mirai_ds.runtime.control import Facts
+from mirai_ds.train.guarded import guarded_step
 from mirai_ds.train.session import Session
-from mirai_ds.train.step import StepRecord, train_step
+from mirai_ds.train.step import StepRecord
 
 
 class Hook:
@@ -22,21 +24,38 @@ class Hook:
     def after_step(self, session: Session, record: StepRecord) -> None:
         """After each step; `session.step` is the number of finished steps."""
 
+    def on_rewind(self, session: Session) -> None:
+        """After a hook went back to a checkpoint: `session.step` is its step now."""
+
     def on_end(self, session: Session) -> None:
-        """After the last step."""
+        """After the last step; not when the run was asked to stop."""
 
 
 def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
-    """Train from `session.step` to `session.total_steps`."""
+    """Train from `session.step` to `session.total_steps`, or until a hook sets `session.ended`."""
     for hook in hooks:
         hook.on_start(session)
-    while session.step < session.total_steps:
-        record = train_step(session, session.step)
+    while session.step < session.total_steps and session.ended is None:
+        session.beat(f"step {session.step + 1}")
+        record = guarded_step(session, session.step)
         session.step += 1
         session.applied_steps += int(record.applied)
+        session.measured = {}
+        mine = Facts(session.stop.poll(), session.saver.written, session.fence.lost)
+        session.facts = session.control.swap(mine)
         for hook in hooks:
             began = time.perf_counter()
             hook.after_step(session, record)
             session.hook_seconds += time.perf_counter() - began
-    for hook in hooks:
-        hook.on_end(session)
+            if session.rewound or session.ended is not None:
+                break
+        if session.rewound:
+            session.rewound = False
+            for hook in hooks:
+                hook.on_rewind(session)
+    if session.ended is None:
+        session.saver.finish()
+        for hook in hooks:
+            session.beat(f"the end of the run, {type(hook).__name__}")
+            hook.on_end(session)
+        session.ended = ("finished", f"at step {session.step}")

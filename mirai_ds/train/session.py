@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
-import time
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import yaml
 from torch import Tensor
 
-from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint import fence, store
+from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
-from mirai_ds.checkpoint.shard_files import StateReader, read_into, restore_rng, write_rank
-from mirai_ds.config import ConfigError, RunConfig, UserError, Weights, dump
+from mirai_ds.checkpoint.outcome import Verdict
+from mirai_ds.checkpoint.saver import Saver
+from mirai_ds.checkpoint.shard_files import (
+    Snapshot,
+    SnapshotBuffers,
+    StateReader,
+    read_into,
+    restore_rng,
+    take_snapshot,
+)
+from mirai_ds.config import ConfigError, RunConfig, UserError, Weights
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
-from mirai_ds.kernels.build import say_on_stderr
-from mirai_ds.kernels.foresight_cosine import choose
 from mirai_ds.model import GPT, gpt_from_weights, initialise
+from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World
-from mirai_ds.runtime.environment import code_version, describe
+from mirai_ds.runtime.environment import code_version
+from mirai_ds.runtime.signals import StopRequests
+from mirai_ds.train.agree import on_every_rank
 from mirai_ds.train.schedule import total_steps
-
-T = TypeVar("T")
 
 MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
@@ -52,9 +60,25 @@ class Session:
     engine: TrainEngine
     teacher: Teacher | None
     total_steps: int
+    fence: Fence
+    control: Control
+    stop: StopRequests
+    saver: Saver
+    data_digest: str
     step: int = 0
     applied_steps: int = 0
+    batch_offset: int = 0  # batches that rollbacks left out
+    saved_step: int = -1  # the step of the newest checkpoint of this state
+    log_bytes: int = -1  # where metrics.jsonl ended then; -1: it begins here
+    facts: Facts = field(default_factory=Facts)  # what all ranks said one step ago
+    ended: tuple[Verdict, str] | None = None  # set by a hook: leave the loop
+    rewound: bool = False  # the last hook went back to a checkpoint
+    measured: dict[str, float] = field(default_factory=dict)  # at this step, for the checkpoint
+    memory: dict[str, Any] = field(default_factory=dict)  # what guards keep from step to step
+    beat: Callable[[str], None] = lambda phase: None  # tells the watchdog
+    log_position: Callable[[], int] = lambda: -1
     notes: list[str] = field(default_factory=list)
+    _buffers: SnapshotBuffers = field(default_factory=SnapshotBuffers)
     hook_seconds: float = 0.0  # spent by hooks since the last log, so that throughput is the step's alone
     _teacher_version: int = -1
 
@@ -84,41 +108,82 @@ class Session:
         """The precision in which evaluation and sampling run: bf16 matrix products unless the run is fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision != "fp32")
 
-    def save_checkpoint(self) -> Path:
-        """Collective; see `checkpoint.store.save`."""
+    def save_checkpoint(self) -> None:
+        """Collective; does nothing when this state is saved already.  Raises SaveError (`checkpoint.saver`)."""
+        if self.saved_step == self.step:
+            return
+        self.beat("saving")
+        self.stop.saving = True
+        try:
+            self.saver.save(self.describe_state(), self.take)
+            self.saved_step = self.step
+        finally:
+            self.stop.saving = self.saver.in_flight >= 0
+
+    def take(self) -> Snapshot:
+        """A copy of this rank's part of the state."""
+        return take_snapshot(self.engine, self.world.rank, self._buffers)
+
+    def describe_state(self) -> store.CheckpointInfo:
+        """What a checkpoint of this moment holds beside its tensors."""
         c = self.config
-        info = store.CheckpointInfo(
+        return store.CheckpointInfo(
             step=self.step, global_batch_size=c.train.global_batch_size, seed=c.seed,
             samples_in_epoch=self.step % self.order.steps_per_epoch * c.train.global_batch_size,
             world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,
             method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
+            incarnation=self.fence.mine.number, data=self.data_digest, batch_offset=self.batch_offset,
+            log_bytes=self.log_position(), metrics=dict(self.measured), hooks=copy.deepcopy(self.memory),
         )  # fmt: skip
-        return store.save(
-            self.run, info, lambda folder: write_rank(folder, self.engine, self.world.rank), c.checkpoint.keep_last
-        )
 
     def resume(self, request: str) -> None:
         """Continue from a checkpoint; every rank takes the one that rank 0 verified."""
-        choice: list[Any] = [None, None]
+        folder, info = self._load(request)
+        if self.is_main and request == "if-present":
+            died = fence.starts_without_progress(fence.read_all(self.run)[:-1], info.step)
+        else:
+            died = 0
+        if max(self.control.gather(died)) >= self.config.guard.max_restarts:
+            raise UserError(
+                f"{self.run}: the last {self.config.guard.max_restarts} starts died after step {info.step} without "
+                "getting further; find out why, then continue with --resume auto"
+            )
+        self.fence.settle(info.step, info.incarnation)
+        self.notes.append(f"resumed after step {info.step} from {folder}")
+
+    def roll_back(self, skip_batches: bool) -> int:
+        """Collective: return to the newest whole checkpoint, leaving out the batches seen since; its step."""
+        self.saver.finish()
+        seen = self.step
+        _, info = self._load("auto")
+        if skip_batches:
+            self.batch_offset += seen - info.step
+        self.fence.renew(info.step, info.incarnation)
+        self.rewound = True
+        return info.step
+
+    def _load(self, request: str) -> tuple[str, store.CheckpointInfo]:
+        self.beat("loading")
+        found: list[Any] = [None, None, None, ""]
         if self.is_main:
             try:
                 folder, info, skipped = store.find(self.run, request)
-                choice = [(str(folder), info, skipped), None]
+                found = [str(folder), info, skipped, ""]
             except UserError as error:
-                choice = [None, str(error)]
-        dist.broadcast_object_list(choice, src=0)
-        if choice[1] is not None:
-            raise UserError(choice[1])
-        folder_name, info, skipped = choice[0]
-        self._check_same_data(info, folder_name)
-        reader = StateReader(Path(folder_name))
+                found[3] = str(error)
+        name, info, skipped, problem = self.control.gather(found)[0]
+        if problem:
+            raise UserError(problem)
+        self._check_same_data(info, name)
+        reader = StateReader(Path(name))
         read_into(self.engine, reader)
         restore_rng(reader.rng(self.world.rank), self.device)
-        self.step, self.applied_steps = info.step, info.applied_steps
+        self.step = self.saved_step = info.step
+        self.applied_steps, self.batch_offset, self.log_bytes = info.applied_steps, info.batch_offset, info.log_bytes
+        self.memory = copy.deepcopy(info.hooks)
         self.engine.resume_counters(self.step, self.loader.accumulation)
-        self.notes += [f"skipped {reason}" for reason in skipped] + [
-            f"resumed after step {info.step} from {folder_name}"
-        ]
+        self.notes += [f"skipped {reason}" for reason in skipped]
+        return name, info
 
     def _check_same_data(self, info: store.CheckpointInfo, folder: str) -> None:
         for name, now in (("seed", self.config.seed), ("global_batch_size", self.config.train.global_batch_size)):
@@ -127,11 +192,18 @@ class Session:
                 raise UserError(
                     f"{folder}: was written with {name} = {then}, this run has {now}; the data order would change"
                 )
+        if info.data and info.data != self.data_digest:
+            raise UserError(
+                f"{folder}: was trained on other codes or labels (digest {info.data[:12]}) than data.path = "
+                f"{self.config.data.path!r} holds now ({self.data_digest[:12]}); give the data it began with"
+            )
 
 
-def build_session(config: RunConfig, run: Path, world: World, device: torch.device) -> Session:
+def build_session(
+    config: RunConfig, run: Path, world: World, device: torch.device, fence: Fence, stop: StopRequests
+) -> Session:
     """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -161,10 +233,21 @@ def build_session(config: RunConfig, run: Path, world: World, device: torch.devi
         workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
-    session = Session(config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps)
+    control = Control(config.launch.timeout_minutes)
+    session = Session(
+        config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, fence, control, stop,
+        Saver(run, world.rank, fence, control, config.checkpoint), dataset.train.digest(),
+    )  # fmt: skip
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     return session
+
+
+def seed_everything(seed: int) -> None:
+    """Training draws from no generator; user code may, and then two runs should draw alike."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def check_score(config: RunConfig, dataset: Dataset) -> None:
@@ -209,85 +292,3 @@ def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
         assert foresight.encoder is not None
         return EncoderTeacher(foresight.encoder, config.model.grid, device)
     return None
-
-
-def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> str | None:
-    """Collective: what computes the alignment loss (`cpu`, `cuda`, `reference`), compiled if need be; None without one.
-    One rank a node speaks.  Raises on every rank what went wrong on any."""
-    if not config.foresight.active:
-        return None
-    say = say_on_stderr if world.local_rank == 0 else lambda _: None
-    mine = on_every_rank(lambda: choose(config.foresight.kernel, device.type, say=say))
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return ", ".join(sorted(set(everyone)))  # nodes may differ under `auto`
-
-
-def on_every_rank(build: Callable[[], T]) -> T:
-    """Collective: `build()`.  What the user must mend on any rank (a file that one node has not) is raised on every
-    rank, because only rank 0 speaks."""
-    result, mine = None, None
-    try:
-        result = build()
-    except UserError as error:
-        mine = str(error)
-    problems: list[str | None] = [mine] * dist.get_world_size()
-    dist.all_gather_object(problems, mine)
-    problem = next((problem for problem in problems if problem is not None), None)
-    if problem is not None:
-        raise UserError(problem)
-    return cast(T, result)
-
-
-def open_run_folder(
-    config: RunConfig,
-    run: Path,
-    world: World,
-    resume: str | None,
-    set_aside: Callable[[Path], None] | None,
-    facts: dict[str, Any] | None = None,
-) -> str | None:
-    """Collective: the main rank makes the folder and writes what explains the run, with `facts` about this start;
-    returns the resume request to obey (`store.check_run_folder` says what is refused)."""
-    outcome: list[str | None] = [None, resume]
-    if world.rank == 0:
-        try:
-            store.check_run_folder(run, resume, fresh=set_aside is not None)
-            if resume == "if-present" and not (run / "checkpoints").is_dir():
-                outcome[1] = None
-            if set_aside is not None and resume is None:
-                set_aside(run)
-            _write_run_folder(config, run, world.size, facts or {})
-        except (UserError, OSError) as error:
-            outcome[0] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
-    return outcome[1]
-
-
-def _write_run_folder(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:
-    ds_config = resolve(config, world_size)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        path, text = run / "config.yaml", dump(config)
-        if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
-            path.rename(run / f"config.before-{int(time.time())}.yaml")
-        path.write_text(text, encoding="utf-8")
-        (run / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
-        environment = {**describe(world_size), **facts}
-        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-        with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
-            file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error})") from None
-
-
-def read_run_config(run: Path) -> RunConfig:
-    """The resolved configuration stored with a run."""
-    from mirai_ds.config import build
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: not a run folder (it has no config.yaml)")
-    return build(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))

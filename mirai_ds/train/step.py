@@ -42,10 +42,10 @@ def train_step(session: Session, step: int) -> StepRecord:
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
     applied, grad_norm = False, float("nan")
-    for batch in session.loader.micro_batches(step):
+    for batch in session.loader.micro_batches(step + session.batch_offset):
         target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
         loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
-        engine.backward(loss)
+        engine.backward(poisoned_unless_finite(loss))
         applied, grad_norm = engine.step()
         metrics["loss"] = loss.detach()
         for name, value in metrics.items():
@@ -54,6 +54,13 @@ def train_step(session: Session, step: int) -> StepRecord:
     return StepRecord(
         step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, applied, grad_norm, means
     )
+
+
+def poisoned_unless_finite(loss: Tensor) -> Tensor:
+    """`loss`, whose gradients are NaN unless it is finite: the engine then refuses the update on every rank.  Nothing
+    is read from the device, and a finite loss is multiplied by one, which changes no bit."""
+    value = loss.detach()
+    return loss * torch.where(torch.isfinite(value), torch.ones_like(value), torch.full_like(value, float("nan")))
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mirai_ds.checkpoint.shard_files import StateReader, read_into, write_rank
+from mirai_ds.checkpoint.fence import Fence
+from mirai_ds.checkpoint.saver import Saver
+from mirai_ds.checkpoint.shard_files import SnapshotBuffers, StateReader, read_into, take_snapshot
+from mirai_ds.checkpoint.store import CheckpointInfo
+from mirai_ds.config import CheckpointConfig
 from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.runtime.control import Control
 from tests.engine.cases import fixed_target, release, toy_config, toy_engine, toy_loader
 
 
@@ -32,14 +37,19 @@ def advance(engine: TrainEngine, accumulation: int, first: int, steps: int) -> l
     return losses
 
 
+def write_state(folder: Path, engine: TrainEngine, precision: str) -> None:
+    """All ranks' slices and the manifest, as a run writes them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    info = CheckpointInfo(4, 16, 0, 0, world, engine.stage, precision, "mirai-e", "", 4)
+    saver = Saver(folder.parent, rank, Fence(folder.parent, None), Control(5), CheckpointConfig())  # type: ignore[arg-type]
+    assert saver.save_aside(folder, info, lambda: take_snapshot(engine, rank, SnapshotBuffers())) == []
+
+
 def write_case(folder: str, stage: int, precision: str, accumulation: int, recompute: dict[str, Any]) -> list[float]:
     """4 steps, save, 4 more: the losses after the save."""
     engine = toy_engine(toy_config("mirai-e", stage, precision, accumulation, recompute=recompute))
     advance(engine, accumulation, 0, 4)
-    if dist.get_rank() == 0:
-        Path(folder).mkdir(parents=True)
-    dist.barrier()
-    write_rank(Path(folder), engine, dist.get_rank())
+    write_state(Path(folder), engine, precision)
     losses = advance(engine, accumulation, 4, 4)
     release(engine)
     return losses

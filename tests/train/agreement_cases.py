@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from mirai_ds.config import UserError
-from mirai_ds.train.session import on_every_rank
+from mirai_ds.train.agree import on_every_rank
 
 
 def agreement_case(failing: int | None) -> str:

@@ -1,0 +1,55 @@
+"""How a start of a run ended, in one line for whoever started it: exit codes do not survive the launchers.
+
+`RUN/outcome`, and the file that the variable MIRAI_DS_OUTCOME names (a job's own, which exists even when the run folder
+could not be touched).  Its first word is the verdict, the rest the reason.  A start removes it; no file means that the
+processes died without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, get_args
+
+Verdict = Literal["finished", "requeue", "stopped", "failed"]
+EXIT_CODES: dict[Verdict, int] = {"finished": 0, "stopped": 0, "failed": 1, "requeue": 75}  # 75: EX_TEMPFAIL
+VARIABLE = "MIRAI_DS_OUTCOME"
+NAME = "outcome"
+
+
+class Outcome:
+    """Written once: the first verdict is the cause, what follows it on other ranks are consequences."""
+
+    def __init__(self) -> None:
+        named = os.environ.get(VARIABLE)
+        self._paths = [Path(named)] if named else []
+
+    def clear_named(self) -> None:
+        """Remove the job's own file.  For the main rank, first thing."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def in_run(self, run: Path) -> None:
+        """From now on also into the run's folder: this process belongs to the start that holds it."""
+        self._paths.append(run / NAME)
+
+    def write(self, verdict: Verdict, reason: str) -> None:
+        """Leave the verdict; does nothing where there is one.  Never raises: it is the last thing a process does."""
+        line = f"{verdict} {' '.join(reason.split())}\n"
+        for path in self._paths:
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+
+
+def read(path: Path) -> tuple[Verdict, str] | None:
+    """Verdict and reason; None where there is no such file or it says nothing known."""
+    try:
+        word, _, reason = path.read_text(encoding="utf-8").strip().partition(" ")
+    except (OSError, ValueError):
+        return None
+    return next(((verdict, reason) for verdict in get_args(Verdict) if verdict == word), None)

@@ -1,0 +1,89 @@
+"""Requests to stop: SIGTERM, SIGUSR1 (Slurm's --signal), SIGINT, or a file named `stop` in the run's folder."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STOP_FILE = "stop"
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One event often arrives twice: Slurm sends TERM, CONT, TERM, launchers repeat what a terminal sent already.
+SAME_EVENT_SECONDS = 5.0
+# After a second request a checkpoint that is being written may be finished: Slurm's KillWait is 30 s by default.
+LAST_SECONDS = 20.0
+NOTHING, REQUEUE, STOP = 0, 1, 2  # what was asked for; the larger wins
+
+
+class StopRequests:
+    """Remembers the first request.  A second one, or the deadline, ends the process wherever it is.
+
+    A signal is read from a pipe by a thread of its own: Python's handlers wait until the main thread returns from a
+    collective or a kernel, which a hanging one never does.
+    """
+
+    def __init__(self, deadline_seconds: float | None = None) -> None:
+        self.deadline_seconds = deadline_seconds
+        self.kind, self.reason = NOTHING, ""
+        self.saving = False  # set while a checkpoint is on its way
+        self.leave: Callable[[str], None] = lambda reason: os._exit(75)
+        self._first = 0.0
+        self._timer: threading.Timer | None = None
+        self._stop_file: Path | None = None
+        self._looked = 0.0
+
+    def install(self) -> None:
+        """Catch the signals.  From the main thread, before anything slow."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in CAUGHT:
+            signal.signal(number, lambda *_: None)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # `kill -USR2 PID` shows where a rank is
+        threading.Thread(target=self._listen, args=(read_end,), daemon=True, name="signals").start()
+
+    def _listen(self, read_end: int) -> None:
+        while True:
+            for number in os.read(read_end, 64):
+                if number in CAUGHT:
+                    kind = STOP if number == signal.SIGINT else REQUEUE
+                    self.request(kind, signal.Signals(number).name)
+
+    def watch_file(self, run: Path) -> None:
+        """Also obey RUN/stop: empty means stop, the word `requeue` in it means stop and be requeued."""
+        self._stop_file = run / STOP_FILE
+
+    def request(self, kind: int, reason: str) -> None:
+        """Ask for a stop; may be called by any thread."""
+        now = time.monotonic()
+        if self.kind == NOTHING:
+            self.kind, self.reason, self._first = kind, reason, now
+            if self.deadline_seconds is not None:
+                self._leave_after(self.deadline_seconds, f"{reason}; not done within {self.deadline_seconds:g} s")
+        elif now - self._first > SAME_EVENT_SECONDS:
+            self.kind = max(self.kind, kind)
+            if not self.saving:
+                self.leave(f"{self.reason}, then {reason}: left at once")
+            self._leave_after(LAST_SECONDS, f"{self.reason}, then {reason}: left while saving")
+
+    def _leave_after(self, seconds: float, reason: str) -> None:
+        timer = threading.Timer(seconds, lambda: self.leave(reason))
+        timer.daemon = True
+        timer.start()
+
+    def poll(self) -> int:
+        """What is asked for by now; looks for the file once a second at most."""
+        now = time.monotonic()
+        if self._stop_file is not None and self.kind == NOTHING and now - self._looked > 1.0:
+            self._looked = now
+            try:
+                text = self._stop_file.read_text(encoding="utf-8", errors="replace").strip()
+            except OSError:
+                return self.kind
+            word = text.partition(" ")[0]
+            self.request(REQUEUE if word == "requeue" else STOP, text.partition(" ")[2] or "stop file")
+        return self.kind

@@ -1,0 +1,153 @@
+"""What is better known before the first step than after a night: disk, data, ranks, devices, clocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mirai_ds.checkpoint.fence import path_of
+from mirai_ds.config import RunConfig, UserError, dump
+from mirai_ds.data.stores import TOKEN_FORMAT, open_token_store, store_format
+from mirai_ds.runtime.environment import code_version, package_versions
+from mirai_ds.train.session import Session
+
+FP32_COPIES = 4  # master, two moments, average
+BESIDE = 64 * 2**20  # logs, pictures, manifests
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One rank's."""
+
+    rank: int
+    host: str
+    config: str
+    code: str
+    packages: tuple[tuple[str, str], ...]
+    device: str
+    clock: float
+    problem: str = ""
+
+
+def checkpoint_bytes(session: Session) -> int:
+    """Size of one checkpoint of this run, all ranks together."""
+    numel = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in session.engine.ds.module.parameters())
+    return FP32_COPIES * 4 * int(numel)
+
+
+def preflight(session: Session) -> None:
+    """Collective, before the first step.  Raises UserError on every rank with what the user must mend; what only
+    deserves a look becomes a note."""
+    session.beat("preflight")
+    session.control.barrier()  # so that clocks are read at one moment
+    everyone = session.control.gather(_look(session))
+    for facts in everyone:
+        if facts.problem:
+            raise UserError(f"preflight: rank {facts.rank} on {facts.host}: {facts.problem}")
+    first = everyone[0]
+    for facts in everyone[1:]:
+        where = f"rank {facts.rank} on {facts.host}"
+        if facts.config != first.config:
+            raise UserError(
+                f"preflight: {where} has another configuration than rank 0 on {first.host}; give all the same"
+            )
+        if facts.code != first.code:
+            raise UserError(f"preflight: {where} runs code {facts.code[:16]}, rank 0 on {first.host} {first.code[:16]}")
+        for (name, theirs), (_, ours) in zip(facts.packages, first.packages, strict=True):
+            if theirs != ours:
+                raise UserError(f"preflight: {where} has {name} {theirs}, rank 0 on {first.host} {ours}")
+    devices = sorted({facts.device for facts in everyone})
+    if len(devices) > 1:
+        session.notes.append(f"preflight: ranks run on different devices: {', '.join(devices)}")
+    clocks = [facts.clock for facts in everyone]
+    skew, most = max(clocks) - min(clocks), session.config.guard.max_clock_skew_seconds
+    if skew > most:
+        late, early = (everyone[clocks.index(edge)].host for edge in (max(clocks), min(clocks)))
+        raise UserError(
+            f"preflight: the clocks of {late} and {early} are {skew:.0f} s apart (guard.max_clock_skew_seconds = "
+            f"{most:g}): logs and requeueing would lie; synchronise them"
+        )
+
+
+def _look(session: Session) -> Facts:
+    clock, rank = time.time(), session.world.rank
+    problem = ""
+    try:
+        _check_folder(session)
+        _check_device(session.device)
+        if rank == 0:
+            _check_space(session)
+            _check_data(session.config)
+    except (UserError, OSError, RuntimeError) as error:
+        problem = str(error)
+    config = hashlib.sha256(dump(session.config).encode()).hexdigest()
+    return Facts(
+        rank, socket.gethostname(), config, code_version(), tuple(sorted(package_versions().items())),
+        _device_name(session.device), clock, problem,
+    )  # fmt: skip
+
+
+def _check_folder(session: Session) -> None:
+    """This rank sees the run's folder, and may write there."""
+    run = session.run
+    if not path_of(run, session.fence.mine.number).is_file():
+        raise UserError(
+            f"{run}: rank 0 wrote here and this rank does not see it; put it on a file system all nodes share"
+        )
+    probe = run / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"mirai")
+        if probe.read_bytes() != b"mirai":
+            raise UserError(f"{run}: what is written there is not what is read back")
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error})") from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _check_space(session: Session) -> None:
+    """Room for two more checkpoints: a new one is whole before an old one goes."""
+    config = session.config.checkpoint
+    if config.every_steps is None and not config.at_end:
+        return
+    free, size = shutil.disk_usage(session.run).free, checkpoint_bytes(session)
+    if free < 2 * size + BESIDE:
+        raise UserError(
+            f"{session.run}: {_gib(free)} free, two checkpoints need {_gib(2 * size + BESIDE)}; make room, or choose "
+            "another --run-dir"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _check_data(config: RunConfig) -> None:
+    """The codes are the ones that were extracted: every digest of the stores."""
+    for path in (config.data.path, config.data.held_out_path):
+        if config.data.source == "store" and path and store_format(Path(path)) == TOKEN_FORMAT:
+            damages = open_token_store(Path(path)).damages()
+            if damages:
+                raise UserError(damages[0])
+
+
+def _check_device(device: torch.device) -> None:
+    """It computes: small integers, whose product is exact in any precision."""
+    side = 64
+    left = (torch.arange(side * side) % 3).view(side, side).float()
+    expected = left @ left
+    found = (left.to(device) @ left.to(device)).cpu()
+    if not torch.equal(found, expected):
+        raise UserError(f"device {device} multiplies matrices wrongly; take the node out of service")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
