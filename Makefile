@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix check format verify kernels kernels-cuda bench-kernels bench-data \
+.PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench-kernels bench-data \
 	gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test: $(STAMP) ## the whole fast suite
 
 test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout
 	$(BIN)/python -m pytest -m matrix
+
+test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces (root; slurmctld slurmd slurm-client munge), 10 minutes
+	$(BIN)/python -m pytest -m slurm -rs
 
 check: $(STAMP) ## ruff, mypy, architecture tests
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 # get signals.  A launcher would get them in the ranks' place: torchrun and deepspeed die of USR1, the deepspeed command
 # of TERM too, and their ranks are killed before they can save.
 #
-# What happens next is decided by RUN/outcome, which the trainer writes as its last act, never by exit codes: srun gives
-# the highest one of all ranks, and the same event was seen as 75, 143 and 1.
+# What happens next is decided by the outcome file, which the trainer writes as its last act, never by exit codes: srun
+# gives the highest one of all ranks, and the same event was seen as 75, 143 and 1.
 step=
 in_time_limit() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r')" = "COMPLETING TimeLimit" ]; }
 being_ended() { [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == COMPLETING ]]; }
@@ -21,13 +21,19 @@ trap 'forward USR1' USR1 # the warning that --signal=B:USR1 asks for
 trap on_term TERM        # the time limit, scontrol requeue, a lost node, preemption, scancel
 
 requeued=
-requeue() {
+requeue() { # once; Slurm sends TERM to this script while it takes the job back, so this is noted before
   local try
+  [ -z "$requeued" ] || return 0
+  requeued=yes
   for try in 1 2 3; do # Slurm's controller may be busy or restarting
-    [ -z "$requeued" ] || return 0
-    if scontrol requeue "$SLURM_JOB_ID"; then requeued=yes && say "requeued: $1"; else sleep $((try * 5)); fi
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      say "requeued: $1"
+      return 0
+    fi
+    sleep $((try * 5))
   done
-  [ -n "$requeued" ] || say "could not be requeued: $1"
+  requeued=
+  say "could not be requeued: $1"
 }
 run_step() { # the arguments: the command of a rank
   srun --kill-on-bad-exit=1 "$@" &
@@ -37,19 +43,19 @@ run_step() { # the arguments: the command of a rank
     kill -0 "$step" 2>/dev/null || break
   done
 }
-outcome() { # first word of RUN/outcome, or nothing
+outcome() { # first word of the file $1, or nothing
   local word=
-  [ -e "$RUN/outcome" ] && read -r word _ <"$RUN/outcome"
+  [ -e "$1" ] && read -r word _ <"$1"
   echo "$word"
 }
-newest() { cat -- "$RUN/checkpoints/latest" 2>/dev/null || echo none; }
-silent_ends() { # how many starts in a row have ended without a word or a new checkpoint
+trainer_starts() { find "$RUN/incarnations" -name '*.json' 2>/dev/null | wc -l; }
+false_starts() { # how many starts in a row ended without a word before the trainer had taken the run
   local count=0 then=
-  [ -e "$RUN/jobs/silent-ends" ] && read -r count then <"$RUN/jobs/silent-ends"
-  [ "$then" = "$(newest)" ] && [[ $count =~ ^[0-9]+$ ]] && echo "$count" || echo 0
+  [ -e "$RUN/jobs/false-starts" ] && read -r count then <"$RUN/jobs/false-starts"
+  [ "$then" = "$(trainer_starts)" ] && [[ $count =~ ^[0-9]+$ ]] && echo "$count" || echo 0
 }
 give_up() {
-  say "$(silent_ends) starts in a row ended without a word or a new checkpoint: giving up; the log above has the reason"
+  say "$(false_starts) starts in a row ended before the trainer had begun: giving up; the log above has the reason"
   exit 1
 }
 start_again() { # $1: why
@@ -63,19 +69,21 @@ start_again() { # $1: why
   exit 75
 }
 train_and_decide() { # the arguments: the command of a rank
-  if [ "$(outcome)" = finished ]; then
+  if [ "$(outcome "$RUN/outcome")" = finished ]; then
     say "$RUN is finished already: nothing to do"
     exit 0
   fi
-  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f -- "$RUN/jobs/silent-ends"
-  [ "$(silent_ends)" -lt 3 ] || give_up
-  mkdir -p -- "$RUN/jobs" && rm -f -- "$RUN/outcome" || exit 1
+  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f -- "$RUN/jobs/false-starts"
+  [ "$(false_starts)" -lt 3 ] || give_up
+  mkdir -p -- "$RUN/jobs" || exit 1
+  # One file for each start of each job: left-overs of an earlier start, or another job in this run, cannot speak for it.
+  export MIRAI_DS_OUTCOME=$RUN/jobs/outcome-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   say "${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), ${SLURM_NTASKS:-?} ranks, $RUN"
+  local word starts
+  starts=$(trainer_starts)
   run_step "$@"
-  local word
-  word=$(outcome)
-  say "the ranks have ended: $([ -e "$RUN/outcome" ] && head -n 1 -- "$RUN/outcome" || echo 'without a word')"
-  [ -z "$word" ] || rm -f -- "$RUN/jobs/silent-ends"
+  word=$(outcome "$MIRAI_DS_OUTCOME")
+  say "the ranks have ended: $([ -n "$word" ] && head -n 1 -- "$MIRAI_DS_OUTCOME" || echo 'without a word')"
   case $word in finished | stopped) exit 0 ;; failed) exit 1 ;; esac
   if [ -z "$requeued" ] && being_ended && ! in_time_limit; then
     # scontrol requeue, preemption, a lost node: Slurm starts the job again by itself.  scancel: it must not come back,
@@ -83,9 +91,9 @@ train_and_decide() { # the arguments: the command of a rank
     say "Slurm is ending this job: what becomes of it is left to Slurm"
     exit 75
   fi
-  if [ -z "$word" ]; then # killed, out of memory, a lost node, or they could not even begin
-    echo "$(($(silent_ends) + 1)) $(newest)" >"$RUN/jobs/silent-ends"
-    [ "$(silent_ends)" -lt 3 ] || give_up
+  if [ -z "$word" ]; then # killed, out of memory, a lost node: the trainer counts such starts.  Or it never began:
+    echo "$(($(false_starts) + 1)) $starts" >"$RUN/jobs/false-starts"
+    [ "$(false_starts)" -lt 3 ] || give_up
   fi
   start_again "the run is not finished"
 }

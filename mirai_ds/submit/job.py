@@ -66,7 +66,7 @@ class Job(Section):
         warned = self.template in ("train", "array", "extract")
         if warned and seconds(self.time) <= self.signal_seconds + 30:
             problem = (
-                f"must be more than {self.signal_seconds + 30} s (signal_seconds of the cluster file + 30): Slurm warns "
+                f"must be more than {self.signal_seconds + 30} s (the cluster file's signal_seconds + 30): Slurm warns "
                 "early, and the job would be requeued at once; ask for more, or lower signal_seconds"
             )
             raise ConfigError("time", self.time, problem)

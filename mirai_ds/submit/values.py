@@ -50,7 +50,7 @@ RunFolder = Annotated[str, AfterValidator(_plain), AfterValidator(_log_folder)]
 JobName = Annotated[
     str,
     _matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
-             "may hold letters, digits, '.', '_' and '-', begins with one of the first two, 100 characters at most"),
+             "may hold letters, digits, '.', '_' and '-', begins with one of the first two, 100 at most"),
 ]  # fmt: skip
 SiteName = Annotated[str, _matches(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "may hold letters, digits, '.', '_' and '-'")]
 SiteNames = Annotated[

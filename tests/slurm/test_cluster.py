@@ -1,0 +1,202 @@
+"""Jobs on a real Slurm of three nodes: they end, are warned, requeued, killed, cancelled, and learn the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Slurm, cluster_file, log_of, settings, steps, until
+from tests.train.conftest import numbers
+
+pytestmark = pytest.mark.slurm
+
+
+def train(slurm: Slurm, run: Path, *options: str, max_steps: int = 24, **cluster: int) -> str:
+    """Submit the small recipe on two nodes; the job's id."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    steps_option = settings(f"train.max_steps={max_steps}")
+    arguments = ["digits-mirai-e", *steps_option, "--nodes", "2", "--partition", "gpu", "--run-dir", str(run)]
+    return slurm.submit(*arguments, "--cluster", cluster_file(run.parent, **cluster), *options)[0]
+
+
+def same_losses(run: Path, whole: Path, max_steps: int = 24) -> None:
+    """The run's log is, to the last digit, the beginning of the uninterrupted one."""
+    expected = [record for record in numbers(whole) if record["step"] <= max_steps]
+    assert [record["step"] for record in expected] == list(range(1, max_steps + 1))
+    assert numbers(run) == expected
+
+
+def test_finishes(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"  # quotes and spaces all the way down
+    job = slurm.wait(train(slurm, run))
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), log_of(run)
+    assert (run / "outcome").read_text().startswith("finished")
+    same_losses(run, whole)
+    again = slurm.try_submit("digits-mirai-e", *settings("train.max_steps=24"), "--run-dir", str(run), "--cluster",
+                             cluster_file(tmp_path))  # fmt: skip
+    assert again.code == 2
+    assert "this run is finished" in again.err
+
+
+def test_warned_before_the_time_limit(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    """Slurm itself sends USR1; the ranks save, the job requeues itself and goes on, as often as it takes."""
+    run = tmp_path / "run"
+    job_id = train(slurm, run, "--time", "0:01:00", max_steps=360)
+    job = slurm.wait(job_id, timeout=500)
+    assert job["JobState"] == "COMPLETED", log_of(run)
+    assert int(job["Restarts"]) >= 1, log_of(run)
+    assert "USR1 received" in log_of(run)
+    same_losses(run, whole, 360)
+
+
+@pytest.mark.parametrize("how", ["usr1", "requeue"])
+def test_requeued(how: str, slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job_id = train(slurm, run)
+    until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
+    if how == "usr1":
+        slurm("scancel", "--batch", "--signal=USR1", job_id)
+    else:
+        slurm("scontrol", "requeue", job_id)
+    job = slurm.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log_of(run)
+    assert "resumed after step" in log_of(run)
+    same_losses(run, whole)
+
+
+def test_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
+    """`scontrol requeue` brings even a cancelled job back, and a script that requeues itself calls it."""
+    run = tmp_path / "run"
+    job_id = train(slurm, run)
+    until(lambda: steps(run) >= 2, 120, lambda: log_of(run))
+    slurm("scancel", job_id)
+    job = slurm.wait(job_id)
+    time.sleep(8)  # longer than a requeued job waits
+    job = slurm.job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log_of(run)
+    assert (run / "outcome").read_text().startswith("requeue")
+
+
+def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job_id = train(slurm, run)
+    until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
+    job = slurm.job(job_id)
+    names = slurm("scontrol", "show", "hostnames", job["NodeList"]).split()
+    lost = next(name for name in names if name != job["BatchHost"])
+    slurm.cluster("kill-node", lost)
+    try:
+        job = slurm.wait(job_id)
+    finally:
+        slurm.cluster("start-node", lost)
+    assert job["JobState"] == "COMPLETED", log_of(run)
+    assert int(job["Restarts"]) >= 1
+    assert lost not in slurm("scontrol", "show", "hostnames", job["NodeList"]).split()
+    same_losses(run, whole)
+
+
+def test_a_mistake_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job_id = train(slurm, run, "--set", "data.source=npz", "--set", "data.path=/no/such.npz",
+                   "--set", "data.held_out_fraction=0.1")  # fmt: skip
+    job = slurm.wait(job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "0"), log_of(run)
+    assert "failed" in log_of(run)
+    assert "/no/such.npz" in log_of(run)
+
+
+def test_a_python_that_is_not_there(slurm: Slurm, tmp_path: Path) -> None:
+    """Nobody can write an outcome: the job is not requeued for ever."""
+    run = tmp_path / "run"
+    file = cluster_file(tmp_path, more="python: /no/such/python\n")
+    job_id = slurm.submit("digits-mirai-e", "--nodes", "2", "--run-dir", str(run), "--cluster", file)[0]
+    job = slurm.wait(job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "2"), log_of(run)
+    assert "3 starts in a row ended before the trainer had begun" in log_of(run)
+
+
+def test_ranks_that_hang_at_the_time_limit(slurm: Slurm, tmp_path: Path) -> None:
+    """They are killed, and so is the script; it has asked for the next start before that."""
+    run, rank = tmp_path / "run", tmp_path / "rank"
+    rank.write_text(
+        '#!/bin/bash\n[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { echo finished >"$MIRAI_DS_OUTCOME"; exit 0; }\n'
+        'trap "" TERM USR1\nwhile :; do sleep 1; done\n'
+    )
+    rank.chmod(0o755)
+    file = cluster_file(tmp_path, signal_seconds=1, more=f"python: {rank}\n")
+    job_id = slurm.submit(
+        "digits-mirai-e", "--nodes", "2", "--time", "0:01:00", "--run-dir", str(run), "--cluster", file
+    )[0]
+    job = slurm.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log_of(run)
+    assert "requeued: the time limit" in log_of(run)
+
+
+def test_chain(slurm: Slurm, tmp_path: Path) -> None:
+    """The second waits for the first, and has nothing left to do."""
+    run = tmp_path / "run"
+    ids = slurm.submit("digits-mirai-e", *settings("train.max_steps=2"), "--nodes", "2", "--run-dir", str(run),
+                       "--chain", "2", "--cluster", cluster_file(tmp_path))  # fmt: skip
+    assert len(ids) == 2
+    assert slurm.job(ids[1])["Dependency"].startswith(f"afterany:{ids[0]}")
+    assert slurm.wait(ids[0])["JobState"] == "COMPLETED", log_of(run)
+    second = slurm.wait(ids[1])
+    assert (second["JobState"], second["ExitCode"]) == ("COMPLETED", "0:0")
+    assert "finished already: nothing to do" in log_of(run)
+    assert steps(run) == 2
+
+
+def test_array(slurm: Slurm, tmp_path: Path) -> None:
+    """An ablation: a line a run, two at a time, each in its own folder."""
+    file = cluster_file(tmp_path)
+    options = " ".join(settings("train.max_steps=2"))
+    lines = [f"digits-mirai-e {options} --set name={name} --set output_dir={tmp_path}" for name in ("one", "two")]
+    lines[1] += " --set foresight.num_heads=2"
+    (tmp_path / "table.txt").write_text("# two rows\n" + "\n".join(lines) + "\n")
+    arguments = [
+        str(tmp_path / "table.txt"),
+        "--template",
+        "array",
+        "--nodes",
+        "2",
+        "--at-once",
+        "1",
+        "--cluster",
+        file,
+    ]
+    job_id = slurm.submit(*arguments, "--run-dir", str(tmp_path / "table"))[0]
+    until(lambda: all((tmp_path / name / "outcome").exists() for name in ("one", "two")), 200,
+          lambda: log_of(tmp_path / "table"))  # fmt: skip
+    slurm.wait(f"{job_id}_1")
+    heads = []
+    for task, name in enumerate(("one", "two")):
+        assert (tmp_path / name / "outcome").read_text() == "finished at step 2\n"
+        assert slurm.wait(f"{job_id}_{task}")["JobState"] == "COMPLETED"
+        heads.append("num_heads: 2" in (tmp_path / name / "config.yaml").read_text())
+    assert heads == [False, True]
+
+
+def test_smoke(slurm: Slurm, tmp_path: Path) -> None:
+    """What a user runs first: two nodes, a rank killed, resumed, compared."""
+    job_id = slurm.submit("digits-mirai-e", "--template", "smoke", "--nodes", "2", "--run-dir", str(tmp_path / "smoke"),
+                          "--set", "model.dim=48", "--set", "model.n_head=2", "--cluster",
+                          cluster_file(tmp_path))[0]  # fmt: skip
+    job = slurm.wait(job_id)
+    log = log_of(tmp_path / "smoke")
+    assert log.splitlines()[-1].startswith("PASS"), log
+    assert job["JobState"] == "COMPLETED"
+    starts = (tmp_path / "smoke" / "killed" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["world_size"] for line in starts] == [2, 2]
+
+
+def test_sbatch_refuses(slurm: Slurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = slurm.try_submit("digits-mirai-e", "--partition", "nowhere", "--run-dir", str(run), "--cluster",
+                            cluster_file(tmp_path))  # fmt: skip
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "sbatch refused the job: " in done.err
+    assert "invalid partition specified: nowhere" in done.err
