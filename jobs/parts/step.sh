@@ -60,6 +60,7 @@ give_up() {
 }
 start_again() { # $1: why
   local ended=
+  [ -z "$requeued" ] || exit 75 # asked for already, at the time limit
   trap ended=yes TERM
   trap '' USR1
   requeue "$1"
