@@ -6,7 +6,9 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.slurm.conftest import Slurm, cluster_file, log_of, settings, steps, until
 from tests.train.conftest import numbers
@@ -14,19 +16,26 @@ from tests.train.conftest import numbers
 pytestmark = pytest.mark.slurm
 
 
-def train(slurm: Slurm, run: Path, *options: str, max_steps: int = 24, **cluster: int) -> str:
+def train(slurm: Slurm, run: Path, *options: str, **cluster: int) -> str:
     """Submit the small recipe on two nodes; the job's id."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    steps_option = settings(f"train.max_steps={max_steps}")
-    arguments = ["digits-mirai-e", *steps_option, "--nodes", "2", "--partition", "gpu", "--run-dir", str(run)]
+    arguments = [
+        "digits-mirai-e",
+        *settings("train.max_steps=24"),
+        "--nodes",
+        "2",
+        "--partition",
+        "gpu",
+        "--run-dir",
+        str(run),
+    ]
     return slurm.submit(*arguments, "--cluster", cluster_file(run.parent, **cluster), *options)[0]
 
 
-def same_losses(run: Path, whole: Path, max_steps: int = 24) -> None:
-    """The run's log is, to the last digit, the beginning of the uninterrupted one."""
-    expected = [record for record in numbers(whole) if record["step"] <= max_steps]
-    assert [record["step"] for record in expected] == list(range(1, max_steps + 1))
-    assert numbers(run) == expected
+def same_losses(run: Path, whole: Path) -> None:
+    """The run's log is, to the last digit, that of the uninterrupted one."""
+    assert [record["step"] for record in numbers(whole)] == list(range(1, 25))
+    assert numbers(run) == numbers(whole)
 
 
 def test_finishes(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
@@ -42,14 +51,18 @@ def test_finishes(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
 
 
 def test_warned_before_the_time_limit(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
-    """Slurm itself sends USR1; the ranks save, the job requeues itself and goes on, as often as it takes."""
+    """Slurm itself sends USR1; the ranks save, the job requeues itself and goes on."""
     run = tmp_path / "run"
-    job_id = train(slurm, run, "--time", "0:01:00", max_steps=360)
+    job_id = train(slurm, run, "--time", "0:02:00", signal_seconds=30)
+    until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
+    slurm("scancel", "--signal=STOP", f"{job_id}.0")  # so that it cannot be over before the warning
+    until(lambda: "USR1 received" in log_of(run), 120, lambda: log_of(run))
+    slurm("scancel", "--signal=CONT", f"{job_id}.0")
     job = slurm.wait(job_id, timeout=500)
     assert job["JobState"] == "COMPLETED", log_of(run)
-    assert int(job["Restarts"]) >= 1, log_of(run)
-    assert "USR1 received" in log_of(run)
-    same_losses(run, whole, 360)
+    assert int(job["Restarts"]) >= 1
+    assert "requeue SIGUSR1 at step" in log_of(run)
+    same_losses(run, whole)
 
 
 @pytest.mark.parametrize("how", ["usr1", "requeue"])
@@ -95,6 +108,18 @@ def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
     assert job["JobState"] == "COMPLETED", log_of(run)
     assert int(job["Restarts"]) >= 1
     assert lost not in slurm("scontrol", "show", "hostnames", job["NodeList"]).split()
+    same_losses(run, whole)
+
+
+def test_preempted(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    """A job of a partition of higher priority takes all nodes for a while; Slurm requeues the run by itself."""
+    run = tmp_path / "run"
+    job_id = train(slurm, run)
+    until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
+    slurm("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    job = slurm.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log_of(run)
+    assert "left to Slurm" in log_of(run)
     same_losses(run, whole)
 
 
@@ -177,6 +202,28 @@ def test_array(slurm: Slurm, tmp_path: Path) -> None:
         assert slurm.wait(f"{job_id}_{task}")["JobState"] == "COMPLETED"
         heads.append("num_heads: 2" in (tmp_path / name / "config.yaml").read_text())
     assert heads == [False, True]
+
+
+def test_extract_and_sample(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    """The two templates that do not train."""
+    source = np.random.default_rng(0)
+    for name in "abcd":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = source.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / name / f"{number}.png")
+    file, store = cluster_file(tmp_path), tmp_path / "store"
+    extract = slurm.submit("images", "--template", "extract", "--nodes", "2", "--cluster", file, "--run-dir",
+                           str(tmp_path / "extract"), "--", "--images", str(tmp_path / "in"), "--size", "16",
+                           "--out", str(store))[0]  # fmt: skip
+    sample = slurm.submit(str(whole), "--template", "sample_evaluate", "--cluster", file, "--run-dir",
+                          str(tmp_path / "sample"), "--dependency", f"afterok:{extract}", "--", "--classes", "0,3",
+                          "--per-class", "2", "--out", str(tmp_path / "drawn"))[0]  # fmt: skip
+    assert slurm.wait(extract)["JobState"] == "COMPLETED", log_of(tmp_path / "extract")
+    assert json.loads((store / "manifest.json").read_text())["num_images"] == 12
+    assert slurm.wait(sample)["JobState"] == "COMPLETED", log_of(tmp_path / "sample")
+    with np.load(tmp_path / "drawn" / "tokens.npz") as drawn:
+        assert sorted(drawn["labels"].tolist()) == [0, 0, 3, 3]
 
 
 def test_smoke(slurm: Slurm, tmp_path: Path) -> None:
