@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 PREBUILD = os.environ.get("MIRAI_BUILD_KERNELS", "0") not in ("", "0")
 ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs", "mirai_ds.jobs": "jobs"}
 packages = [*find_packages(include=["mirai_ds", "mirai_ds.*"]), "mirai_ds.config.recipes"]
+packages += ["mirai_ds.jobs.parts", "mirai_ds.jobs.clusters"]
 for package, folder in ROOMS.items():
     packages += [package] + [f"{package}.{name}" for name in find_packages(folder)]
 
@@ -69,7 +70,9 @@ setup(
         "mirai_ds": ["py.typed"],
         "mirai_ds.config.recipes": ["*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
-        "mirai_ds.jobs": ["*.sbatch", "parts/*.sh", "clusters/*.yaml"],
+        "mirai_ds.jobs": ["*.sbatch"],
+        "mirai_ds.jobs.parts": ["*.sh"],
+        "mirai_ds.jobs.clusters": ["*.yaml"],
         "mirai_ds.kernels": ["*/*.cu", "*/*.cpp", "*/*.h"],
     },
     cmdclass={"build_py": BuildWithKernels},

@@ -1,0 +1,141 @@
+"""`mirai-ds submit` itself, with a stub for sbatch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mirai_ds.cli import main
+from tests.slurm.conftest import cluster_file
+from tests.slurm.stubs import FakeSlurm
+
+ACCEPTS = 'echo "$@" >>"$STUB/sbatch.calls"; echo $((40 + $(wc -l <"$STUB/sbatch.calls")))'
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the stubs, first in PATH."""
+    folder = FakeSlurm(tmp_path / "stub").folder
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("STUB", str(folder))
+    return folder
+
+
+def sbatch(stub: Path, body: str) -> None:
+    path = stub / "bin" / "sbatch"
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def submit(tmp_path: Path, *arguments: str) -> Result:
+    fixed = ["--nodes", "2", "--run-dir", str(tmp_path / "my run"), "--cluster", cluster_file(tmp_path)]
+    return CliRunner().invoke(main, ["submit", "digits-baseline", *fixed, *arguments])
+
+
+def calls(stub: Path) -> list[str]:
+    path = stub / "sbatch.calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_submits_what_it_shows(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    done = submit(tmp_path, "--dependency", "afterok:12:13")
+    assert done.exit_code == 0, done.output
+    scripts = list((tmp_path / "my run" / "jobs").glob("digits-baseline-*.sbatch"))
+    assert len(scripts) == 1
+    assert done.stdout.startswith(scripts[0].read_text())
+    assert calls(stub) == [
+        f"--parsable --output={tmp_path}/my run/jobs/%x-%j.log --dependency=afterok:12:13 --kill-on-invalid-dep=yes "
+        f"{scripts[0]}"
+    ]
+    run = shlex.quote(str(tmp_path / "my run"))
+    assert "job 41: digits-baseline, 2 x 1 ranks, 0:10:00 each start\n" in done.stdout
+    assert "log     tail -F " + shlex.quote(f"{tmp_path}/my run/jobs/digits-baseline-41.log") in done.stdout
+    assert f"curves  tensorboard --logdir {run}\n" in done.stdout
+    again = [line for line in scripts[0].read_text().splitlines() if line.startswith("#   sbatch ")]
+    assert shlex.split(again[0].removeprefix("#   "))[-1] == str(scripts[0])
+
+
+def test_chain(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    done = submit(tmp_path, "--chain", "3")
+    assert "job 41 -> 42 -> 43: " in done.stdout
+    found = [[part for part in call.split() if part.startswith("--dep") or part.startswith("--kill")]
+             for call in calls(stub)]  # fmt: skip
+    after = "--kill-on-invalid-dep=yes"
+    assert found == [[], ["--dependency=afterany:41", after], ["--dependency=afterany:42", after]]
+    assert len(list((tmp_path / "my run" / "jobs").iterdir())) == 1
+
+
+def test_a_dry_run_leaves_nothing(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    done = submit(tmp_path, "--dry-run")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert not (tmp_path / "my run").exists()
+    assert calls(stub) == []
+
+
+def test_two_in_a_second_have_two_files(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    for _ in range(3):
+        assert submit(tmp_path).exit_code == 0
+    assert len(list((tmp_path / "my run" / "jobs").glob("*.sbatch"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            "echo 'sbatch: error: invalid partition specified: x' >&2\n"
+            "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2; exit 1",
+            "sbatch refused the job: invalid partition specified: x; Batch job submission failed: Invalid partition "
+            "name specified",
+        ),
+        ("exit 3", "sbatch refused the job: exit code 3"),
+        ("echo hello", "sbatch gave no job id but 'hello'"),
+    ],
+)
+def test_refusals_are_one_line(body: str, expected: str, stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, body)
+    done = submit(tmp_path)
+    assert done.exit_code == 2
+    assert done.stderr == f"mirai-ds: error: {expected}\n"
+
+
+def test_a_chain_that_breaks_names_what_is_in_the_queue(stub: Path, tmp_path: Path) -> None:
+    sbatch(
+        stub, ACCEPTS + '\n[ $(wc -l <"$STUB/sbatch.calls") -lt 3 ] || { echo "sbatch: error: too many" >&2; exit 1; }'
+    )
+    done = submit(tmp_path, "--chain", "4")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "mirai-ds: error: sbatch refused the job: too many; submitted before it: 41, 42 (scancel 41 42)\n"
+    )
+
+
+def test_multi_cluster_ids(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, "echo '77;west'")
+    assert "job 77: " in submit(tmp_path).stdout
+
+
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = submit(tmp_path)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mirai-ds: error: sbatch: not found")
+    assert "--dry-run" in done.stderr
+    assert submit(tmp_path, "--dry-run").exit_code == 0
+
+
+def test_a_folder_that_cannot_be_written(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    (tmp_path / "my run").write_text("a file")
+    done = submit(tmp_path)
+    assert done.exit_code == 2
+    assert "cannot be written" in done.stderr
+    assert calls(stub) == []
