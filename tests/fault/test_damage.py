@@ -233,7 +233,7 @@ def test_a_really_full_disk(small_disk: Path) -> None:
         store.verify(store.folder_of(run, step))
     assert store.find(run, "auto")[1].step == steps[-1]
     # Room is made: the run goes on where it was.
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     finish(run, settings=["logging.tensorboard=false"])
 
 
