@@ -31,7 +31,10 @@ OWNED = {
     "timm": {"foresight"},
     "torch.utils.cpp_extension": {"kernels"},
 }
-ENTRY_POINTS = {"cli.py", "cli_extract.py", "cli_frame.py", "__main__.py", "train/__main__.py", "extract/__main__.py"}
+ENTRY_POINTS = {
+    "cli.py", "cli_extract.py", "cli_frame.py", "cli_runs.py", "__main__.py", "train/__main__.py",
+    "extract/__main__.py",
+}  # fmt: skip
 
 
 def sources() -> list[tuple[str, str, ast.Module]]:
