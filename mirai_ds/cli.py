@@ -11,6 +11,7 @@ import click
 
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli_runs import compare, inspect
 from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
 
@@ -203,26 +204,6 @@ def verify(files: tuple[Path, ...], tolerance: float) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read everything and compare digests; exit 1 when something is damaged.")
-@mistakes_in_one_line
-def inspect(store: Path, verify: bool) -> None:
-    """Say what a token or image store holds.
-
-    \b
-    Example:
-      mirai-ds inspect stores/codes-256 --verify
-    """
-    from mirai_ds.tools.inspect import inspect_store
-
-    lines, damages = inspect_store(store, verify)
-    click.echo("\n".join(lines))
-    for damage in damages:
-        click.echo(f"mirai-ds: error: {damage}", err=True)
-    sys.exit(1 if damages else 0)
-
-
-@main.command()
 @mistakes_in_one_line
 def doctor() -> None:
     """Check this machine: versions, devices, compilers, what will run; exit 1 when training cannot work.
@@ -239,6 +220,8 @@ def doctor() -> None:
 
 
 main.add_command(extract)
+main.add_command(compare)
+main.add_command(inspect)
 main.add_command(submit)
 
 if __name__ == "__main__":

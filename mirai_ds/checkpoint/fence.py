@@ -170,6 +170,7 @@ class Fence:
         self.run, self.mine, self._main = run, mine, main
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # `mine` and its file change together
         self.lost = False
 
     @classmethod
@@ -184,10 +185,11 @@ class Fence:
 
     def check(self) -> None:
         """Raises FencedError when a later start holds the run, or the folder is another's."""
-        there = read_one(path_of(self.run, self.mine.number))
-        taken = path_of(self.run, self.mine.number + 1)
-        if there is not None and there.id == self.mine.id and not taken.exists():
-            return
+        with self._lock:
+            there = read_one(path_of(self.run, self.mine.number))
+            taken = path_of(self.run, self.mine.number + 1)
+            if there is not None and there.id == self.mine.id and not taken.exists():
+                return
         self.lost = True
         later = read_all(self.run)
         by = later[-1].who if later and later[-1].id != self.mine.id else "somebody else (its files are gone)"
@@ -225,9 +227,10 @@ class Fence:
             self.mine, number=self.mine.number + 1, id=uuid.uuid4().hex, resumed_after=resumed_after,
             resumed_from=resumed_from, ended=None, started=time.time(),
         )  # fmt: skip
-        if not _create(self.run, mine):
-            raise FencedError(f"{self.run}: was taken over by another start; nothing more is written")
-        self.mine = mine
+        with self._lock:
+            if not _create(self.run, mine):
+                raise FencedError(f"{self.run}: was taken over by another start; nothing more is written")
+            self.mine = mine
 
     def release(self, ended: str) -> None:
         """Note how this start ended; the next need not wait."""
@@ -252,7 +255,7 @@ class Fence:
 
 
 def starts_without_progress(incarnations: list[Incarnation], resumes_after: int) -> int:
-    """How many of the newest starts in a row began at `resumes_after` as well and died or failed there.
+    """How many of the newest starts in a row died or failed without getting beyond `resumes_after`.
 
     A start that was asked to leave (preempted, stopped) is no sign of a fault.
     """
@@ -261,5 +264,5 @@ def starts_without_progress(incarnations: list[Incarnation], resumes_after: int)
         orderly = one.ended is not None and one.ended.split(" ")[0] in ("finished", "requeue", "stopped", "rolled")
         if orderly or (one.resumed_after is not None and one.resumed_after != resumes_after):
             break
-        count += one.resumed_after is not None
+        count += 1
     return count

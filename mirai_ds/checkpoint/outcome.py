@@ -8,9 +8,12 @@ processes died without a word.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
+
+from mirai_ds.config.errors import UserError
 
 Verdict = Literal["finished", "requeue", "stopped", "failed"]
 EXIT_CODES: dict[Verdict, int] = {"finished": 0, "stopped": 0, "failed": 1, "requeue": 75}  # 75: EX_TEMPFAIL
@@ -24,18 +27,26 @@ class Outcome:
     def __init__(self) -> None:
         named = os.environ.get(VARIABLE)
         self._paths = [Path(named)] if named else []
+        self._check: Callable[[], None] | None = None
 
     def clear_named(self) -> None:
         """Remove the job's own file.  For the main rank, first thing."""
         for path in self._paths:
             path.unlink(missing_ok=True)
 
-    def in_run(self, run: Path) -> None:
-        """From now on also into the run's folder: this process belongs to the start that holds it."""
+    def in_run(self, run: Path, check: Callable[[], None]) -> None:
+        """From now on also into the run's folder, and nowhere once `check` raises FencedError: then what becomes of
+        the run is for the start to say that holds it."""
         self._paths.append(run / NAME)
+        self._check = check
 
     def write(self, verdict: Verdict, reason: str) -> None:
         """Leave the verdict; does nothing where there is one.  Never raises: it is the last thing a process does."""
+        try:
+            if self._check is not None:
+                self._check()
+        except UserError:
+            return
         line = f"{verdict} {' '.join(reason.split())}\n"
         for path in self._paths:
             with suppress(OSError):

@@ -109,7 +109,8 @@ class TrainEngine:
             self.ds.step()
             return False, math.nan
         norm, finite = self._stage0_norm() if self.stage == 0 else (None, True)
-        self.ds.step()
+        with contextlib.nullcontext() if finite else self._without_clipping():
+            self.ds.step()
         if norm is None:
             norm = float(self.ds.get_global_grad_norm() or 0.0)
         applied = bool(self.ds.was_step_applied()) and finite
@@ -126,6 +127,16 @@ class TrainEngine:
         for parameter in self.ds.module.parameters():
             parameter.grad = None
         return norm, False
+
+    @contextlib.contextmanager
+    def _without_clipping(self) -> Iterator[None]:
+        """For a step whose gradients were dropped: DeepSpeed's clipping fails where no parameter has one."""
+        config = self.ds._config
+        clip, config.gradient_clipping = config.gradient_clipping, 0.0
+        try:
+            yield
+        finally:
+            config.gradient_clipping = clip
 
     def set_rates(self, lr: float, heads_active: bool) -> None:
         """Learning rate of the coming step.  Inactive heads get neither rate nor decay."""

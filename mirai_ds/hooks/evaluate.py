@@ -36,7 +36,6 @@ class EvaluateHook(Hook):
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
-        self._done = -1
 
     def on_start(self, session: Session) -> None:
         """Measure the untrained model, so that a curve has its start."""
@@ -49,13 +48,10 @@ class EvaluateHook(Hook):
         if every and session.step % every == 0:
             self._evaluate(session)
 
-    def on_rewind(self, session: Session) -> None:
-        """What was measured later counts no more."""
-        self._done = -1
-
     def on_end(self, session: Session) -> None:
         """Measure the final weights unless that was just done."""
-        if session.config.evaluate.at_end and self._done != session.step:
+        known = all(f"held_out/ntp_{kind}" in session.measured for kind in session.config.evaluate.weights)
+        if session.config.evaluate.at_end and not known:  # a start that resumed at the end finds it in the checkpoint
             self._evaluate(session)
 
     def _evaluate(self, session: Session) -> None:
@@ -65,4 +61,3 @@ class EvaluateHook(Hook):
         values = {f"held_out/ntp_{kind}": held_out_loss(session, kind) for kind in kinds}
         session.measured |= values
         self.sinks.scalars(values, session)
-        self._done = session.step

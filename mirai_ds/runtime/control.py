@@ -20,34 +20,29 @@ class Facts(NamedTuple):
 
 
 class Control:
-    """A gloo group of its own.  `swap` hands over this rank's facts and returns what all had said one call before: the
-    exchange runs during a step and costs none of it, and every rank gets the same answer at the same step."""
+    """A gloo group of its own.  `post` before a step, `arrived` after it: the exchange runs during the step and costs
+    none of it, and every rank gets the same answer at the same step."""
 
     def __init__(self, timeout_minutes: float) -> None:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._work: Any = None
         self._flying = torch.empty(0)
 
-    def swap(self, mine: Facts) -> Facts:
-        """Collective, once a step."""
-        said = self._arrived()
+    def post(self, mine: Facts) -> None:
+        """Collective: hand over this rank's facts."""
         self._flying = torch.tensor([-mine.stop, mine.written, -int(mine.lost)], dtype=torch.int64)
         self._work = dist.all_reduce(self._flying, dist.ReduceOp.MIN, group=self.group, async_op=True)
-        return said
 
-    def _arrived(self) -> Facts:
-        if self._work is None:
-            return Facts()
+    def arrived(self) -> Facts:
+        """What all ranks posted last."""
         self._work.wait()
-        self._work = None
         stop, written, lost = self._flying.tolist()
         return Facts(-stop, written, bool(lost))
 
     def now(self, mine: Facts) -> Facts:
         """Collective: what all ranks say at this moment."""
-        earlier = self.swap(mine)
-        latest = self._arrived()
-        return Facts(max(earlier.stop, latest.stop), latest.written, earlier.lost or latest.lost)
+        self.post(mine)
+        return self.arrived()
 
     def gather(self, mine: T) -> list[T]:
         """Collective: everybody's object, by rank."""

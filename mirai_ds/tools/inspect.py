@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 
 from mirai_ds.config import UserError
@@ -19,28 +21,47 @@ from mirai_ds.data.stores import (
 )
 from mirai_ds.data.stores.files import read_manifest
 from mirai_ds.data.stores.tokens import TokenManifest
+from mirai_ds.tools.run_records.records import size_text as size_text  # where no torch is needed
 
 
 def inspect_store(path: Path, verify: bool) -> tuple[list[str], list[str]]:
     """Lines that describe the store at `path`, and with `verify` a line for each damage.  Raises UserError."""
-    found = store_format(path)
-    if found == TOKEN_FORMAT:
-        tokens = open_token_store(path)
-        lines, damages = _tokens(tokens), _verified(tokens, "images", len(tokens.labels)) if verify else []
-    elif found == IMAGE_FORMAT:
-        images = open_image_store(path)
-        shards = len(images.manifest.shard_digests)
-        lines, damages = _images(images), _verified(images, "shards", shards) if verify else []
-    else:
-        read_manifest(path, TokenManifest)  # says what is wrong with it
-        raise UserError(f"{path}: is a store of a kind this version does not know: {found!r}")
+    store = _open(path)
+    lines = _tokens(store) if isinstance(store, TokenStore) else _images(store)
+    damages = _verified(store) if verify else []
     if verify:
         lines.append(f"{'verified':12} {'every digest fits' if not damages else f'{len(damages)} damages'}")
     return lines, damages
 
 
-def _verified(store: TokenStore | ImageStore, what: str, total: int) -> list[str]:
-    with Progress(transient=True) as bar:
+def store_as_json(path: Path, verify: bool) -> dict[str, Any]:
+    """The store's manifest, and with `verify` its damages, under stable keys.  Raises UserError."""
+    store = _open(path)
+    return {
+        "kind": "token store" if isinstance(store, TokenStore) else "image store",
+        "path": str(path),
+        "manifest": store.manifest.model_dump(mode="json"),
+        "digests_read": verify,
+        "damages": _verified(store) if verify else [],
+    }
+
+
+def _open(path: Path) -> TokenStore | ImageStore:
+    found = store_format(path)
+    if found == TOKEN_FORMAT:
+        return open_token_store(path)
+    if found == IMAGE_FORMAT:
+        return open_image_store(path)
+    read_manifest(path, TokenManifest)  # says what is wrong with it
+    raise UserError(f"{path}: is a store of a kind this version does not know: {found!r}")
+
+
+def _verified(store: TokenStore | ImageStore) -> list[str]:
+    if isinstance(store, TokenStore):
+        what, total = "images", len(store.labels)
+    else:
+        what, total = "shards", len(store.manifest.shard_digests)
+    with Progress(console=Console(stderr=True), transient=True) as bar:  # stdout may be JSON
         task = bar.add_task(what, total=total)
         return store.damages(lambda done: bar.update(task, completed=done))
 
@@ -80,13 +101,3 @@ def _shared(store: TokenStore | ImageStore) -> list[str]:
         f"{'made with':12} {made_with}",
         f"{'seal':12} {m.seal}",
     ]
-
-
-def size_text(size: int) -> str:
-    """Bytes for people: 6558375904 -> '6.6 GB'."""
-    value = float(size)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"

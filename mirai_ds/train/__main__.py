@@ -175,7 +175,8 @@ def lost_a_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process ended; that one knows why."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(
-        part in text for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
+        part in text
+        for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
     )
 
 

@@ -37,12 +37,12 @@ def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
         hook.on_start(session)
     while session.step < session.total_steps and session.ended is None:
         session.beat(f"step {session.step + 1}")
+        session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
         record = guarded_step(session, session.step)
         session.step += 1
         session.applied_steps += int(record.applied)
         session.measured = {}
-        mine = Facts(session.stop.poll(), session.saver.written, session.fence.lost)
-        session.facts = session.control.swap(mine)
+        session.facts = session.control.arrived()
         for hook in hooks:
             began = time.perf_counter()
             hook.after_step(session, record)

@@ -8,10 +8,12 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mirai_ds.checkpoint.fence import path_of
 from mirai_ds.config import RunConfig, UserError, dump
@@ -31,7 +33,7 @@ class Facts:
     host: str
     config: str
     code: str
-    packages: tuple[tuple[str, str], ...]
+    packages: dict[str, str]
     device: str
     clock: float
     problem: str = ""
@@ -61,9 +63,11 @@ def preflight(session: Session) -> None:
             )
         if facts.code != first.code:
             raise UserError(f"preflight: {where} runs code {facts.code[:16]}, rank 0 on {first.host} {first.code[:16]}")
-        for (name, theirs), (_, ours) in zip(facts.packages, first.packages, strict=True):
-            if theirs != ours:
-                raise UserError(f"preflight: {where} has {name} {theirs}, rank 0 on {first.host} {ours}")
+        for name, theirs in facts.packages.items():
+            if theirs != first.packages[name]:
+                raise UserError(
+                    f"preflight: {where} has {name} {theirs}, rank 0 on {first.host} {first.packages[name]}"
+                )
     devices = sorted({facts.device for facts in everyone})
     if len(devices) > 1:
         session.notes.append(f"preflight: ranks run on different devices: {', '.join(devices)}")
@@ -90,7 +94,7 @@ def _look(session: Session) -> Facts:
         problem = str(error)
     config = hashlib.sha256(dump(session.config).encode()).hexdigest()
     return Facts(
-        rank, socket.gethostname(), config, code_version(), tuple(sorted(package_versions().items())),
+        rank, socket.gethostname(), config, code_version(), package_versions(),
         _device_name(session.device), clock, problem,
     )  # fmt: skip
 
@@ -139,12 +143,12 @@ def _check_data(config: RunConfig) -> None:
                 raise UserError(damages[0])
 
 
-def _check_device(device: torch.device) -> None:
+def _check_device(device: torch.device, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
     """It computes: small integers, whose product is exact in any precision."""
     side = 64
     left = (torch.arange(side * side) % 3).view(side, side).float()
     expected = left @ left
-    found = (left.to(device) @ left.to(device)).cpu()
+    found = multiply(left.to(device), left.to(device)).cpu()
     if not torch.equal(found, expected):
         raise UserError(f"device {device} multiplies matrices wrongly; take the node out of service")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from mirai_ds.checkpoint import fence, store
-from mirai_ds.checkpoint.fence import Fence, Incarnation
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.fence import Fence, Incarnation, check_free, read_all, starts_without_progress
 from mirai_ds.checkpoint.outcome import NAME as OUTCOME
 from mirai_ds.checkpoint.outcome import Outcome
 from mirai_ds.config import RunConfig, UserError, dump
@@ -41,7 +41,7 @@ def open_run_folder(
     problem, mine = "", None
     if world.rank == 0:
         try:
-            mine = _take(config, run, world.size, resume, set_aside, facts)
+            mine = _take(config, run, world.size, resume, set_aside, facts, outcome)
             if resume == "if-present" and not store.list_steps(run):
                 resume = None
         except (UserError, OSError) as error:
@@ -51,8 +51,10 @@ def open_run_folder(
     problem, resume, mine = said
     if problem or mine is None:
         raise UserError(problem)
-    outcome.in_run(run)
-    return resume, Fence(run, mine, main=world.rank == 0)
+    fence = Fence(run, mine, main=world.rank == 0)
+    if world.rank != 0:
+        outcome.in_run(run, fence.check)
+    return resume, fence
 
 
 def _take(
@@ -62,21 +64,36 @@ def _take(
     resume: str | None,
     set_aside: Callable[[Path], None] | None,
     facts: dict[str, Any],
+    outcome: Outcome,
 ) -> Incarnation:
     store.check_run_folder(run, resume, fresh=set_aside is not None)
     if set_aside is not None and resume is None:
-        fence.check_free(run)
+        check_free(run)
         set_aside(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        mine = Fence.take(run).mine
+        fence = Fence.take(run)
+        mine = fence.mine
+        outcome.in_run(run, fence.check)
         (run / OUTCOME).unlink(missing_ok=True)
         if not has_parent():  # else the file may be what the parent just asked for
             (run / STOP_FILE).unlink(missing_ok=True)
+        if resume == "if-present":
+            _check_progress(run, config.guard.max_restarts)
         _explain(config, run, world_size, {"incarnation": mine.number, **facts})
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error})") from None
     return mine
+
+
+def _check_progress(run: Path, most: int) -> None:
+    """A scheduler requeues for ever: after `most` starts in a row that died where they began, somebody must look."""
+    newest = max(store.list_steps(run), default=0)
+    if starts_without_progress(read_all(run)[:-1], newest) >= most:
+        raise UserError(
+            f"{run}: the last {most} starts died without getting to a checkpoint after step {newest}; find out why, "
+            "then continue with --resume auto"
+        )
 
 
 def _explain(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.checkpoint import fence, store
+from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
 from mirai_ds.checkpoint.outcome import Verdict
@@ -70,7 +70,7 @@ class Session:
     batch_offset: int = 0  # batches that rollbacks left out
     saved_step: int = -1  # the step of the newest checkpoint of this state
     log_bytes: int = -1  # where metrics.jsonl ended then; -1: it begins here
-    facts: Facts = field(default_factory=Facts)  # what all ranks said one step ago
+    facts: Facts = field(default_factory=Facts)  # what all ranks said before this step
     ended: tuple[Verdict, str] | None = None  # set by a hook: leave the loop
     rewound: bool = False  # the last hook went back to a checkpoint
     measured: dict[str, float] = field(default_factory=dict)  # at this step, for the checkpoint
@@ -139,15 +139,6 @@ class Session:
     def resume(self, request: str) -> None:
         """Continue from a checkpoint; every rank takes the one that rank 0 verified."""
         folder, info = self._load(request)
-        if self.is_main and request == "if-present":
-            died = fence.starts_without_progress(fence.read_all(self.run)[:-1], info.step)
-        else:
-            died = 0
-        if max(self.control.gather(died)) >= self.config.guard.max_restarts:
-            raise UserError(
-                f"{self.run}: the last {self.config.guard.max_restarts} starts died after step {info.step} without "
-                "getting further; find out why, then continue with --resume auto"
-            )
         self.fence.settle(info.step, info.incarnation)
         self.notes.append(f"resumed after step {info.step} from {folder}")
 
@@ -158,7 +149,9 @@ class Session:
         _, info = self._load("auto")
         if skip_batches:
             self.batch_offset += seen - info.step
-        self.fence.renew(info.step, info.incarnation)
+        if self.is_main:
+            self.fence.renew(info.step, info.incarnation)
+        self.fence.mine = self.control.gather(self.fence.mine)[0]
         self.rewound = True
         return info.step
 
@@ -180,7 +173,7 @@ class Session:
         restore_rng(reader.rng(self.world.rank), self.device)
         self.step = self.saved_step = info.step
         self.applied_steps, self.batch_offset, self.log_bytes = info.applied_steps, info.batch_offset, info.log_bytes
-        self.memory = copy.deepcopy(info.hooks)
+        self.memory, self.measured = copy.deepcopy(info.hooks), dict(info.metrics)
         self.engine.resume_counters(self.step, self.loader.accumulation)
         self.notes += [f"skipped {reason}" for reason in skipped]
         return name, info

@@ -27,8 +27,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     torch.save(timm.create_model("test_vit", num_classes=0, img_size=128).state_dict(), path)
+    watched = f"encoder: {{name: test_vit, weights: {path}}}"
     return [
-        f"foresight={{method: mirai-i, projector_dim: 32, kernel: reference, encoder: {{name: test_vit, weights: {path}}}}}",
+        f"foresight={{method: mirai-i, projector_dim: 32, kernel: reference, {watched}}}",
         "train.max_steps=12", "train.recompute={policy: full}",
     ]  # fmt: skip
 

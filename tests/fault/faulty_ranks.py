@@ -116,7 +116,9 @@ def wait_for(run: Path, processes: list[Any], logs: list[Path], timeout: float =
     return Ended([p.exitcode for p in processes], out, outcome.read_text() if outcome.exists() else "")
 
 
-def _rank(argv: list[str], names: dict[str, str], log: str, run: str, kill: Kill | None, prepare: Any, extra: Any) -> None:
+def _rank(
+    argv: list[str], names: dict[str, str], log: str, run: str, kill: Kill | None, prepare: Any, extra: Any
+) -> None:
     handle = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

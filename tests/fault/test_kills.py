@@ -78,7 +78,9 @@ def test_random_kills_of_mirai_i(whole_i: Path, encoder: list[str], tmp_path: Pa
     run = tmp_path / "run"
     settings = [*encoder, "guard.max_restarts=50"]
     for _ in range(3):
-        kill = Kill(source.randrange(2), source.choice(["step ", "saving"]), source.randint(1, 3), source.random() * 0.05)
+        kill = Kill(
+            source.randrange(2), source.choice(["step ", "saving"]), source.randint(1, 3), source.random() * 0.05
+        )
         killed(run, kill, settings=settings, recipe="digits-baseline")
     finish(run, settings=settings, recipe="digits-baseline")
     assert_same(run, whole_i, 12)

@@ -23,7 +23,8 @@ SCALARS = {
     "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
     "cosine/head3_down1_right0", "foresight/lambda", "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
     "speed/images_per_s", "speed/tokens_per_s", "speed/model_tflops_per_s_per_rank", "memory/peak_gib",
-    "held_out/ntp_raw", "held_out/ntp_ema", "score/accuracy_generated", "score/accuracy_real",
+    "held_out/ntp_raw", "held_out/ntp_ema", "score/accuracy_generated", "score/accuracy_real", "checkpoint/stall_s",
+    "checkpoint/write_s",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What finished and running runs left on disk: compared and described.  Imports no torch."""

@@ -1,0 +1,215 @@
+"""NaN, spikes, endless restarts, and the checks before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.shard_files import StateReader
+from tests.fault.faulty_ranks import Kill, curve, run_ranks
+from tests.fault.test_kills import IF_PRESENT, assert_same, finish
+
+
+def break_module(name: str, step: int, rank: int, row: int, times: int = 1000, backward: bool = False) -> None:
+    """One row of a module's output (or of the gradient that arrives at it) becomes NaN in that step on that rank."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    from mirai_ds.train import loop
+
+    inner, left = loop.guarded_step, [times]
+
+    def stepped(session: Any, number: int) -> Any:
+        if number not in (step, step + 1 if times > 500 else step):
+            return inner(session, number)
+        module = dict(session.engine.ds.module.named_modules())[name]
+
+        def poison(_m: Any, _i: Any, out: Any) -> Any:
+            if left[0] <= 0 or not torch.is_grad_enabled():
+                return out
+            left[0] -= 1
+            tensor = out[0] if isinstance(out, tuple) else out
+            mask = torch.zeros_like(tensor)
+            mask[row] = float("nan")
+            if backward:
+                tensor.register_hook(lambda g: g + mask)
+                return out
+            return tensor + mask
+
+        handle = module.register_forward_hook(poison)
+        try:
+            return inner(session, number)
+        finally:
+            handle.remove()
+
+    loop.guarded_step = stepped
+
+
+ONE_STEP = ["train.recompute={policy: none}", "guard.nonfinite_skips=2"]
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_nan_is_named_kept_and_not_applied(tmp_path: Path, stage: str, backward: bool) -> None:
+    run = tmp_path / "run"
+    settings = [*ONE_STEP, "train.max_steps=9", "checkpoint.every_steps=1"]
+    fault = ("gpt.layers.1.feed_forward", 5, 1, 3, 1000, backward)
+    ended = run_ranks(run, "--deepspeed", stage, settings=settings, prepare=break_module, arguments=fault)
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    folder = run / "nonfinite" / "step-00000006"
+    report = json.loads((folder / "report.json").read_text())
+    finding = report["findings"][1]
+    assert (finding["module"], finding["rank"]) == ("gpt.layers.1.feed_forward", 1)
+    assert finding["what"] == ("gradient of the output" if backward else "output")
+    # Rank 1 holds rows 16..31 of the global batch of step 6; its row 3 is the one.
+    order_of = expected_sample(5, 16 + 3)
+    assert finding["samples"] == [order_of]
+    assert f"samples [{order_of}]" in ended.out
+    # Steps 6 and 7 were not applied: weights, moments and average are those after step 5.
+    steps = {r["step"]: r for r in curve(run) if "loss/ntp" in r}
+    assert steps[7]["optimizer/skipped_steps"] == 2
+    assert steps[9]["optimizer/skipped_steps"] == 2
+    state = StateReader(folder / "state")
+    kept = StateReader(store.folder_of(run, 7))
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        for name in state.shapes:
+            assert torch.equal(state.read(kind, name), kept.read(kind, name))
+    assert store.verify(folder / "state").step == 5
+
+
+def expected_sample(step: int, position: int) -> int:
+    """Place in the digits of a position in the global batch."""
+    from mirai_ds.config import load
+    from mirai_ds.data import DataOrder, load_dataset
+
+    config = load("digits-mirai-e", [])
+    train = load_dataset(config.data, config.model).train
+    indices, _ = DataOrder(len(train), 32, config.seed).batch(step)
+    return int(train.places(indices[position : position + 1].numpy())[0])
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=[*ONE_STEP, "guard.nonfinite_skips=1"], prepare=break_module,
+                      arguments=("gpt.output", 5, 0, 0))  # fmt: skip
+    assert ended.codes == [2, 2], ended.out[-3000:]
+    assert ended.outcome.startswith("failed step 7: the first value that is not finite: output of gpt.output on rank 0")
+    assert "2 in a row, guard.nonfinite_skips = 1" in ended.outcome
+    assert store.list_steps(run) == [4]
+
+
+def test_a_fault_of_the_machine_is_repeated_away(whole: Path, tmp_path: Path) -> None:
+    """NaN that is not there the second time: the step is done as if nothing had been, to the last digit."""
+    run = tmp_path / "run"
+    ended = run_ranks(run, prepare=break_module, arguments=("gpt.layers.2", 5, 1, 3, 1))
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    assert "not finite, but finite when repeated" in ended.out
+    assert_same(run, whole, 24)
+
+
+def spike_at(step: int, times: int) -> None:
+    """The loss of a batch of data is three times as large, whatever the weights."""
+    from mirai_ds.foresight.objective import MiraiObjective
+    from mirai_ds.train import loop
+
+    inner, forward = loop.guarded_step, MiraiObjective.forward
+
+    def stepped(session: Any, number: int) -> Any:
+        bad = step <= number + session.batch_offset < step + times
+
+        def louder(self: Any, *arguments: Any, **named: Any) -> Any:
+            loss, metrics = forward(self, *arguments, **named)
+            return loss * 3, {**metrics, "ntp": metrics["ntp"] * 3}
+
+        MiraiObjective.forward = louder if bad else forward  # type: ignore[method-assign]
+        return inner(session, number)
+
+    loop.guarded_step = stepped
+
+
+SPIKE = ["checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+
+
+def spike(action: str, **more: Any) -> list[str]:
+    fields = {"action": action, "window": 10, "sigmas": 6.0, **more}
+    return [*SPIKE, *[f"guard.spike.{name}={value}" for name, value in fields.items()]]
+
+
+def test_a_spike_rolls_back_and_leaves_the_batches_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=spike("rollback"), prepare=spike_at, arguments=(17, 1))
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    assert "step 18: loss" in ended.out
+    assert "back to step 16 (rollback 1 of 3), leaving out 2 batches in all" in ended.out
+    steps = [r["step"] for r in curve(run) if "loss/ntp" in r]
+    assert steps == list(range(1, 25))
+    assert not any("guard/spike" in r for r in curve(run))  # taken back with the step
+    info = store.verify(store.folder_of(run, 24))
+    assert (info.batch_offset, info.incarnation, info.hooks["spike"]["rollbacks"]) == (2, 2, 1)
+    # Killed and resumed on the new branch, the run repeats itself.
+    again = tmp_path / "again"
+    run_ranks(
+        again, *IF_PRESENT, settings=spike("rollback"), prepare=spike_at, arguments=(17, 1), kill=Kill(1, "step 22")
+    )
+    finish(again, settings=spike("rollback"), prepare=spike_at, arguments=(17, 1))
+    assert curve(again) == curve(run)
+
+
+def test_rollbacks_that_do_not_help_stop_the_run(tmp_path: Path) -> None:
+    ended = run_ranks(
+        tmp_path / "run", settings=spike("rollback", max_rollbacks=2), prepare=spike_at, arguments=(17, 99)
+    )
+    assert ended.codes == [2, 2]
+    assert "2 rollbacks did not help (guard.spike.max_rollbacks)" in ended.outcome
+
+
+@pytest.mark.parametrize(("action", "codes"), [("warn", [0, 0]), ("stop", [2, 2])])
+def test_a_spike_is_told_or_stops(tmp_path: Path, action: str, codes: list[int]) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=spike(action), prepare=spike_at, arguments=(17, 1))
+    assert ended.codes == codes, ended.out[-3000:]
+    assert "step 18: loss" in ended.out
+    told = [r["step"] for r in curve(run) if "guard/spike" in r]
+    assert told == [18]
+
+
+def test_no_spike_in_an_ordinary_run(whole: Path, tmp_path: Path) -> None:
+    """The guard looks and changes nothing."""
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=["guard.spike={action: stop, window: 10}", "checkpoint.keep_last=3"])
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    assert curve(run) == curve(whole)
+
+
+def crash_in_step(step: int) -> None:
+    from mirai_ds.train import loop
+
+    inner = loop.guarded_step
+
+    def crashing(session: Any, number: int) -> Any:
+        if number == step:
+            raise RuntimeError("the driver says no")
+        return inner(session, number)
+
+    loop.guarded_step = crashing
+
+
+def test_restarts_without_progress_come_to_an_end(whole: Path, tmp_path: Path) -> None:
+    """A scheduler would requeue this for ever; the fourth start refuses, one by hand may try."""
+    run = tmp_path / "run"
+    for _ in range(3 + 1):  # the first one gets to step 4
+        ended = run_ranks(run, *IF_PRESENT, prepare=crash_in_step, arguments=(6,))
+        assert ended.outcome.startswith("requeue crashed: rank "), ended.out[-2000:]
+        assert "RuntimeError: the driver says no" in ended.outcome
+    ended = run_ranks(run, *IF_PRESENT, prepare=crash_in_step, arguments=(6,))
+    assert ended.codes == [2, 2]
+    assert ended.outcome.startswith("failed")
+    assert "the last 3 starts died without getting to a checkpoint after step 4" in ended.outcome
+    ended = run_ranks(run, "--resume", "auto")
+    assert ended.codes == [0, 0], ended.out[-2000:]
+    assert_same(run, whole, 24)

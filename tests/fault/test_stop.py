@@ -1,0 +1,201 @@
+"""Requests to stop, in any phase: all ranks agree on one step, save, and say how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirai_ds.checkpoint import store
+from mirai_ds.runtime.signals import REQUEUE, STOP, StopRequests
+from tests.fault.faulty_ranks import SETTINGS, curve, run_ranks, start_ranks, wait_for
+from tests.fault.test_kills import IF_PRESENT, assert_same, finish
+
+SLOW = ["checkpoint.every_steps=1000"]  # so that only the request saves
+
+
+def has_step(run: Path, step: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def send_in_phase(phase: str, number: int, occurrence: int = 1) -> None:
+    """In the rank itself: a signal when it enters a phase."""
+    from mirai_ds.runtime.watchdog import Watchdog
+
+    inner, count = Watchdog.beat, [0]
+
+    def beat(self: Watchdog, name: str) -> None:
+        inner(self, name)
+        if name.startswith(phase):
+            count[0] += 1
+            if count[0] == occurrence:
+                os.kill(os.getpid(), number)
+
+    Watchdog.beat = beat  # type: ignore[method-assign]
+
+
+def only_rank(rank: int, phase: str, number: int, occurrence: int = 1) -> None:
+    if int(os.environ["RANK"]) == rank:
+        send_in_phase(phase, number, occurrence)
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase", "occurrence", "number", "saved"),
+    [
+        (1, "step ", 7, signal.SIGTERM, 8), (0, "step ", 7, signal.SIGUSR1, 8), (1, "evaluating", 8, signal.SIGUSR1, 9),
+        (0, "sampling", 1, signal.SIGTERM, 13), (1, "preflight", 1, signal.SIGTERM, None),
+    ],
+)  # fmt: skip
+def test_a_signal_to_one_rank_saves_one_step_on_all(
+    whole: Path, tmp_path: Path, rank: int, phase: str, occurrence: int, number: int, saved: int | None
+) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=SLOW, prepare=only_rank, arguments=(rank, phase, number, occurrence))
+    assert ended.codes == [75, 75], ended.out[-3000:]
+    name = signal.Signals(number).name
+    assert store.list_steps(run) == ([] if saved is None else [saved])
+    assert ended.outcome == f"requeue {name} at step {saved or 0}\n"
+    finish(run, settings=SLOW)
+    # Only the interval of checkpoints differs from the uninterrupted run's, and that is no part of a curve.
+    assert curve(run) == curve(whole)
+
+
+def test_a_signal_while_saving_in_the_background(whole: Path, tmp_path: Path) -> None:
+    """The save on its way is published before the next one begins."""
+    run = tmp_path / "run"
+    settings = ["checkpoint.background=true"]
+    ended = run_ranks(run, settings=settings, prepare=only_rank, arguments=(1, "saving", signal.SIGTERM, 2))
+    assert ended.codes == [75, 75], ended.out[-3000:]
+    steps = store.list_steps(run)
+    assert steps[:2] == [4, 8]
+    assert steps[2] in (9, 10)
+    finish(run, settings=settings)
+    assert_same(run, whole, 24)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "codes"),
+    [("", "stopped stop file", [0, 0]), ("requeue maintenance\n", "requeue maintenance", [75, 75])],
+)
+def test_a_stop_file(tmp_path: Path, text: str, outcome: str, codes: list[int]) -> None:
+    run = tmp_path / "run"
+
+    def ask(_: Any) -> None:
+        until = time.monotonic() + 60
+        while not has_step(run, 3) and time.monotonic() < until:
+            time.sleep(0.01)
+        (run / ".stop.new").write_text(text)
+        os.replace(run / ".stop.new", run / "stop")
+
+    ended = run_ranks(run, settings=[*SLOW, "train.max_steps=2000", "train.epochs=100"], during=ask)
+    assert ended.codes == codes, ended.out[-3000:]
+    assert ended.outcome.startswith(f"{outcome} at step ")
+    assert store.list_steps(run) == [int(ended.outcome.split()[-1])]
+
+
+def test_the_stop_file_of_an_earlier_stop_is_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    ended = run_ranks(run, settings=["train.max_steps=2"])
+    assert ended.outcome == "finished at step 2\n", ended.out[-2000:]
+
+
+def hang_in_step(rank: int, step: int) -> None:
+    """The rank never ends that step, in C code that no Python handler interrupts."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    import threading
+
+    from mirai_ds.train import loop
+
+    inner = loop.guarded_step
+
+    def stuck(session: Any, number: int) -> Any:
+        if number == step:
+            lock = threading.Lock()
+            lock.acquire()
+            while True:
+                lock.acquire(timeout=1000)
+        return inner(session, number)
+
+    loop.guarded_step = stuck
+
+
+def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def twice(processes: list[Any]) -> None:
+        until = time.monotonic() + 60
+        while not store.list_steps(run) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1.5)  # it hangs in step 7 by now
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        time.sleep(5.5)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+
+    ended = run_ranks(run, prepare=hang_in_step, arguments=(0, 6), during=twice)
+    assert ended.codes == [75, 75], ended.out[-3000:]
+    assert ended.outcome == "requeue SIGTERM, then SIGTERM: left at once\n"
+    assert store.list_steps(run) == [4]
+    store.verify(store.folder_of(run, 4))
+
+
+def test_the_deadline_ends_a_rank_that_hangs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes, logs = start_ranks(
+        run, settings=["guard.stop_deadline_seconds=3"], prepare=hang_in_step, arguments=(1, 6)
+    )
+    until = time.monotonic() + 60
+    while not store.list_steps(run) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1.5)  # it hangs in step 7 by now
+    for process in processes:
+        os.kill(process.pid, signal.SIGUSR1)
+    ended = wait_for(run, processes, logs)
+    assert ended.codes == [75, 75], ended.out[-3000:]
+    assert ended.outcome == "requeue SIGUSR1; not done within 3 s\n"
+
+
+def test_a_hang_leaves_every_ranks_stacks_and_ends(whole: Path, tmp_path: Path) -> None:
+    """Rank 1 hangs alone, rank 0 waits for it in a collective: both say where, and the run can go on."""
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=["guard.hang_seconds=3"], prepare=hang_in_step, arguments=(1, 6))
+    assert ended.codes == [75, 75], ended.out[-3000:]
+    assert ended.outcome.startswith("requeue hang: rank ")
+    assert "in phase: step 7" in ended.outcome
+    stacks = {p.name: p.read_text() for p in (run / "hang" / "start-00001").iterdir()}
+    assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
+    assert "in stuck" in stacks["rank-00001.txt"]
+    assert "train_step" in stacks["rank-00000.txt"]
+    finish(run)
+    assert_same(run, whole, 24)
+
+
+def test_requests_in_one_process() -> None:
+    """One event that arrives twice is one; the strongest kind wins; nothing is left at once while saving."""
+    left: list[str] = []
+    stop = StopRequests()
+    stop.leave = left.append
+    stop.request(REQUEUE, "SIGTERM")
+    stop.request(REQUEUE, "SIGTERM")
+    assert (stop.kind, stop.reason, left) == (REQUEUE, "SIGTERM", [])
+    stop._first -= 6
+    stop.saving = True
+    stop.request(STOP, "SIGINT")
+    assert (stop.kind, left) == (STOP, [])
+    stop.saving = False
+    stop.request(STOP, "SIGINT")
+    assert left == ["SIGTERM, then SIGINT: left at once"]
+
+
+def test_the_settings_are_what_the_names_here_assume() -> None:
+    assert "evaluate.every_steps=8" in SETTINGS
+    assert IF_PRESENT == ("--resume", "if-present")
