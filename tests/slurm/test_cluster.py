@@ -93,13 +93,14 @@ def test_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
     assert (run / "outcome").read_text().startswith("requeue")
 
 
-def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["a rank's", "the script's"])
+def test_a_node_dies(which: str, slurm: Slurm, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job_id = train(slurm, run)
     until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
     job = slurm.job(job_id)
     names = slurm("scontrol", "show", "hostnames", job["NodeList"]).split()
-    lost = next(name for name in names if name != job["BatchHost"])
+    lost = next(name for name in names if (name == job["BatchHost"]) == (which == "the script's"))
     slurm.cluster("kill-node", lost)
     try:
         job = slurm.wait(job_id)
