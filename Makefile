@@ -31,7 +31,7 @@ test: $(STAMP) ## the whole fast suite
 test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout
 	$(BIN)/python -m pytest -m matrix
 
-test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces (root; slurmctld slurmd slurm-client munge), 10 minutes
+test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 13 minutes (root; slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m slurm -rs
 
 check: $(STAMP) ## ruff, mypy, architecture tests
