@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench-kernels bench-data \
-	gpu-check gpu-tests gpu-sanitize gpu-bench clean
+	bench-safety gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench-kernels: $(STAMP) ## time and memory of the fused operations against eager
 bench-data: $(STAMP) ## speed of extraction and of loading codes and images, against the peers' way
 	$(BIN)/python -m mirai_ds.extract.bench
 
+bench-safety: $(STAMP) ## what guards, saves and digests cost, in steps
+	$(BIN)/python -m mirai_ds.tools.bench.safety
+
 gpu-check: gpu-tests gpu-sanitize gpu-bench ## on a machine with a GPU, without a venv: the three below
 
 gpu-tests: # kernels, ZeRO steps of GPT-B, sampling; reference vectors
@@ -78,6 +81,7 @@ gpu-bench: # rows for kernels/results.csv
 	$(PYTHON) -m mirai_ds.kernels.bench --device cuda
 	$(PYTHON) -m mirai_ds.tools.traffic --device cuda
 	$(PYTHON) -m mirai_ds.extract.bench --device cuda
+	$(PYTHON) -m mirai_ds.tools.bench.safety --ranks 1
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

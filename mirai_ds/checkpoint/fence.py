@@ -51,6 +51,8 @@ class Incarnation:
     @property
     def who(self) -> str:
         """For messages."""
+        if not self.pid:
+            return f"start {self.number} (says nothing of itself)"
         job = f"job {self.job} restart {self.restart}, " if self.job else ""
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"start {self.number} ({job}host {self.host}, pid {self.pid}, since {began})"

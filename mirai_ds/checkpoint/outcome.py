@@ -8,6 +8,7 @@ processes died without a word.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,12 @@ class Outcome:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
+
+    def write_in_time(self, verdict: Verdict, reason: str, seconds: float = 5.0) -> None:
+        """`write` by a process that must end: a file system that hangs, perhaps the very cause, must not keep it."""
+        thread = threading.Thread(target=self.write, args=(verdict, reason), daemon=True)
+        thread.start()
+        thread.join(seconds)
 
 
 def read(path: Path) -> tuple[Verdict, str] | None:

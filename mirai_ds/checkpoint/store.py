@@ -66,21 +66,30 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def verify(folder: Path) -> CheckpointInfo:
-    """Check every file's size and digest; raises UserError with the reason when the checkpoint is not whole."""
+def check_sizes(folder: Path) -> CheckpointInfo:
+    """The cheap part of `verify`: manifest, presence and sizes.  Raises UserError with what is wrong."""
     try:
-        files = files_of(folder)
-        for name, entry in files.items():
+        for name, entry in files_of(folder).items():
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise UserError(f"{folder / name}: {size} bytes, should be {entry['bytes']}")
+        return CheckpointInfo(**json.loads((folder / INFO).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def verify(folder: Path) -> CheckpointInfo:
+    """Check every file's size and digest; raises UserError with the reason when the checkpoint is not whole."""
+    check_sizes(folder)
+    try:
+        files = files_of(folder)
         with ThreadPoolExecutor(READERS) as pool:
             for name, digest in zip(files, pool.map(lambda n: digest_of_file(folder / n), files), strict=True):
                 if digest != files[name]["sha256"]:
                     raise UserError(f"{folder / name}: content differs from its digest")
-        return CheckpointInfo(**json.loads((folder / INFO).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+    return check_sizes(folder)  # again: what was read just now had the right digests
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:

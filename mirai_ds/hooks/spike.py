@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from mirai_ds.checkpoint.store import list_steps
 from mirai_ds.config import UserError
 from mirai_ds.hooks.log import Sinks
 from mirai_ds.train.loop import Hook
@@ -44,9 +45,10 @@ class SpikeHook(Hook):
         self.sinks.scalars({"guard/spike": loss}, session)
         if config.action == "stop":
             raise UserError(f"{what}; stopped (guard.spike.action)")
-        if config.action == "warn":
+        nowhere = config.action == "rollback" and session.control.gather(not list_steps(session.run))[0]
+        if config.action == "warn" or nowhere:
             if session.is_main:
-                print(f"mirai-ds: warning: {what}", flush=True)
+                print(f"mirai-ds: warning: {what}{'; there is no checkpoint to go back to yet' * nowhere}", flush=True)
             return
         self._roll_back(session, what, memory["rollbacks"] + 1)
 

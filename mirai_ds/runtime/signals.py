@@ -29,7 +29,7 @@ class StopRequests:
     def __init__(self, deadline_seconds: float | None = None) -> None:
         self.deadline_seconds = deadline_seconds
         self.kind, self.reason = NOTHING, ""
-        self.saving = False  # set while a checkpoint is on its way
+        self.is_saving: Callable[[], bool] = lambda: False  # whether a checkpoint is on its way
         self.leave: Callable[[str], None] = lambda reason: os._exit(75)
         self._first = 0.0
         self._timer: threading.Timer | None = None
@@ -66,7 +66,7 @@ class StopRequests:
                 self._leave_after(self.deadline_seconds, f"{reason}; not done within {self.deadline_seconds:g} s")
         elif now - self._first > SAME_EVENT_SECONDS:
             self.kind = max(self.kind, kind)
-            if not self.saving:
+            if not self.is_saving():
                 self.leave(f"{self.reason}, then {reason}: left at once")
             self._leave_after(LAST_SECONDS, f"{self.reason}, then {reason}: left while saving")
 

@@ -6,12 +6,13 @@ An entry point, like the command line: it joins all rooms and nothing imports it
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mirai_ds.checkpoint.fence import Fence, FencedError
 from mirai_ds.checkpoint.outcome import EXIT_CODES, Outcome
@@ -45,6 +46,10 @@ def set_aside(run: Path) -> None:
     print(f"mirai-ds: set the earlier run aside as {aside}", flush=True)
 
 
+# What no restart mends: no room, no right to write.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
 class Start:
     """One start of a run on this rank, from joining the others to the outcome."""
 
@@ -58,7 +63,7 @@ class Start:
 
     def leave(self, reason: str) -> None:
         """End this process wherever it is; the earlier checkpoints are whole."""
-        self.outcome.write("requeue", reason)
+        self.outcome.write_in_time("requeue", reason)
         print(f"mirai-ds: {reason}; the last checkpoint stands", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES["requeue"])
 
@@ -131,7 +136,7 @@ class Start:
         folder = run / "hang" / f"start-{fence.mine.number:05d}"
         self.watchdog = Watchdog(
             config.guard.hang_seconds, folder, self.world.rank, self.world.size,
-            lambda text: self.outcome.write("requeue", f"hang: {text}"),
+            lambda text: self.outcome.write_in_time("requeue", f"hang: {text}"),
         )  # fmt: skip
 
 
@@ -147,28 +152,40 @@ def main(argv: list[str] | None = None) -> None:
         config = load(args.recipe, args.overrides, args.deepspeed)
         run = args.run_dir or Path(config.output_dir) / config.name
         verdict, _ = start.train(config, run, args.resume, args.fresh)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in NO_ROOM:
+                crash(start, error)
+            error = LocalError(
+                f"{error.filename or 'the run folder'}: {error.strerror}; the earlier checkpoints are intact"
+            )
         if not isinstance(error, FencedError):
             start.outcome.write("failed", str(error))
             if start.fence is not None and world.rank == 0:
                 start.fence.release(f"failed {error}")
         _say_and_leave(error, world)
     except BaseException as error:
-        if lost_a_peer(error):
-            print(f"mirai-ds: error: rank {world.rank}: another rank is gone ({error})", file=sys.stderr, flush=True)
-            start.outcome.write("requeue", f"rank {world.rank} lost another rank")
-        else:
-            traceback.print_exc()
-            start.outcome.write("requeue", f"crashed: rank {world.rank}: {type(error).__name__}: {error}")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # not sys.exit: a process group with waiting peers would hang in its destructor
+        crash(start, error)
     import torch.distributed as dist
 
     dist.destroy_process_group()
     if verdict != "finished":
         sys.stdout.flush()
         os._exit(EXIT_CODES[verdict])  # type: ignore[index]
+
+
+def crash(start: Start, error: BaseException) -> NoReturn:
+    """Leave with the reason, to be started again."""
+    rank = start.world.rank
+    if lost_a_peer(error):
+        print(f"mirai-ds: error: rank {rank}: another rank is gone ({error})", file=sys.stderr, flush=True)
+        start.outcome.write("requeue", f"rank {rank} lost another rank")
+    else:
+        traceback.print_exception(error)
+        start.outcome.write("requeue", f"crashed: rank {rank}: {type(error).__name__}: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # not sys.exit: a process group with waiting peers would hang in its destructor
 
 
 def lost_a_peer(error: BaseException) -> bool:

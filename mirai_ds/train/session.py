@@ -113,12 +113,8 @@ class Session:
         if self.saved_step == self.step:
             return
         self.beat("saving")
-        self.stop.saving = True
-        try:
-            self.saver.save(self.describe_state(), self.take)
-            self.saved_step = self.step
-        finally:
-            self.stop.saving = self.saver.in_flight >= 0
+        self.saver.save(self.describe_state(), self.take)
+        self.saved_step = self.step
 
     def take(self) -> Snapshot:
         """A copy of this rank's part of the state."""
@@ -227,9 +223,11 @@ def build_session(
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
     control = Control(config.launch.timeout_minutes)
+    saver = Saver(run, world.rank, fence, control, config.checkpoint)
+    stop.is_saving = lambda: saver.in_flight >= 0
     session = Session(
         config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, fence, control, stop,
-        Saver(run, world.rank, fence, control, config.checkpoint), dataset.train.digest(),
+        saver, dataset.train.digest(),
     )  # fmt: skip
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,27 @@ def test_a_really_full_disk(small_disk: Path) -> None:
     # Room is made: the run goes on where it was.
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     finish(run, settings=["logging.tensorboard=false"])
+
+
+def test_a_disk_that_fills_up_between_checkpoints(small_disk: Path) -> None:
+    """The log is what does not fit any more: one line, and no requeue that would change nothing."""
+    run = small_disk / "run"
+
+    def fill(_: Any) -> None:
+        until = time.monotonic() + 60
+        while not has_step(run, 2) and time.monotonic() < until:
+            time.sleep(0.01)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+
+    ended = run_ranks(run, settings=["guard.preflight=false", "checkpoint.every_steps=1000", "train.max_steps=2000",
+                                     "train.epochs=100", "logging.tensorboard=false"], during=fill)  # fmt: skip
+    assert 2 in ended.codes, ended.out[-3000:]
+    assert "No space left on device" in ended.out
+    assert "Traceback" not in ended.out
+    assert not ended.outcome.startswith("requeue")
 
 
 def test_preflight_says_that_the_disk_is_too_small(small_disk: Path) -> None:

@@ -160,6 +160,14 @@ def test_a_spike_rolls_back_and_leaves_the_batches_out(tmp_path: Path) -> None:
     assert curve(again) == curve(run)
 
 
+def test_a_spike_before_the_first_checkpoint_is_only_told(tmp_path: Path) -> None:
+    settings = [*spike("rollback"), "checkpoint.every_steps=20"]
+    ended = run_ranks(tmp_path / "run", settings=settings, prepare=spike_at, arguments=(12, 1))
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    assert "step 13: loss" in ended.out
+    assert "there is no checkpoint to go back to yet" in ended.out
+
+
 def test_rollbacks_that_do_not_help_stop_the_run(tmp_path: Path) -> None:
     ended = run_ranks(
         tmp_path / "run", settings=spike("rollback", max_rollbacks=2), prepare=spike_at, arguments=(17, 99)

@@ -188,10 +188,10 @@ def test_requests_in_one_process() -> None:
     stop.request(REQUEUE, "SIGTERM")
     assert (stop.kind, stop.reason, left) == (REQUEUE, "SIGTERM", [])
     stop._first -= 6
-    stop.saving = True
+    stop.is_saving = lambda: True
     stop.request(STOP, "SIGINT")
     assert (stop.kind, left) == (STOP, [])
-    stop.saving = False
+    stop.is_saving = lambda: False
     stop.request(STOP, "SIGINT")
     assert left == ["SIGTERM, then SIGINT: left at once"]
 

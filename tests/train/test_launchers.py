@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mirai_ds.checkpoint import store
 from tests.train.conftest import SMALL, numbers, small_train
 
 pytestmark = pytest.mark.matrix
@@ -81,3 +84,43 @@ def test_srun_environment(expected: Any, tmp_path: Path) -> None:
         commands.append((command, environment(**address, **slurm)))
     run_all(*commands)
     assert numbers(tmp_path / "run") == expected
+
+
+def ask(run: Path, number: int, after: int) -> tuple[int, str]:
+    """`mirai-ds train` in a process of its own, and a signal to it, and only to it, when step `after` is logged."""
+    long = [*SHORT, "train.max_steps=2000", "train.epochs=200", "checkpoint.every_steps=1000"]
+    settings = [part for o in long for part in ("--set", o)]
+    command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", *settings, "--run-dir", str(run),
+               "--resume", "if-present"]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        path = run / "metrics.jsonl"
+        if path.exists() and f'"step": {after},' in path.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def test_signals_to_the_command_save_and_tell(tmp_path: Path) -> None:
+    """TERM and USR1 ask for a requeue, Ctrl-C does not; each start goes on where the one before saved."""
+    run, steps = tmp_path / "run", [0]
+    for number, code, word in (
+        (signal.SIGTERM, 75, "requeue"),
+        (signal.SIGUSR1, 75, "requeue"),
+        (signal.SIGINT, 0, "stopped"),
+    ):
+        returned, out = ask(run, number, after=steps[-1] + 3)
+        assert returned == code, out[-3000:]
+        name = signal.Signals(number).name
+        verdict, reason = (run / "outcome").read_text().split(maxsplit=1)
+        assert (verdict, reason.split()[0]) == (word, name)
+        steps.append(int(reason.split()[-1]))
+        assert store.list_steps(run)[-1] == steps[-1] >= steps[-2] + 3
+        assert f"mirai-ds: {name}: stops after this step and saves; once more ends it now" in out
+        assert f"mirai-ds: {word}: {name} at step {steps[-1]}" in out
+        assert not (run / "stop").exists()
+    assert "Traceback" not in out
+    assert [r["step"] for r in numbers(run)] == list(range(1, steps[-1] + 1))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.store import INFO, MANIFEST, POINTER
 from mirai_ds.config import UserError
 from mirai_ds.tools.run_records.records import Json, read_json, size_text
 
@@ -39,21 +39,6 @@ class Resume:
     step: int | None
     reason: str
     skipped: tuple[str, ...]
-
-
-def check_sizes(folder: Path) -> None:
-    """The cheap part of `store.verify`: manifest, presence and sizes.  Raises UserError with its words."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != store.FORMAT:
-            raise UserError(f"{folder}: format {manifest['format']}, this version reads {store.FORMAT}")
-        for name, entry in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != entry["bytes"]:
-                raise UserError(f"{folder / name}: {size} bytes, should be {entry['bytes']}")
-        store.CheckpointInfo(**json.loads((folder / "info.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
 
 
 def read_checkpoints(run: Path, digests: bool, living: dict[int, float]) -> list[Checkpoint]:
@@ -86,20 +71,19 @@ def _present(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
 
 def _read(step: int, folder: Path, size: int, digests: bool, living: dict[int, float]) -> Checkpoint:
     damage = abandoned = ""
+    info: Json = {}
     try:
-        store.verify(folder) if digests else check_sizes(folder)
+        info = asdict(store.verify(folder) if digests else store.check_sizes(folder))
     except UserError as error:
         damage = str(error)
     written = None
-    for name in ("manifest.json", ""):
+    for name in (MANIFEST, ""):
         with suppress(OSError):
             written = (folder / name).stat().st_mtime
             break
-    info = read_json(folder / "info.json") or {}
-    start = info.get("incarnation", 0)
-    last = living.get(start, -1) if isinstance(start, int) else -1
-    if not damage and living and step > last:
-        abandoned = f"{folder}: start {start} wrote it on a branch that a later start left behind"
+    info = info or read_json(folder / INFO) or {}
+    if not damage and not store.is_living(store.CheckpointInfo(**info), living):
+        abandoned = f"{folder}: start {info['incarnation']} wrote it on a branch that a later start left behind"
     return Checkpoint(step, folder, size, written, info, damage, abandoned)
 
 
@@ -117,7 +101,7 @@ def resume_point(checkpoints: Sequence[Checkpoint]) -> Resume:
 def read_pointer(run: Path) -> tuple[str | None, str]:
     """What checkpoints/latest names, and what is wrong with it.  A resume does not need it; other tools may."""
     try:
-        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        name = (run / "checkpoints" / POINTER).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None, "checkpoints/latest is missing" if store.list_steps(run) else ""
     if not name or not (run / "checkpoints" / name).is_dir():

@@ -185,7 +185,7 @@ def as_json(report: RunReport) -> Json:
         "configuration_valid": report.config is not None,
         "parameters": parameters(report.config.model) if report.config else None,
         "starts": [asdict(start) for start in report.starts],
-        "held_by": report.incarnations[-1] if report.incarnations else None,
+        "held_by": asdict(report.incarnations[-1]) if report.incarnations else None,
         "outcome": None if report.outcome is None else dict(zip(("verdict", "reason"), report.outcome, strict=True)),
         "step": steps[-1] if steps else None, "epoch": report.curve.epochs[steps[-1]] if steps else None,
         "last": at(last_values(report.curve)), "lowest": at(lowest_values(report.curve)),

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mirai_ds.checkpoint.fence import Incarnation, living_until, read_all
+from mirai_ds.checkpoint.outcome import NAME as OUTCOME
+from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import ModelConfig, RunConfig, UserError, build
 from mirai_ds.tools.run_records.checkpoints import (
     Checkpoint,
@@ -20,7 +23,7 @@ from mirai_ds.tools.run_records.checkpoints import (
     resume_point,
 )
 from mirai_ds.tools.run_records.records import METRICS, Curve, Json, count_text, parse_curve, read_config
-from mirai_ds.tools.run_records.starts import Start, living_until, read_incarnations, read_outcome, read_starts
+from mirai_ds.tools.run_records.starts import Start, read_starts
 
 RUN_FILES = ("config.yaml", METRICS, "starts.jsonl", "checkpoints")
 _EXPORTS = (".pt", ".pth", ".safetensors")
@@ -35,7 +38,7 @@ class RunReport:
     config: RunConfig | None
     raw: Json
     starts: list[Start]
-    incarnations: list[Json]
+    incarnations: list[Incarnation]
     outcome: tuple[str, str] | None
     curve: Curve
     checkpoints: list[Checkpoint]
@@ -94,13 +97,13 @@ def inspect_run(run: Path, verify: bool = False) -> RunReport:
         raise UserError(f"{run}: is not a run folder (it has none of {', '.join(RUN_FILES)})")
     raw, notes = read_config(run)
     config, problem = _validated(raw or {}, run) if raw is not None else (None, notes)
-    incarnations = read_incarnations(run)
+    incarnations = read_all(run)
     checkpoints = read_checkpoints(run, verify, living_until(incarnations))
     curve = _curve(run)
     latest, wrong_pointer = read_pointer(run)
     report = RunReport(
         path=run, config=config, raw=config.model_dump(mode="json") if config else raw or {},
-        starts=read_starts(run), incarnations=incarnations, outcome=read_outcome(run), curve=curve,
+        starts=read_starts(run), incarnations=incarnations, outcome=read_outcome(run / OUTCOME), curve=curve,
         checkpoints=checkpoints, digests_read=verify, latest=latest, leftovers=leftovers(run),
         resume=resume_point(checkpoints), samples=_names(run, "samples/*.png"),
         exports=_exports(run), nonfinite=_names(run, "nonfinite/*"), hang=_names(run, "hang/*"),

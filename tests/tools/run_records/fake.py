@@ -89,3 +89,15 @@ def write_checkpoint(run: Path, step: int, ranks: int = 2, **info: Any) -> Path:
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
     (run / "checkpoints" / "latest").write_text(folder.name)
     return folder
+
+
+def write_incarnation(run: Path, number: int, **changes: Any) -> Path:
+    """What a start writes when it takes a run."""
+    told = {
+        "number": number, "id": f"{number}", "host": "node7", "space": "elsewhere", "pid": 42, "pid_started": "1",
+        "job": "", "restart": 0, "started": 1_790_000_000.0, "resumed_after": None, "resumed_from": None,
+        "ended": None, **changes,
+    }  # fmt: skip
+    path = run / "incarnations" / f"{number:05d}.json"
+    path.write_text(json.dumps(told))
+    return path

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.config import UserError
 from mirai_ds.tools.run_records.checkpoints import Resume, leftovers, read_checkpoints, read_pointer, resume_point
 from mirai_ds.tools.run_records.inspect_run import inspect_run
-from mirai_ds.tools.run_records.starts import living_until, read_incarnations
-from tests.tools.run_records.fake import cli, write_checkpoint, write_run
+from tests.tools.run_records.fake import cli, write_checkpoint, write_incarnation, write_run
 
 STATE = "state-rank00001.safetensors"
 
@@ -135,24 +132,12 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         store.find(run, "auto")
 
 
-@dataclass(frozen=True)
-class Info(store.CheckpointInfo):
-    """What a checkpoint that knows its start says of itself."""
-
-    incarnation: int = 0
-
-
-def test_a_branch_that_was_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_that_was_left_behind(tmp_path: Path) -> None:
     """Start 2 went on after step 40; start 1 still wrote 60 and 120."""
-    monkeypatch.setattr(store, "CheckpointInfo", Info)
     run = write_run(tmp_path / "r")
     (run / "incarnations").mkdir()
     for number, after, by in ((1, 0, None), (2, 40, 1), (3, None, None)):  # 3 has taken the run and not begun
-        told = {"number": number, "resumed_after": after, "resumed_from": by}
-        (run / "incarnations" / f"{number:05d}.json").write_text(json.dumps(told))
-    assert living_until(read_incarnations(run)) == {1: 40.0, 2: math.inf}
-    earlier = {"number": 4, "resumed_after": 20, "resumed_from": 2}
-    assert living_until([*read_incarnations(run), earlier]) == {1: 20.0, 2: 20.0, 4: math.inf}
+        write_incarnation(run, number, resumed_after=after, resumed_from=by)
     for step, by in ((40, 1), (60, 1), (80, 2), (120, 1)):
         write_checkpoint(run, step, incarnation=by)
     report = inspect_run(run, verify=True)

@@ -17,7 +17,15 @@ from mirai_ds.tools.run_records.inspect_report import as_json
 from mirai_ds.tools.run_records.inspect_run import inspect_run, kind_of, last_values, lowest_values, parameters
 from mirai_ds.tools.run_records.records import parse_curve, size_text
 from tests.one_line import one_line
-from tests.tools.run_records.fake import ENVIRONMENT, cli, curve, write_checkpoint, write_curve, write_run
+from tests.tools.run_records.fake import (
+    ENVIRONMENT,
+    cli,
+    curve,
+    write_checkpoint,
+    write_curve,
+    write_incarnation,
+    write_run,
+)
 
 
 def lines_of(run: Path, *options: str) -> dict[str, list[str]]:
@@ -102,16 +110,15 @@ def test_outcome(text: str, outcome: Any, said: Any, tmp_path: Path) -> None:
 
 def test_who_holds_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
-    one = {"number": 1, "host": "node7", "pid": 42, "job": "", "started": 1_790_000_000, "ended": None}
-    (run / "incarnation.json").write_text(json.dumps(one))
+    (run / "incarnations").mkdir()
+    write_incarnation(run, 1)
     (said,) = lines_of(run)["held by"]
     assert said.startswith("start 1 (host node7, pid 42, since 2026-")
     assert said.endswith("; has not said that it ended")
-    (run / "incarnations").mkdir()
-    (run / "incarnations" / "00002.json").write_text(json.dumps({**one, "number": 2, "job": "77", "ended": "requeue"}))
+    write_incarnation(run, 2, job="77", ended="requeue")
     (run / "incarnations" / "heartbeat").write_text("2 9")
     (said,) = lines_of(run)["held by"]
-    assert said.startswith("start 2 (job 77, host node7, pid 42, since 2026-")
+    assert said.startswith("start 2 (job 77 restart 0, host node7, pid 42, since 2026-")
     assert said.endswith("; ended: requeue")
     (run / "incarnations" / "00003.json").write_text('{"num')
     assert lines_of(run)["held by"] == ["start 3 (says nothing of itself); ended: died at once"]
