@@ -71,7 +71,7 @@ def test_fifty_random_kills(whole: Path, tmp_path: Path, seed: int, record_prope
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_kills_of_mirai_i(whole_i: Path, encoder: list[str], tmp_path: Path, seed: int) -> None:
     """Three kills each, every block recomputed."""
     source = random.Random(100 + seed)
@@ -87,19 +87,15 @@ def test_random_kills_of_mirai_i(whole_i: Path, encoder: list[str], tmp_path: Pa
 
 
 @pytest.mark.matrix
-def test_a_kill_at_every_file_system_event(whole: Path, tmp_path: Path) -> None:
-    """Rank 0 dies at its first, second, third ... touch of a file of the run, saves included, until it gets through:
-    each start finds only whole checkpoints, and the end is the uninterrupted run's."""
-    run, event, struck = tmp_path / "run", 20, 0
+def test_kills_at_file_system_events(whole: Path, tmp_path: Path) -> None:
+    """Rank 0 dies at its 20th, 23rd, 26th ... touch of a file of the run, saves included, until a start gets through:
+    each leaves only whole checkpoints, and the end is the uninterrupted run's."""
+    run, struck = tmp_path / "run", 0
     settings = ["guard.max_restarts=1000"]
-    while True:
-        stride = 1 if struck < 25 else 17
-        if not killed(run, Kill(0, event=event), settings=settings):
-            break
+    while killed(run, Kill(0, event=20 + 3 * struck), settings=settings):
         struck += 1
-        event += stride
         for step in store.list_steps(run):
             store.verify(store.folder_of(run, step))
-        assert event < 2000
-    assert struck >= 30
+        assert struck < 200
+    assert struck >= 20
     assert_same(run, whole, 24)

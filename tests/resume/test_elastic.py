@@ -90,9 +90,9 @@ def test_from_each_layout_to_every_other(
 @pytest.mark.matrix
 @pytest.mark.parametrize("precision", ["bf16-autocast", "bf16"])
 def test_moves_in_low_precision(ranks: Any, origins: Any, tmp_path: Path, precision: str, record_property: Any) -> None:
-    """A round trip over all layouts that have this precision."""
+    """From every second layout that has this precision to one of another world size."""
     layouts = [layout for layout in LAYOUTS if precision != "bf16" or layout[1] != 0]
-    pairs = list(zip(layouts, [*layouts[5:], *layouts[:5]], strict=True))
+    pairs = list(zip(layouts, [*layouts[5:], *layouts[:5]], strict=True))[::2]
     worst = {pair: check(ranks, origins, tmp_path, *pair, precision) for pair in pairs}
     record_property("worst", max(worst.values()))
     assert max(worst.values()) <= BOUNDS[precision], worst

@@ -93,6 +93,29 @@ def test_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
     assert (run / "outcome").read_text().startswith("requeue")
 
 
+def test_a_node_whose_daemon_died_is_fenced_off(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    """Slurm thinks the node is lost and requeues the job; its ranks live on, on the same file system."""
+    run = tmp_path / "run"
+    job_id = train(slurm, run)
+    until(lambda: steps(run) >= 8, 120, lambda: log_of(run))
+    job = slurm.job(job_id)
+    slurm("scancel", "--signal=STOP", f"{job_id}.0")  # they wake up when the new start has taken the run
+    pids = [one for start in (run / "incarnations").glob("*.json") for one in [json.loads(start.read_text())["pid"]]]
+    assert len(pids) == 1
+    first = job["BatchHost"]
+    slurm.cluster("cut-node", first)
+    try:
+        until(lambda: (run / "incarnations" / "00002.json").exists(), 200, lambda: log_of(run))
+        slurm.cluster("on", first, "pkill", "-CONT", "-f", "mirai_ds")
+        job = slurm.wait(job_id)
+    finally:
+        slurm.cluster("heal-node", first)
+    assert job["JobState"] == "COMPLETED", log_of(run)
+    same_losses(run, whole)
+    starts = sorted(json.loads(p.read_text())["number"] for p in (run / "incarnations").glob("*.json"))
+    assert starts == [1, 2]
+
+
 @pytest.mark.parametrize("which", ["a rank's", "the script's"])
 def test_a_node_dies(which: str, slurm: Slurm, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
