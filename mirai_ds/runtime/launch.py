@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from mirai_ds.runtime.signals import SAME_EVENT_SECONDS
+from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
 def visible_gpus() -> int:
@@ -79,8 +79,8 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
     def forward(number: int, _frame: object) -> None:
         """First a request in a file, which every rank obeys at its next step; the launcher would give them 30 s.  A
         second signal goes through to them."""
-        if stop_file is None:
-            process.send_signal(number)
+        if stop_file is None:  # the launcher knows these two
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         elif not asked:
             asked.append(time.monotonic())
             name = signal.Signals(number).name
@@ -92,7 +92,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
         elif time.monotonic() - asked[0] > SAME_EVENT_SECONDS:
             process.send_signal(signal.SIGTERM)
 
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    caught = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)]
     old = {number: signal.signal(number, forward) for number in caught}
     try:
         return process.wait()

@@ -19,6 +19,11 @@ LAST_SECONDS = 20.0
 NOTHING, REQUEUE, STOP = 0, 1, 2  # what was asked for; the larger wins
 
 
+def is_ignored(number: int) -> bool:
+    """Whether whoever started this process wants the signal ignored: `nohup`, or a shell's `&`."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
 class StopRequests:
     """Remembers the first request.  A second one, or the deadline, ends the process wherever it is.
 
@@ -42,7 +47,8 @@ class StopRequests:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in CAUGHT:
-            signal.signal(number, lambda *_: None)
+            if not is_ignored(number):
+                signal.signal(number, lambda *_: None)
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # `kill -USR2 PID` shows where a rank is
         threading.Thread(target=self._listen, args=(read_end,), daemon=True, name="signals").start()
 

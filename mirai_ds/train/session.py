@@ -134,7 +134,8 @@ class Session:
 
     def resume(self, request: str) -> None:
         """Continue from a checkpoint; every rank takes the one that rank 0 verified."""
-        folder, info = self._load(request)
+        folder, info, skipped = self._load(request)
+        self.notes += skipped
         self.fence.settle(info.step, info.incarnation)
         self.notes.append(f"resumed after step {info.step} from {folder}")
 
@@ -142,7 +143,9 @@ class Session:
         """Collective: return to the newest whole checkpoint, leaving out the batches seen since; its step."""
         self.saver.finish()
         seen = self.step
-        _, info = self._load("auto")
+        _, info, skipped = self._load("auto")
+        if self.is_main and skipped:
+            print("\n".join(f"mirai-ds: {note}" for note in skipped), flush=True)
         if skip_batches:
             self.batch_offset += seen - info.step
         if self.is_main:
@@ -151,7 +154,8 @@ class Session:
         self.rewound = True
         return info.step
 
-    def _load(self, request: str) -> tuple[str, store.CheckpointInfo]:
+    def _load(self, request: str) -> tuple[str, store.CheckpointInfo, list[str]]:
+        """Name and info of the checkpoint that was taken, and a line for each that was passed over."""
         self.beat("loading")
         found: list[Any] = [None, None, None, ""]
         if self.is_main:
@@ -171,8 +175,7 @@ class Session:
         self.applied_steps, self.batch_offset, self.log_bytes = info.applied_steps, info.batch_offset, info.log_bytes
         self.memory, self.measured = copy.deepcopy(info.hooks), dict(info.metrics)
         self.engine.resume_counters(self.step, self.loader.accumulation)
-        self.notes += [f"skipped {reason}" for reason in skipped]
-        return name, info
+        return name, info, [f"skipped {reason}" for reason in skipped]
 
     def _check_same_data(self, info: store.CheckpointInfo, folder: str) -> None:
         for name, now in (("seed", self.config.seed), ("global_batch_size", self.config.train.global_batch_size)):

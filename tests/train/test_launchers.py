@@ -124,3 +124,25 @@ def test_signals_to_the_command_save_and_tell(tmp_path: Path) -> None:
         assert not (run / "stop").exists()
     assert "Traceback" not in out
     assert [r["step"] for r in numbers(run)] == list(range(1, steps[-1] + 1))
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_nohup_is_respected(tmp_path: Path, ignored: bool) -> None:
+    """A terminal that is closed does not stop what was started with nohup; what was not is asked to save."""
+    stop = tmp_path / "stop"
+    (tmp_path / "rank.py").write_text(
+        f"import os, pathlib, signal, time\nos.kill(int(os.environ['PARENT_PID']), signal.SIGHUP)\ntime.sleep(1)\n"
+        f"print('asked', pathlib.Path({str(stop)!r}).exists())\n"
+    )
+    (tmp_path / "parent.py").write_text(
+        "import os, pathlib, signal\nfrom mirai_ds.runtime.launch import launch\n"
+        f"signal.signal(signal.SIGHUP, signal.SIG_{'IGN' if ignored else 'DFL'})\n"
+        "os.environ['PARENT_PID'] = str(os.getpid())\n"
+        f"print('code', launch('rank', [], 1, 0, pathlib.Path({str(stop)!r})))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "parent.py")], capture_output=True, text=True, check=True, timeout=120,
+        env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"),
+    )  # fmt: skip
+    assert f"asked {not ignored}" in done.stdout
+    assert "code 0" in done.stdout
