@@ -179,6 +179,15 @@ def test_a_hang_leaves_every_ranks_stacks_and_ends(whole: Path, tmp_path: Path) 
     assert_same(run, whole, 24)
 
 
+def test_usr2_shows_where_a_rank_is_and_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(run, prepare=only_rank, arguments=(1, "step ", signal.SIGUSR2, 5))
+    assert ended.codes == [0, 0], ended.out[-3000:]
+    assert "most recent call first" in ended.out
+    assert "run_loop" in ended.out
+    assert_same(run, whole, 24)
+
+
 def test_requests_in_one_process() -> None:
     """One event that arrives twice is one; the strongest kind wins; nothing is left at once while saving."""
     left: list[str] = []
