@@ -19,6 +19,7 @@ from torch import Tensor
 from mirai_ds.config import SIZES, ConfigError, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation, shown
 from mirai_ds.model import GPT
+from mirai_ds.runtime.disk import sync
 from mirai_ds.runtime.weight_files import SAFETENSORS, first_line, read_safetensors_file, read_torch_file
 
 # Where the raw weights lie, in the order LlamaGen's samplers look: DDP script, DeepSpeed, others, else a bare dict.
@@ -216,18 +217,10 @@ def _write_atomically(path: Path, write: Callable[[str], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(str(part))
-            _fsync(part)
+            sync(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-        _fsync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

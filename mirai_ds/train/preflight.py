@@ -26,7 +26,7 @@ BESIDE = 64 * 2**20  # logs, pictures, manifests
 
 
 @dataclass(frozen=True)
-class Facts:
+class RankFacts:
     """One rank's."""
 
     rank: int
@@ -81,7 +81,7 @@ def preflight(session: Session) -> None:
         )
 
 
-def _look(session: Session) -> Facts:
+def _look(session: Session) -> RankFacts:
     clock, rank = time.time(), session.world.rank
     problem = ""
     try:
@@ -93,7 +93,7 @@ def _look(session: Session) -> Facts:
     except (UserError, OSError, RuntimeError) as error:
         problem = str(error)
     config = hashlib.sha256(dump(session.config).encode()).hexdigest()
-    return Facts(
+    return RankFacts(
         rank, socket.gethostname(), config, code_version(), package_versions(),
         _device_name(session.device), clock, problem,
     )  # fmt: skip
