@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+@cache
 def code_version() -> str:
-    """The git commit of the source tree with `+changes` when it was edited; the package version outside git."""
+    """The git commit of the source tree with `+changes` when it was edited; the package version outside git.
+
+    Asked once a process: what it runs was read when it started, and a checkpoint need not wait for git.
+    """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return __version__

@@ -18,7 +18,7 @@ from mirai_ds.train.guarded import guarded_step
 from mirai_ds.train.session import Session, build_session
 from mirai_ds.train.step import mean_over_ranks
 
-SAVED, STEPS = 4, 4
+SAVED, STEPS = 4, 2
 SETTINGS = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "train.global_batch_size=16",
     "foresight.warmup_epochs=0.025", "foresight.projector_dim=32", "foresight.kernel=reference",
