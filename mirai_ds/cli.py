@@ -196,7 +196,7 @@ def verify(files: tuple[Path, ...], tolerance: float) -> None:
     """
     from rich.console import Console
 
-    from mirai_ds.tools.verify import render, verify_files
+    from mirai_ds.tools.verification.check import render, verify_files
 
     results = verify_files(list(files), tolerance)
     Console(width=None if sys.stdout.isatty() else 120).print(render(results))

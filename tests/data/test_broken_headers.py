@@ -13,7 +13,7 @@ import pytest
 from mirai_ds.data.npz_file import from_npz
 from mirai_ds.extract.llamagen import _load
 from mirai_ds.tokenizer import PatchCodebook
-from mirai_ds.tools.vectors import Vector
+from mirai_ds.tools.verification.vectors import Vector
 from tests.one_line import one_line
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirai_ds.tools.verify import render, verify_file, verify_files
+from mirai_ds.tools.verification.check import render, verify_file, verify_files
 from tests.one_line import one_line
-from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, save
+from tests.tools.verification.vectors import FIXTURES, Arrays, arrays_of, check, save
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mirai_ds.data import crops
 from mirai_ds.tokenizer import VQ16, VQModel, vq_model
-from mirai_ds.tools import verify_images
-from mirai_ds.tools.verify import FileResult, compare, render, verify_file, verify_files
+from mirai_ds.tools.verification import images
+from mirai_ds.tools.verification.check import FileResult, compare, render, verify_file, verify_files
 from tests.one_line import one_line
-from tests.tools.vectors import FIXTURES, Arrays, arrays_of, check, failed
+from tests.tools.verification.vectors import FIXTURES, Arrays, arrays_of, check, failed
 
 VQ, CROPS = FIXTURES / "vq16_64px.npz", FIXTURES / "ten_crop.npz"
 CROP_ARRAYS = {f"{name}_{i}" for name in ("centre_crop", "views") for i in range(3)}
@@ -31,15 +31,15 @@ def state() -> dict[str, Tensor]:
     """The file's weights, made once."""
     with torch.device("meta"):
         wanted = VQModel(VQ16).state_dict()
-    return verify_images.weights(verify_images.Vector(VQ), wanted)
+    return images.weights(images.Vector(VQ), wanted)
 
 
 @pytest.fixture
 def quick(state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Files with the fixture's seed take its weights from memory."""
-    right = verify_images.weights
+    right = images.weights
     monkeypatch.setattr(
-        verify_images, "weights", lambda v, wanted: dict(state) if v.number("seed") == 31 else right(v, wanted)
+        images, "weights", lambda v, wanted: dict(state) if v.number("seed") == 31 else right(v, wanted)
     )
 
 
@@ -212,7 +212,7 @@ def other_cut(image: Image.Image, size: int, box: Any, last: Any, shift: int) ->
 )
 def test_other_centre_crops_fail(box: str, last: str, shift: int, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     filters = Image.Resampling[box], Image.Resampling[last]
-    monkeypatch.setattr(verify_images, "centre_crop", lambda image, size: other_cut(image, size, *filters, shift))
+    monkeypatch.setattr(images, "centre_crop", lambda image, size: other_cut(image, size, *filters, shift))
     assert failed(verify_file(CROPS)) == (set() if right else CROP_ARRAYS)
 
 

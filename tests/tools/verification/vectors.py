@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.tools.verify import FileResult, verify_file
+from mirai_ds.tools.verification.check import FileResult, verify_file
 from tests.model import plain_gpt as plain
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 VECTORS = {
     "llamagen_gpt_tiny": 52,
     "mirai_e_official_k3": 10,

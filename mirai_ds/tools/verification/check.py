@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import nearest
-from mirai_ds.tools.vectors import Array, Reading, Vector
-from mirai_ds.tools.verify_images import read_ten_crop, read_vq16, ten_crop_inputs, vq16_inputs
-from mirai_ds.tools.verify_models import gpt_inputs, mirai_inputs, read_gpt, read_mirai
+from mirai_ds.tools.verification.images import read_ten_crop, read_vq16, ten_crop_inputs, vq16_inputs
+from mirai_ds.tools.verification.networks import gpt_inputs, mirai_inputs, read_gpt, read_mirai
+from mirai_ds.tools.verification.vectors import Array, Reading, Vector
 
 if TYPE_CHECKING:
     from rich.table import Table

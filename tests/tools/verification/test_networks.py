@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from mirai_ds.tools import verify_models
-from mirai_ds.tools.vectors import rule_tensor
-from mirai_ds.tools.verify import compare, verify_file, verify_files
+from mirai_ds.tools.verification import networks
+from mirai_ds.tools.verification.check import compare, verify_file, verify_files
+from mirai_ds.tools.verification.vectors import rule_tensor
 from tests.model import plain_gpt as plain
 from tests.one_line import one_line
-from tests.tools.vectors import (
+from tests.tools.verification.vectors import (
     FIXTURES,
     VECTORS,
     Arrays,
@@ -132,8 +132,8 @@ def test_other_systems_fail(
 )  # fmt: skip
 def test_an_installation_with_another_rule_fails(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What would happen if our `official` were not the authors': every rule the vectors pin, broken by itself."""
-    right = verify_models._foresight_config
-    monkeypatch.setattr(verify_models, "_foresight_config", lambda *a: right(*a).model_copy(update=change))
+    right = networks._foresight_config
+    monkeypatch.setattr(networks, "_foresight_config", lambda *a: right(*a).model_copy(update=change))
     found = failed(verify_file(FIXTURES / "mirai_e_official_k8_uneven.npz"))
     assert "total_loss" in found
     assert "ntp_loss" not in found

@@ -10,7 +10,7 @@ import torch
 
 from mirai_ds.data.crops import BadImageError, ViewGeometry, centre_crop
 from mirai_ds.tokenizer import VQ16, VQModel
-from mirai_ds.tools.vectors import Array, Reading, Vector, weights
+from mirai_ds.tools.verification.vectors import Array, Reading, Vector, weights
 
 MAX_SIZE, MAX_BATCH = 1024, 64  # of a file that is not damaged
 

@@ -13,7 +13,7 @@ from mirai_ds.config import ForesightConfig, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import GPT, next_token_loss
-from mirai_ds.tools.vectors import Reading, Vector, rule_tensor, weights
+from mirai_ds.tools.verification.vectors import Reading, Vector, rule_tensor, weights
 
 REFERENCE_NAMES = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_classes")
 
