@@ -100,6 +100,9 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     files: dict[str, dict[str, Any]] = manifest["files"]
     if INFO not in files or len(files) < 2:
         raise UserError(f"{folder}: not a whole checkpoint (its manifest lists no state)")
+    for name in files:
+        if Path(name).name != name:  # a checkpoint may come from elsewhere: nothing outside its folder is read
+            raise UserError(f"{folder}: its manifest names {name!r}, which is not a file in it")
     return files
 
 

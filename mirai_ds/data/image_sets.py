@@ -92,7 +92,10 @@ class NamedImages:
     """
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        """Raises UserError when idx files are there and the names are not theirs."""
+        """Raises UserError when idx files are there and the names are not theirs, and for names that leave `root`."""
+        outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
+        if outside is not None:
+            raise UserError(f"{root}: the store's list of names has {outside!r}, which is not below that folder")
         self.root, self._names = root, np.array([name.encode() for name in names])
         self._idx: IdxImages | None = None
         if has_idx_files(root):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
-from mirai_ds.data.image_sets import FolderImages, IdxImages, open_image_set, read_idx, read_image
+from mirai_ds.data.image_sets import FolderImages, IdxImages, NamedImages, open_image_set, read_idx, read_image
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -185,6 +185,14 @@ def test_idx_files(packed: bool, tmp_path: Path) -> None:
     test = open_image_set(tmp_path, "t10k")
     assert test.names[3] == "t10k/000003"
     assert np.array_equal(np.asarray(test.load(3, "L").image), others[3])
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "a/../../b.png"])
+def test_a_list_of_names_stays_below_its_folder(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a..b.png")  # two dots in a name are none of that
+    assert NamedImages(tmp_path, ["a..b.png"]).missing() is None
+    with pytest.raises(UserError, match="is not below that folder"):
+        NamedImages(tmp_path, ["a..b.png", name])
 
 
 def test_damaged_idx_files(tmp_path: Path) -> None:

@@ -121,6 +121,17 @@ def test_a_stray_file_is_no_part_of_a_checkpoint(run: Path) -> None:
     assert reader.rng(2) == {}
 
 
+@pytest.mark.parametrize("name", ["../step-00000020/info.json", "/etc/hostname", "a/../info.json"])
+def test_a_manifest_names_files_of_its_own_folder_only(run: Path, name: str) -> None:
+    path = store.folder_of(run, 24) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = manifest["files"]["info.json"]
+    path.write_text(json.dumps(manifest))
+    assert store.find(run, "auto")[1].step == 20
+    with pytest.raises(UserError, match="is not a file in it"):
+        store.find(run, "24")
+
+
 def test_the_pointer_is_never_believed(run: Path) -> None:
     """DeepSpeed starts afresh in silence without one; here it is for humans."""
     pointer = run / "checkpoints" / store.POINTER
