@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -10,6 +11,9 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+
+PRELOAD = ["deepspeed", "mirai_ds.train.session", "sklearn.datasets", "torch._dynamo"]
 
 
 class RankFailureError(AssertionError):
@@ -29,6 +33,12 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     start_process_group(World(rank, rank, world, world), timeout_minutes=5)
+    for module in PRELOAD:
+        importlib.import_module(module)
+    # Cases (and ZeRO-3 itself) collect garbage; looking through a million objects of imported modules each time would
+    # be half of their time.
+    gc.collect()
+    gc.freeze()
     while True:
         job = pipe.recv()
         if job is None:
