@@ -12,7 +12,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-
 PRELOAD = ["deepspeed", "mirai_ds.train.session", "sklearn.datasets", "torch._dynamo"]
 
 
