@@ -125,7 +125,7 @@ def _prepare(reference: ReferenceFile, digest: str, kept: Kept) -> tuple[Referen
     if pooled is None or (spatial is None and "sfid" in metrics):
         computed = reference_of(features)
         count = f"computed from {reference.images.count} images"
-        stored |= {name: count for name in ("fid", "sfid") if name not in stored and name in kept.network.metrics}
+        stored = {"fid": count, "sfid": count, "frechet_distance": count} | stored
         return Reference(pooled or computed.pooled, spatial or computed.spatial, features.pooled), stored, None
     own = frechet_distance(gaussian_statistics(features.pooled), pooled)
     return Reference(pooled, spatial, features.pooled), stored, own
@@ -140,8 +140,7 @@ def _protocol(
     nan = "inception_score" in scores.values and math.isnan(scores.values["inception_score"])
     return {
         "features": network.facts(),
-        "resize": "TF1 bilinear to 299" if isinstance(network, InceptionFeatures) else "see features",
-        "statistics": {key: origin for key, origin in stored.items() if _column(key, network) in scores.values},
+        "statistics": {name: origin for name, origin in stored.items() if name in scores.values},
         "inception_score": "NaN: a class probability is exactly zero" if nan else "no bias, splits of 5000, fp32",
         "precision_recall": {
             "arithmetic": "fp64" if arithmetic == "exact" else "fp16 as ADM", "neighbour": 3,
@@ -152,10 +151,6 @@ def _protocol(
         "device": f"{device.type} ({name})",
         "versions": {"mirai_ds": __version__, "python": platform.python_version()} | _versions(),
     }  # fmt: skip
-
-
-def _column(metric: str, network: FeatureNetwork) -> str:
-    return metric if isinstance(network, InceptionFeatures) else {"fid": "frechet_distance"}.get(metric, metric)
 
 
 def _versions() -> dict[str, str]:
@@ -197,6 +192,17 @@ def departures(
     recorded = _recorded_digest(protocol["sampling"])
     if recorded is not None and recorded != digest:
         found.append("the samples are not those that the record beside them is of (its sha256 differs)")
+    return found
+
+
+def _of_inception(samples: int, facts: dict[str, Any]) -> list[str]:
+    found = []
+    if not facts["published"]:
+        found.append("the Inception file's digest is not the published one's")
+    if facts["precision"] != "fp32":
+        found.append("the network ran in TF32")
+    if samples != PUBLISHED_SAMPLES:
+        found.append(f"{samples} samples; published scores are of {PUBLISHED_SAMPLES}, and FID falls with the number")
     return found
 
 

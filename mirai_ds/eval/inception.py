@@ -29,7 +29,7 @@ SIDE, POOLED, SPATIAL = 299, 2048, 17 * 17 * 7  # input, pool_3, and seven chann
 SPATIAL_CHANNELS = 7
 PUBLISHED = "6726825d"  # how the sha256 of the published file begins: both projects have it in the file's name
 WHERE = (
-    "the file is pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid (release fid_weights), the same as "
+    "the file is pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid (release fid_weights), or "
     "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity (release v0.2.0)"
 )
 COUNTER = ".num_batches_tracked"  # unused in evaluation; older files are without
@@ -100,7 +100,7 @@ class InceptionNetwork(nn.Module):
             if name == "fc":
                 break
             if name == "Mixed_6d":
-                spatial = layer.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+                spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             x = layer(x)
         return x.mean(dim=(2, 3)), spatial
 
@@ -109,7 +109,7 @@ class InceptionFeatures:
     """The network with weights of a file, on a device, in fp32; TF32 for its products only where asked."""
 
     name = "inception"
-    metrics = ("fid", "sfid", "is", "pr")
+    metrics: tuple[str, ...] = ("fid", "sfid", "is", "pr")
 
     def __init__(self, path: Path, device: torch.device, tf32: bool = False) -> None:
         """Raises UserError when the file is not exactly this network's."""
@@ -138,7 +138,7 @@ class InceptionFeatures:
         published = self.digest.startswith(PUBLISHED)
         return {
             "network": "inception-2015-12-05", "file": self.path.name, "sha256": self.digest, "published": published,
-            "precision": "tf32" if self.tf32 else "fp32",
+            "input": SIDE, "interpolation": "TF1 bilinear", "precision": "tf32" if self.tf32 else "fp32",
         }  # fmt: skip
 
 

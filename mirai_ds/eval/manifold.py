@@ -40,10 +40,10 @@ def precision_recall(
     exact: fp64, independent of `block` (but for distances equal to the last digit).  adm: see `adm_distances`.
     Raises UserError for fewer than four rows and for values that are not finite.
     """
-    for name, rows in (("reference", reference), ("samples", samples)):
-        if len(rows) <= NEIGHBOUR:
-            raise UserError(f"{name}: {len(rows)} images; precision and recall need at least {NEIGHBOUR + 1}")
-        if not bool(torch.isfinite(rows).all()):
+    for name, features in (("reference", reference), ("samples", samples)):
+        if len(features) <= NEIGHBOUR:
+            raise UserError(f"{name}: {len(features)} images; precision and recall need at least {NEIGHBOUR + 1}")
+        if not bool(torch.isfinite(features).all()):
             raise UserError(f"{name}: the features hold NaN or infinity; precision and recall cannot be computed")
     blocks = _Blocks(arithmetic, block or BLOCKS[arithmetic])
     with torch.inference_mode(), float32_products("ieee"):
@@ -63,7 +63,7 @@ def exact_distances(u: Tensor, v: Tensor) -> Tensor:
 
 
 def adm_distances(u: Tensor, v: Tensor) -> tuple[Tensor, bool]:
-    """Squared distances (m, n) fp32 of u (m, d) and v (n, d) fp32 in ADM's half precision, and whether in fp32 after all.
+    """Squared distances (m, n) fp32 of u (m, d) and v (n, d) fp32 in ADM's half precision, and whether in fp32.
 
     Features, squares, their sums, 2 u v, and each addition are rounded to fp16; sums within are fp32.  (TensorFlow's
     own order within a half-precision sum is not pinned: counts differ by a few in 1000.)  Unless all are finite the
@@ -107,7 +107,7 @@ class _Blocks:
         """(n,) squared distance of each row to its 3rd nearest neighbour: the 4th smallest, itself included."""
         count = NEIGHBOUR + 1
         found: list[Tensor] = []
-        for rows, columns, distances in self.of(features, features):
+        for _, columns, distances in self.of(features, features):
             nearest = distances.topk(min(count, distances.shape[1]), dim=1, largest=False).values
             if columns.start:
                 nearest = torch.cat([found.pop(), nearest], dim=1)

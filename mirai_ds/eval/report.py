@@ -13,10 +13,9 @@ from mirai_ds.eval.evaluation import sidecar
 from mirai_ds.runtime.weight_files import first_line
 
 NAMES = {
-    "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall",
-    "frechet_distance": "Frechet distance",
+    "fid": "FID", "frechet_distance": "Frechet distance", "sfid": "sFID", "inception_score": "Inception Score",
+    "precision": "precision", "recall": "recall",
 }  # fmt: skip
-DIGITS = {"fid": 4, "sfid": 4, "inception_score": 4, "precision": 4, "recall": 4, "frechet_distance": 6}
 
 
 def render(row: dict[str, Any]) -> str:
@@ -27,7 +26,7 @@ def render(row: dict[str, Any]) -> str:
 def _scores(row: dict[str, Any]) -> Iterator[str]:
     for key, name in NAMES.items():
         if row[key] is not None:
-            yield f"{name:18} {row[key]:.{DIGITS[key]}f}"
+            yield f"{name:18} {row[key]:.{6 if key == 'frechet_distance' else 4}f}"
     if "NaN" in row["protocol"]["inception_score"]:
         yield f"{'Inception Score':18} {row['protocol']['inception_score']}"
 
@@ -57,7 +56,7 @@ def _protocol(row: dict[str, Any]) -> Iterator[str]:
         )
     described = [f"{key} {value}" for key, value in features.items() if key not in ("network", "file", "sha256")]
     yield _line("network", features["network"], features["file"], f"sha256 {features['sha256']}")
-    yield _line("", *described, protocol["resize"], f"batches of {protocol['batch_size']}", protocol["device"])
+    yield _line("", *described, f"batches of {protocol['batch_size']}", protocol["device"])
     if row["inception_score"] is not None:
         yield _line("Inception Score", protocol["inception_score"])
     if row["precision"] is not None:

@@ -22,7 +22,7 @@ class PooledFeatures:
     interpolation, antialiased, then mean and std of its weights' configuration in timm.
     """
 
-    metrics = ("fid", "pr")  # sFID names a layer of Inception, the Inception Score its 1008 classes
+    metrics: tuple[str, ...] = ("fid", "pr")  # sFID names a layer of Inception, the Inception Score its 1008 classes
     width: int
 
     def __init__(self, name: str, path: Path, device: torch.device, tf32: bool = False) -> None:
