@@ -167,17 +167,11 @@ def departures(
     samples: ImageSource, reference: ReferenceFile, network: FeatureNetwork, protocol: dict[str, Any], digest: str
 ) -> list[str]:
     """Why the scores cannot be put beside published ones (ImageNet at 256 pixels), each a sentence; empty when none."""
-    facts, found = protocol["features"], reference.departures()
-    if not isinstance(network, InceptionFeatures):
-        found.append(f"the features are of {network.name}: compare only with scores of the same file")
-    elif not facts["published"]:
-        found.append("the Inception file's digest is not the published one's")
-    if facts["precision"] != "fp32":
-        found.append("the network ran in TF32")
-    if samples.count != PUBLISHED_SAMPLES:
-        found.append(
-            f"{samples.count} samples; published scores are of {PUBLISHED_SAMPLES}, and FID falls with the number"
-        )
+    if isinstance(network, InceptionFeatures):
+        found = reference.departures() + _of_inception(samples.count, protocol["features"])
+    else:
+        same = "of the same weights file, reference and number of samples"
+        found = [f"the features are of {network.name}: compare only with scores {same}"]
     images = reference.images
     if images is not None and (samples.height, samples.width) != (images.height, images.width):
         found.append(

@@ -47,13 +47,10 @@ def _protocol(row: dict[str, Any]) -> Iterator[str]:
     yield _line("reference", reference["name"], images, _size(protocol["reference_resolution"]), standard)
     yield _line("", f"sha256 {reference['sha256']}", protocol["origin"].get("reference", "no features needed"))
     for key, origin in protocol["statistics"].items():
-        yield _line(
-            "statistics", f"{'Frechet distance' if row['fid'] is None and key == 'fid' else NAMES[key]} {origin}"
-        )
-    if protocol["reference_own_fid"] is not None:
-        yield _line(
-            "self-check", f"FID of the reference's own images to its statistics {protocol['reference_own_fid']:.4f}"
-        )
+        yield _line("statistics", f"{NAMES[key]} {origin}")
+    own = protocol["reference_own_fid"]
+    if own is not None:
+        yield _line("self-check", f"FID of the reference's own images to its stored statistics {own:.4f}")
     described = [f"{key} {value}" for key, value in features.items() if key not in ("network", "file", "sha256")]
     yield _line("network", features["network"], features["file"], f"sha256 {features['sha256']}")
     yield _line("", *described, f"batches of {protocol['batch_size']}", protocol["device"])
