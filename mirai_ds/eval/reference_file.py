@@ -36,7 +36,7 @@ class ReferenceFile:
 
     @property
     def standard(self) -> bool:
-        """Whether it has the properties of the published reference; its name proves nothing and is not asked."""
+        """Whether it has the properties of the published reference; a name proves nothing, unless it says `val`."""
         return not self.departures()
 
     def departures(self) -> list[str]:
