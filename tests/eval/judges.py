@@ -32,7 +32,7 @@ class ColourNetwork:
 
 
 def digits(count: int, start: int = 0, noise: float = 0.0) -> Array:
-    """scikit-learn's handwritten digits in a fixed random order, 8 x 8 enlarged to 32, as uint8 RGB; noise in levels."""
+    """scikit-learn's digits in a fixed random order, 8 x 8 enlarged to 32, as uint8 RGB; noise in grey levels."""
     from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)

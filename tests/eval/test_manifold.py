@@ -120,7 +120,7 @@ def test_a_block_out_of_range_is_redone_in_fp32() -> None:
 
 
 def test_what_adm_takes_for_finite() -> None:
-    """2uv alone out of range is minus infinity, clamped to 0 before ADM asks: two close rows of norm 200 count as equal.
+    """2uv alone out of range is minus infinity, clamped to 0 before ADM asks: close rows of norm 200 count as equal.
 
     Norms of Inception's features stay far below; this pins what the number means where they do not.
     """
