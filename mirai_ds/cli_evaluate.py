@@ -63,7 +63,7 @@ def evaluate(
 
 def _network(weights: Path | None, features: str | None, device: torch.device, tf32: bool) -> FeatureNetwork:
     from mirai_ds.config import UserError
-    from mirai_ds.eval.inception import WHERE, InceptionFeatures
+    from mirai_ds.eval.metrics.inception import WHERE, InceptionFeatures
 
     if features is None:
         if weights is None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from mirai_ds.config import UserError
-from mirai_ds.eval.distances import frechet_distance, gaussian_statistics
 from mirai_ds.eval.feature_cache import Extracted, features_of
 from mirai_ds.eval.features import (
     BATCH_SIZE,
@@ -28,8 +27,9 @@ from mirai_ds.eval.features import (
     score,
 )
 from mirai_ds.eval.image_sources import ImageSource, open_images
-from mirai_ds.eval.inception import InceptionFeatures
-from mirai_ds.eval.manifold import Arithmetic
+from mirai_ds.eval.metrics.distances import frechet_distance, gaussian_statistics
+from mirai_ds.eval.metrics.inception import InceptionFeatures
+from mirai_ds.eval.metrics.manifold import Arithmetic
 from mirai_ds.eval.reference_file import ReferenceFile, open_reference
 from mirai_ds.version import __version__
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import UserError
-from mirai_ds.eval.distances import GaussianStatistics, frechet_distance, gaussian_statistics, inception_score
-from mirai_ds.eval.inception import InceptionFeatures
-from mirai_ds.eval.manifold import Arithmetic, precision_recall
+from mirai_ds.eval.metrics.distances import GaussianStatistics, frechet_distance, gaussian_statistics, inception_score
+from mirai_ds.eval.metrics.inception import InceptionFeatures
+from mirai_ds.eval.metrics.manifold import Arithmetic, precision_recall
 
 Array = np.ndarray[Any, Any]
 Images = Array | Tensor | Iterable[Array | Tensor]

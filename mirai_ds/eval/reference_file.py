@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import UserError
-from mirai_ds.eval.distances import GaussianStatistics
 from mirai_ds.eval.image_sources import KEYS, ImageSource, npz_members, open_images
-from mirai_ds.eval.inception import POOLED, SPATIAL
+from mirai_ds.eval.metrics.distances import GaussianStatistics
+from mirai_ds.eval.metrics.inception import POOLED, SPATIAL
 from mirai_ds.runtime.disk import digest_of_file
 from mirai_ds.runtime.weight_files import first_line
 

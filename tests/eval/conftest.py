@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mirai_ds.eval.inception import InceptionFeatures, InceptionNetwork
+from mirai_ds.eval.metrics.inception import InceptionFeatures, InceptionNetwork
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
 

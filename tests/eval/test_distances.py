@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from mirai_ds.eval.distances import GaussianStatistics, frechet_distance, gaussian_statistics, inception_score
+from mirai_ds.eval.metrics.distances import GaussianStatistics, frechet_distance, gaussian_statistics, inception_score
 from tests.one_line import one_line
 
 Array = np.ndarray[Any, Any]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mirai_ds.eval import evaluation, features
-from mirai_ds.eval.distances import GaussianStatistics, frechet_distance, gaussian_statistics
 from mirai_ds.eval.evaluation import Request, evaluate_files
 from mirai_ds.eval.features import Features, Reference, evaluate_features, extract_features, reference_of, score
-from mirai_ds.eval.inception import POOLED, SPATIAL, InceptionFeatures
-from mirai_ds.eval.manifold import precision_recall
+from mirai_ds.eval.metrics.distances import GaussianStatistics, frechet_distance, gaussian_statistics
+from mirai_ds.eval.metrics.inception import POOLED, SPATIAL, InceptionFeatures
+from mirai_ds.eval.metrics.manifold import precision_recall
 from mirai_ds.eval.report import render
 from tests.eval.judges import ColourNetwork, digits, saved
 from tests.one_line import one_line

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mirai_ds.eval.image_sources import NpzSource, open_images
-from mirai_ds.eval.inception import POOLED, SPATIAL
+from mirai_ds.eval.metrics.inception import POOLED, SPATIAL
 from mirai_ds.eval.reference_file import STANDARD_NAME, open_reference
 from tests.one_line import one_line
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mirai_ds.eval.inception import InceptionFeatures, load_inception
+from mirai_ds.eval.metrics.inception import InceptionFeatures, load_inception
 from tests.one_line import one_line
 
 

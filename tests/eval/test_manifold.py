@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mirai_ds.eval import manifold
-from mirai_ds.eval.manifold import Arithmetic, adm_distances, exact_distances, precision_recall
+from mirai_ds.eval.metrics import manifold
+from mirai_ds.eval.metrics.manifold import Arithmetic, adm_distances, exact_distances, precision_recall
 from tests.one_line import one_line
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirai_ds.eval.inception import resize_bilinear_tf1
+from mirai_ds.eval.metrics.inception import resize_bilinear_tf1
 
 Array = np.ndarray[Any, Any]
 f32 = np.float32

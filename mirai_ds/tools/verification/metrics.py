@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import UserError
-from mirai_ds.eval.distances import frechet_distance, gaussian_statistics, inception_score
-from mirai_ds.eval.inception import resize_bilinear_tf1
-from mirai_ds.eval.manifold import precision_recall
+from mirai_ds.eval.metrics.distances import frechet_distance, gaussian_statistics, inception_score
+from mirai_ds.eval.metrics.inception import resize_bilinear_tf1
+from mirai_ds.eval.metrics.manifold import precision_recall
 from mirai_ds.tools.verification.vectors import Array, Reading, Vector
 
 INPUTS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirai_ds.eval import inception, manifold
+from mirai_ds.eval.metrics import inception, manifold
 from mirai_ds.tools.verification import metrics
 from mirai_ds.tools.verification.check import verify_file, verify_files
 from tests.one_line import one_line
