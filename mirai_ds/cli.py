@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mirai_ds.cli_evaluate import evaluate
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
 from mirai_ds.cli_runs import compare, inspect
@@ -219,6 +220,7 @@ def doctor() -> None:
     sys.exit(0 if healthy else 1)
 
 
+main.add_command(evaluate)
 main.add_command(extract)
 main.add_command(compare)
 main.add_command(inspect)

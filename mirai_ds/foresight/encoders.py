@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,13 @@ def load_encoder(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
     plan, size = encoder_plan(config, grid)
     path = Path(config.weights) if config.weights is not None else published_weights(plan, config)
     model = timm.create_model(config.timm_name, pretrained=False, num_classes=0, img_size=size)
-    model.load_state_dict(_fitting_weights(model, path, config))
+
+    def unfit(problem: str) -> ConfigError:
+        field = "weights" if config.weights is not None else "pretrained"
+        value = str(path) if config.weights is not None else True
+        return ConfigError(f"foresight.encoder.{field}", value, f"{problem}; encoder.name is {config.name}")
+
+    model.load_state_dict(fitting_weights(model, path, unfit))
     if config.layer is not None:
         del model.blocks[config.layer :]
     return model, size
@@ -175,16 +182,23 @@ def _on_meta(config: EncoderConfig, **options: Any) -> nn.Module:
 
 
 def _check_name(config: EncoderConfig) -> None:
+    problem = name_problem(config.timm_name)
+    if problem is not None:
+        known = "" if "weights" in problem else f" or use one of {', '.join(ENCODERS)}"
+        raise ConfigError("foresight.encoder.name", config.name, problem + known)
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong about the name of a timm model, with or without the tag of its weights; None when it is known."""
     import timm
 
-    name, (architecture, dot, _) = config.timm_name, config.timm_name.partition(".")
+    architecture, dot, _ = name.partition(".")
     if architecture not in timm.list_models():
-        problem = f"timm has no such model; see timm.list_models('vit*') or use one of {', '.join(ENCODERS)}"
-        raise ConfigError("foresight.encoder.name", config.name, problem)
+        return "timm has no such model; see timm.list_models('vit*')"
     tagged = timm.list_pretrained(f"{architecture}.*") if dot else [name]
-    if name not in tagged:
-        problem = f"timm knows no such weights of {architecture}; {nearest(name, [architecture, *tagged])}"
-        raise ConfigError("foresight.encoder.name", config.name, problem)
+    if name in tagged:
+        return None
+    return f"timm knows no such weights of {architecture}; {nearest(name, [architecture, *tagged])}"
 
 
 def published_weights(model: nn.Module, config: EncoderConfig) -> Path:
@@ -221,17 +235,14 @@ def published_weights(model: nn.Module, config: EncoderConfig) -> Path:
 _NOT_FEATURES = ("head", "fc_norm.", "mask_token", "decoder", "pre_logits.")
 
 
-def _fitting_weights(model: nn.Module, path: Path, config: EncoderConfig) -> dict[str, Tensor]:
-    """The file's tensors for exactly this encoder, its position table resampled to this grid; ConfigError otherwise.
+def fitting_weights(
+    model: nn.Module, path: Path, unfit: Callable[[str], UserError], not_features: tuple[str, ...] = _NOT_FEATURES
+) -> dict[str, Tensor]:
+    """The file's tensors for exactly this model, its position table resampled to its grid; raises unfit(problem).
 
-    Nothing else may be dropped or bent: a file of a relative (layer scales, another patch) would give wrong features.
+    Only tensors named `not_features...` may be left over, nothing may be bent: a file of a relative (layer scales,
+    another patch) would give wrong features.
     """
-
-    def unfit(problem: str) -> ConfigError:
-        field = "weights" if config.weights is not None else "pretrained"
-        value = str(path) if config.weights is not None else True
-        return ConfigError(f"foresight.encoder.{field}", value, f"{problem}; encoder.name is {config.name}")
-
     try:
         state = read_weights(path)
     except UserError as error:
@@ -246,10 +257,12 @@ def _fitting_weights(model: nn.Module, path: Path, config: EncoderConfig) -> dic
             state = convert(state, model)
         except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
             raise unfit(f"is not of this encoder: {type(error).__name__} when converted by timm") from None
+    counters = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}  # unused here
+    state = counters | state
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise unfit(f"lacks {len(missing)} of {len(wanted)} tensors, e.g. {missing[0]}")
-    extra = sorted(name for name in set(state) - set(wanted) if not name.startswith(_NOT_FEATURES))
+    extra = sorted(name for name in set(state) - set(wanted) if not name.startswith(not_features))
     if extra:
         raise unfit(f"holds {len(extra)} tensors that this encoder has not, e.g. {extra[0]}")
     bent = [name for name, shape in wanted.items() if state[name].shape != shape]

@@ -105,12 +105,12 @@ class VQTokenizer:
             raise UserError(f"{self.name} encodes square images, uint8 (B, H, W, 3), not {found}")
         cells = self.grid(pixels.shape[1]) ** 2
         codes = [torch.empty(0, cells, dtype=torch.int64)]
-        with _float32_products("tf32" if self.precision == "tf32" else "ieee"):
+        with float32_products("tf32" if self.precision == "tf32" else "ieee"):
             for part in pixels.split(self._images_a_pass(pixels.shape[1])):
                 x = self._values[part.to(self.device).int()].permute(0, 3, 1, 2).contiguous()
                 with self._networks():
                     latent = self.model.latent(x)
-                with _float32_products("ieee"):
+                with float32_products("ieee"):
                     codes.append(self.model.indices(latent).cpu())
         return torch.cat(codes)
 
@@ -132,7 +132,7 @@ class VQTokenizer:
         size = side * self.downsampling
         images = np.empty((len(tokens), size, size, 3), np.uint8)
         step = self._images_a_pass(size)
-        with _float32_products("tf32" if self.precision == "tf32" else "ieee"):
+        with float32_products("tf32" if self.precision == "tf32" else "ieee"):
             for start in range(0, len(tokens), step):
                 with self._networks():
                     x = self.model.decode_codes(tokens[start : start + step].to(self.device, torch.int64))
@@ -149,7 +149,7 @@ class VQTokenizer:
 
 
 @contextmanager
-def _float32_products(mode: Literal["ieee", "tf32"]) -> Iterator[None]:
+def float32_products(mode: Literal["ieee", "tf32"]) -> Iterator[None]:
     """fp32 products exact or in TF32 meanwhile; afterwards the process's own settings are back."""
     if not hasattr(torch.backends.cudnn, "conv"):  # torch 2.8 has one switch each
         old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""Check this installation's numbers against vectors computed by the reference systems (LlamaGen, Mirai's authors).
+"""Check this installation's numbers against vectors computed by the reference systems (LlamaGen, Mirai's authors, ADM).
 
 A vector is an .npz file that says what it is in `kind` and holds inputs and what the reference made of them.  Every
 array of the file is an input, is computed and compared, or makes the file fail as not checked.
@@ -7,9 +7,10 @@ array of the file is an input, is computed and compared, or makes the file fail 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import nearest
 from mirai_ds.tools.verification.images import read_ten_crop, read_vq16, ten_crop_inputs, vq16_inputs
+from mirai_ds.tools.verification.metrics import TOLERANCES, adm_inputs, read_adm
 from mirai_ds.tools.verification.networks import gpt_inputs, mirai_inputs, read_gpt, read_mirai
 from mirai_ds.tools.verification.vectors import Array, Reading, Vector
 
@@ -58,13 +60,18 @@ class FileResult:
 
 
 class Kind(NamedTuple):
-    """How to check a kind of vector: which arrays are only inputs, and every reading of a file as computed arrays."""
+    """How to check a kind of vector: which arrays are only inputs, and every reading of a file as computed arrays.
+
+    tolerances: of arrays whose own accuracy is known, by name, whatever the caller's tolerance; 0 = exact.
+    """
 
     inputs: Callable[[Vector], set[str]]
     read: Callable[[Vector], Iterator[Reading]]
+    tolerances: Mapping[str, float] = MappingProxyType({})
 
 
 KINDS: dict[str, Kind] = {
+    "adm_metrics": Kind(adm_inputs, read_adm, TOLERANCES),
     "llamagen_gpt": Kind(gpt_inputs, read_gpt),
     "mirai_objective": Kind(mirai_inputs, read_mirai),
     "ten_crop": Kind(ten_crop_inputs, read_ten_crop),
@@ -101,13 +108,15 @@ def verify_file(path: Path, tolerance: float = TOLERANCE) -> FileResult:
     name = vector.text("kind")
     if name not in KINDS:
         raise vector.fail(f"kind = {name!r}: {nearest(name, KINDS)} (known kinds: {', '.join(sorted(KINDS))})")
-    inputs = KINDS[name].inputs(vector)
+    kind = KINDS[name]
+    inputs = kind.inputs(vector)
     outputs = [array for array in vector.arrays if array not in inputs]
+    allowed = {array: kind.tolerances.get(array, tolerance) for array in outputs}
     if not outputs:
         raise vector.fail("holds inputs only, nothing to check")
     results = []
-    for reading, computed in KINDS[name].read(vector):
-        records = tuple(compare(array, computed.get(array), vector.arrays[array], tolerance) for array in outputs)
+    for reading, computed in kind.read(vector):
+        records = tuple(compare(array, computed.get(array), vector.arrays[array], allowed[array]) for array in outputs)
         results.append(FileResult(path, name, records, reading))
         if results[-1].ok:
             return results[-1]

@@ -1,0 +1,229 @@
+"""Samples against a reference, from files to one row with its whole protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirai_ds.config import UserError
+from mirai_ds.eval.feature_cache import Extracted, features_of
+from mirai_ds.eval.features import (
+    BATCH_SIZE,
+    METRICS,
+    FeatureNetwork,
+    Reference,
+    Scores,
+    check_metrics,
+    default_arithmetic,
+    reference_of,
+    score,
+)
+from mirai_ds.eval.image_sources import ImageSource, open_images
+from mirai_ds.eval.metrics.distances import frechet_distance, gaussian_statistics
+from mirai_ds.eval.metrics.inception import InceptionFeatures
+from mirai_ds.eval.metrics.manifold import Arithmetic
+from mirai_ds.eval.reference_file import ReferenceFile, open_reference
+from mirai_ds.version import __version__
+
+PUBLISHED_SAMPLES = 50_000
+COLUMNS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
+PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
+# A published file's own 10,000 images are a few away from the statistics beside them; other features are hundreds away.
+SELF_DISTANCE = 20.0
+
+Progress = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate: metrics None = all that network and reference allow."""
+
+    samples: Path
+    reference: Path
+    metrics: Sequence[str] | None = None
+    arithmetic: Arithmetic | None = None
+    cache: Path | None = None
+    batch_size: int = BATCH_SIZE
+
+
+def sidecar(samples: Path) -> Path | None:
+    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one."""
+    beside = [samples.with_name(samples.name + ".json"), samples.with_suffix(".json")]
+    return next((path for path in beside if path.is_file() and path != samples), None)
+
+
+def evaluate_files(request: Request, network: FeatureNetwork, progress: Progress | None = None) -> dict[str, Any]:
+    """The row of `mirai-ds evaluate`: scores under `COLUMNS` (None = not computed), samples, reference and protocol.
+
+    progress: given a title and a number of images, returns what is called with each batch's number.  Raises UserError.
+    """
+    if request.metrics is not None:
+        check_metrics(request.metrics, network)
+    samples, reference = open_images(request.samples), open_reference(request.reference)
+    record = _read_sidecar(request.samples)
+    digests = samples.digest(), reference.digest()
+    kept = Kept(network, request, progress)
+    given, stored, own = _prepare(reference, digests[1], kept)
+    found = kept.features("samples", samples, digests[0])
+    scores = score(found.features, given, network, request.metrics, request.arithmetic)
+    values = {name: scores.values.get(name) for name in COLUMNS}
+    protocol = _protocol(request, network, scores, stored, kept) | {
+        "samples_resolution": [samples.height, samples.width],
+        "reference_resolution": None if reference.images is None else [reference.images.height, reference.images.width],
+        "reference_images": None if reference.images is None else reference.images.count,
+        "reference_own_fid": own,
+        "sampling": record,
+    }
+    protocol["departures"] = departures(samples, reference, network, protocol, digests[0])
+    return {
+        **{name: value if value is None or math.isfinite(value) else None for name, value in values.items()},
+        "num_samples": samples.count,
+        "samples": request.samples.name,
+        "samples_sha256": digests[0],
+        "reference": {"name": request.reference.name, "sha256": digests[1], "standard": reference.standard},
+        "protocol": protocol,
+    }
+
+
+class Kept:
+    """Features through the cache, and where each set's came from."""
+
+    def __init__(self, network: FeatureNetwork, request: Request, progress: Progress | None) -> None:
+        self.network, self.request, self.progress = network, request, progress
+        self.origins: dict[str, str] = {}
+
+    def features(self, name: str, source: ImageSource, digest: str) -> Extracted:
+        """Of `source`, extracted or cached."""
+        advance = None if self.progress is None else self.progress(name, source.count)
+        found = features_of(source, digest, self.network, self.request.batch_size, self.request.cache, advance)
+        self.origins[name] = found.origin
+        return found
+
+
+def _prepare(reference: ReferenceFile, digest: str, kept: Kept) -> tuple[Reference, dict[str, str], float | None]:
+    """What to compare with, where each statistic is from, and the distance of the reference's images to its own.
+
+    Stored statistics are Inception's.  Images go through the network only where something needs them.
+    """
+    metrics = kept.request.metrics or kept.network.metrics
+    inception = isinstance(kept.network, InceptionFeatures)
+    pooled, spatial = (reference.pooled, reference.spatial) if inception else (None, None)
+    wanted = ("fid" in metrics and pooled is None) or ("sfid" in metrics and spatial is None) or "pr" in metrics
+    stored = {"fid": "stored"} if pooled is not None else {}
+    stored |= {"sfid": "stored"} if spatial is not None else {}
+    if not wanted or reference.images is None:
+        return Reference(pooled, spatial, None), stored, None
+    features = kept.features("reference", reference.images, digest).features
+    if pooled is None or (spatial is None and "sfid" in metrics):
+        computed = reference_of(features)
+        count = f"computed from {reference.images.count} images"
+        stored = {"fid": count, "sfid": count, "frechet_distance": count} | stored
+        return Reference(pooled or computed.pooled, spatial or computed.spatial, features.pooled), stored, None
+    own = frechet_distance(gaussian_statistics(features.pooled), pooled)
+    return Reference(pooled, spatial, features.pooled), stored, own
+
+
+def _protocol(
+    request: Request, network: FeatureNetwork, scores: Scores, stored: dict[str, str], kept: Kept
+) -> dict[str, Any]:
+    arithmetic = request.arithmetic or default_arithmetic(network)
+    device = network.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    nan = "inception_score" in scores.values and math.isnan(scores.values["inception_score"])
+    return {
+        "features": network.facts(),
+        "statistics": {name: origin for name, origin in stored.items() if name in scores.values},
+        "inception_score": "NaN: a class probability is exactly zero" if nan else "no bias, splits of 5000, fp32",
+        "precision_recall": {
+            "arithmetic": "fp64" if arithmetic == "exact" else "fp16 as ADM", "neighbour": 3,
+            "blocks": scores.blocks, "blocks_in_fp32": scores.fp32_blocks,
+        },
+        "batch_size": request.batch_size,
+        "origin": dict(kept.origins),
+        "device": f"{device.type} ({name})",
+        "versions": {"mirai_ds": __version__, "python": platform.python_version()} | _versions(),
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def departures(
+    samples: ImageSource, reference: ReferenceFile, network: FeatureNetwork, protocol: dict[str, Any], digest: str
+) -> list[str]:
+    """Why the scores cannot be put beside published ones (ImageNet at 256 pixels), each a sentence; empty when none."""
+    if isinstance(network, InceptionFeatures):
+        found = reference.departures() + _of_inception(samples.count, protocol["features"])
+    else:
+        same = "of the same weights file, reference and number of samples"
+        found = [f"the features are of {network.name}: compare only with scores {same}"]
+    images = reference.images
+    if images is not None and (samples.height, samples.width) != (images.height, images.width):
+        found.append(
+            f"samples are {samples.width}x{samples.height}, the reference is {images.width}x{images.height}: resize "
+            "samples as the sampler does (`mirai-ds sample`), sharpness alone moves every score"
+        )
+    own = protocol["reference_own_fid"]
+    if own is not None and own > SELF_DISTANCE:
+        found.append(
+            f"the reference's own images are {own:.1f} away from its stored statistics: these are not of this network"
+        )
+    recorded = _recorded_digest(protocol["sampling"])
+    if recorded is not None and recorded != digest:
+        found.append("the samples are not those that the record beside them is of (its sha256 differs)")
+    return found
+
+
+def _of_inception(samples: int, facts: dict[str, Any]) -> list[str]:
+    found = []
+    if not facts["published"]:
+        found.append("the Inception file's digest is not the published one's")
+    if facts["precision"] != "fp32":
+        found.append("the network ran in TF32")
+    if samples != PUBLISHED_SAMPLES:
+        found.append(f"{samples} samples; published scores are of {PUBLISHED_SAMPLES}, and FID falls with the number")
+    return found
+
+
+def _recorded_digest(record: dict[str, Any] | None) -> str | None:
+    found = [record[key] for key in ("samples_sha256", "sha256") if key in record] if record else []
+    return str(found[0]) if found else None
+
+
+def _read_sidecar(samples: Path) -> dict[str, Any] | None:
+    path = sidecar(samples)
+    if path is None:
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the samples' record cannot be read ({error}); mend or remove it") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: the samples' record is no JSON object; mend or remove it")
+    return {"file": path.name, **record}
+
+
+def all_metrics(text: str | None) -> tuple[str, ...] | None:
+    """`fid,pr` as metrics, each once, in `METRICS` order; None for None.  Raises UserError for unknown names."""
+    if text is None:
+        return None
+    given = [part.strip().lower() for part in text.split(",")]
+    unknown = [name for name in given if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics {text}: {unknown[0]!r} is unknown; use some of {','.join(METRICS)}")
+    return tuple(metric for metric in METRICS if metric in given)

@@ -1,0 +1,1 @@
+"""The numbers themselves: the Inception network, distances between Gaussians, precision and recall."""

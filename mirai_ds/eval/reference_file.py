@@ -1,0 +1,93 @@
+"""Reference sets on disk: ADM's .npz with stored statistics, any .npz of images, a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirai_ds.config import UserError
+from mirai_ds.eval.image_sources import KEYS, ImageSource, npz_members, open_images
+from mirai_ds.eval.metrics.distances import GaussianStatistics
+from mirai_ds.eval.metrics.inception import POOLED, SPATIAL
+from mirai_ds.runtime.disk import digest_of_file
+from mirai_ds.runtime.weight_files import first_line
+
+# The published reference of ImageNet at 256 pixels: statistics of the whole training set, and images for P and R only.
+STANDARD_NAME = "VIRTUAL_imagenet256_labeled.npz"
+STANDARD_IMAGES, STANDARD_SIDE = 10_000, 256
+VALIDATION_IMAGES = 50_000  # of ImageNet's validation set
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """pooled, spatial: statistics stored for Inception's two layers.  images: None where there are statistics only."""
+
+    path: Path
+    images: ImageSource | None
+    pooled: GaussianStatistics | None
+    spatial: GaussianStatistics | None
+
+    def digest(self) -> str:
+        """sha256 of the file, or of a folder's names and files."""
+        return self.images.digest() if self.images is not None else digest_of_file(self.path)
+
+    @property
+    def standard(self) -> bool:
+        """Whether it has the properties of the published reference; a name proves nothing, unless it says `val`."""
+        return not self.departures()
+
+    def departures(self) -> list[str]:
+        """In what it differs from the published reference, each a sentence."""
+        found = []
+        if self.pooled is None or self.spatial is None:
+            lacking = "mu, sigma" if self.pooled is None else "mu_s, sigma_s"
+            found.append(f"the reference has no stored {lacking}: {STANDARD_NAME} has them of the whole training set")
+        if self.images is None:
+            return [*found, "the reference has no images"]
+        if self.images.count != STANDARD_IMAGES:
+            found.append(f"the reference has {self.images.count} images, {STANDARD_NAME} has {STANDARD_IMAGES}")
+        if (self.images.height, self.images.width) != (STANDARD_SIDE, STANDARD_SIDE):
+            size = f"{self.images.width}x{self.images.height}"
+            found.append(f"the reference is {size}, {STANDARD_NAME} is {STANDARD_SIDE}x{STANDARD_SIDE}")
+        if self.images.count == VALIDATION_IMAGES or "val" in self.path.stem.lower().replace("-", "_").split("_"):
+            found.append("the reference looks like ImageNet's validation set: its scores are not those of tables")
+        return found
+
+
+def open_reference(path: Path) -> ReferenceFile:
+    """The reference at `path`; statistics are read, images are not yet.  Raises UserError."""
+    if path.is_dir():
+        return ReferenceFile(path, open_images(path), None, None)
+    members = npz_members(path)
+    pooled = _stored(path, members, "mu", "sigma", POOLED)
+    spatial = _stored(path, members, "mu_s", "sigma_s", SPATIAL)
+    images = open_images(path) if any(key in members for key in KEYS) else None
+    if images is None and pooled is None and spatial is None:
+        held = ", ".join(sorted(members)[:8]) or "nothing"
+        raise UserError(f"{path}: has neither images (arr_0) nor statistics (mu, sigma); it holds {held}")
+    return ReferenceFile(path, images, pooled, spatial)
+
+
+def _stored(path: Path, members: dict[str, Any], mean: str, covariance: str, width: int) -> GaussianStatistics | None:
+    if mean not in members and covariance not in members:
+        return None
+    wanted = {mean: (width,), covariance: (width, width)}
+    for key, shape in wanted.items():
+        if key not in members:
+            raise UserError(f"{path}: has {mean if key == covariance else covariance} but no {key}; fetch it again")
+        if members[key].shape != shape or members[key].dtype.kind != "f":
+            problem = f"{key} is {members[key].dtype} {members[key].shape}, not {shape} of Inception's features"
+            raise UserError(f"{path}: {problem}; they are another network's")
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            found = GaussianStatistics(data[mean], data[covariance])
+    except Exception as error:  # bytes from anywhere: NumPy raises nearly any type on them
+        raise UserError(
+            f"{path}: {mean} and {covariance} cannot be read ({first_line(error)}); fetch it again"
+        ) from None
+    if not np.isfinite(found.mean).all() or not np.isfinite(found.covariance).all():
+        raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity; fetch it again")
+    return found
