@@ -83,7 +83,7 @@ class ModelConfig(Section):
     num_classes: int = Field(1000, ge=1)
     block_size: int = Field(256, ge=1, description="tokens of one image, a square number")
     grid_size: int | None = Field(None, ge=1, description="side of the token grid; derived from block_size")
-    par_tokens: int | None = Field(None, description="PAR: tokens made at once, one of each region; default raster order")
+    par_tokens: int | None = Field(None, description="PAR: tokens made at once, one a region; default: raster order")
     ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
     norm_eps: float = Field(1e-5, gt=0)
     rope_base: float = Field(10000.0, gt=0)
@@ -120,7 +120,7 @@ class ModelConfig(Section):
         return self
 
     def _check_par(self, side: int) -> None:
-        """One token of each of n equal square regions, and more than one parallel step's worth of cells in each."""
+        """n equal square regions of more than one cell each."""
         good = [s * s for s in range(2, side) if side % s == 0]
         if self.par_tokens is None or self.par_tokens in good:
             return

@@ -160,7 +160,7 @@ class GPTTrunk(nn.Module):
         self.run_block: BlockCall | None = None
 
     def embed(self, tokens: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
-        """tokens (B, T) and labels (B,) int64 -> (B, S, D): S = 1 + T slots; PAR has n - 1 more, and T is N - 1 or N."""
+        """tokens (B, T) and labels (B,) int64 -> (B, S, D): S = 1 + T slots, n - 1 more in PAR (T = N - 1 or N)."""
         n = self.config.par_tokens
         if n is not None:
             tokens = self._par_sequence(tokens, n)
@@ -171,10 +171,10 @@ class GPTTrunk(nn.Module):
 
     def _par_sequence(self, tokens: Tensor, n: int) -> Tensor:
         """Raster order -> PAR's.  The last cell is the last of both, so that a sequence without it is one too."""
-        missing = self.config.block_size - tokens.shape[1]
-        if missing not in (0, 1):
-            raise ValueError(f"PAR takes all {self.config.block_size} tokens or all but the last, not {tokens.shape[1]}")
-        return to_sequence(F.pad(tokens, (0, missing)), n)[:, : tokens.shape[1]]
+        given, whole = tokens.shape[1], self.config.block_size
+        if given not in (whole - 1, whole):
+            raise ValueError(f"PAR takes all {whole} tokens or all but the last, not {given}")
+        return to_sequence(F.pad(tokens, (0, whole - given)), n)[:, :given]
 
     def blocks(self, x: Tensor, keys: Tensor | None, tap: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks on x (B, S, D), S <= 1 + N; also return the residual stream after the blocks in `tap`.
