@@ -24,15 +24,18 @@ def _model_config(vector: Vector) -> ModelConfig:
     fields = {name: vector.setting(name) for name in REFERENCE_NAMES}
     if vector.text("kind") == "par_gpt":
         fields["par_tokens"] = vector.setting("ar_token_num")
-        if given.get("spe_token_num", fields["par_tokens"] - 1) != fields["par_tokens"] - 1:
-            raise vector.fail(f"`config` has spe_token_num = {given['spe_token_num']}, which is ar_token_num - 1")
     for theirs, ours in (("norm_eps", "norm_eps"), ("rope_base", "rope_base"), ("multiple_of", "ffn_multiple_of")):
         if theirs in given:
             fields[ours] = given[theirs]
     try:
-        return ModelConfig(size="custom", **fields)
+        config = ModelConfig(size="custom", **fields)
     except ValidationError as error:
         raise from_validation(error, ModelConfig, str(vector.path)) from None
+    wanted = config.slots - config.block_size
+    if "par_tokens" in fields and (config.par_tokens is None or given.get("spe_token_num", wanted) != wanted):
+        wrong = f"`config` has ar_token_num = {fields['par_tokens']}, spe_token_num = {given.get('spe_token_num')}"
+        raise vector.fail(f"{wrong}: the one must be a number, the other one less")
+    return config
 
 
 def _batch(vector: Vector, config: ModelConfig) -> tuple[Tensor, Tensor]:
