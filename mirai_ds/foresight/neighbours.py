@@ -45,8 +45,8 @@ def target_cell(cell: int, offset: tuple[int, int], grid: int, config: Foresight
 
 
 class Pair(NamedTuple):
-    """A student's slot, a head, the row of the target that the head looks at from there, and whether the target's token
-    was made at an earlier decoding step than the slot's own cell, so that nothing is foreseen."""
+    """A student's slot, a head, the row of the target that the head looks at from there, and whether the slot has seen
+    the target's token already, so that nothing is foreseen (its own cell aside)."""
 
     slot: int
     head: int
@@ -61,6 +61,7 @@ def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> 
     cells = grid * grid
     # Tokens whose features the teacher has: all patches, or the tokens it was given.
     available = cells if encoder or config.teacher_sees_last_token else cells - 1
+    seen = order.seen_with if config.slots == "input" else order.seen_before
     for head, offset in enumerate(offsets(config)):
         for number, cell in enumerate(order.cell):
             slot = order.input_slot[number] if config.slots == "input" else number
@@ -73,7 +74,7 @@ def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> 
                 target = order.number[found] if found >= 0 else cells
             if target < available:
                 row = order.cell[target] if encoder else order.input_slot[target]
-                yield Pair(slot, head, row, order.step[target] < order.step[number])
+                yield Pair(slot, head, row, target < seen[number] and target != number)
 
 
 def index_table(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Tensor:
@@ -109,10 +110,11 @@ def slot_counts(config: ForesightConfig, table: Tensor, cells: int | None = None
 
 
 def decoded_targets(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> list[tuple[int, int]]:
-    """(pairs whose target is decoded already, all pairs) of each head, before `mask_decoded_targets`.
+    """(pairs whose target the slot has seen already, all pairs) of each head, before `mask_decoded_targets`.
 
     Raster order has none.  PAR's regions have seams: right of a region's last column lies the first of the next, whose
-    tokens were made long ago (16 of 240 pairs at n = 4 on a 16x16 grid).
+    tokens were made long ago (16 of 240 pairs at n = 4 on a 16x16 grid).  With `slots: input` a slot also sees the
+    tokens made together with its own, which in 1d layout are most of its targets.
     """
     counts = [[0, 0] for _ in range(config.heads)]
     for pair in pairs(config, grid, par_tokens):
@@ -134,4 +136,4 @@ def seam_note(config: ForesightConfig, model: ModelConfig) -> str | None:
     if not seams:
         return None
     fate = "left out" if config.mask_decoded_targets else "kept (foresight.mask_decoded_targets: true leaves them out)"
-    return f"foresight: pairs whose target is decoded before the cell itself, {fate}: {'; '.join(seams)}"
+    return f"foresight: targets that are decoded already, {fate}: {'; '.join(seams)}"

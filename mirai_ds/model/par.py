@@ -82,7 +82,8 @@ class CellOrder(NamedTuple):
     number: list[int]  # q of each cell, cells in raster order
     cell: list[int]  # raster number of the q-th token
     input_slot: list[int]  # slot that holds the q-th token; slot q predicts it
-    step: list[int]  # decoding step that makes the q-th token
+    seen_before: list[int]  # how many tokens, from the first on, the slot that predicts the q-th sees
+    seen_with: list[int]  # how many the slot that holds it sees
     slots: int  # of the input in training, which has all tokens but the last
 
 
@@ -91,12 +92,14 @@ def cell_order(grid: int, par_tokens: int | None) -> CellOrder:
     cells = grid * grid
     if par_tokens is None:
         places = list(range(cells))
-        return CellOrder(places, places, list(range(1, cells + 1)), places, cells)
+        after = list(range(1, cells + 1))
+        return CellOrder(places, places, after, places, after, cells)
     n, raster = par_tokens, torch.arange(cells, device="cpu")[None]
     return CellOrder(
         number=to_raster(raster, n)[0].tolist(),
         cell=to_sequence(raster, n)[0].tolist(),
         input_slot=[1 + q if q < n else n + q for q in range(cells)],
-        step=[q if q < n else n - 1 + q // n for q in range(cells)],
+        seen_before=[q if q < n else q // n * n for q in range(cells)],
+        seen_with=[1 + q if q < n else (1 + q // n) * n for q in range(cells)],
         slots=cells + n - 1,
     )

@@ -168,13 +168,14 @@ CROSS_FIELD = {
     "mask-decoded-in-raster-order": _set(
         "foresight.mask_decoded_targets=true",
         "foresight.mask_decoded_targets = true",
-        "in raster order (model.par_tokens is null) no target is decoded before its cell; set it to false",
+        "in raster order (model.par_tokens is null) no target is decoded already; set it to false",
         text=MIRAI,
     ),
     "mask-decoded-in-a-line": _recipe(
-        "model: {par_tokens: 4}\nforesight: {method: mirai-i, layout: 1d, mask_decoded_targets: true}",
+        "model: {par_tokens: 4}\n"
+        "foresight: {method: mirai-i, convention: paper, layout: 1d, mask_decoded_targets: true}",
         "foresight.mask_decoded_targets = true",
-        "in layout 1d no target",
+        "in layout 1d with slots predict no target",
     ),
     "custom-incomplete": _recipe("model: {size: custom, dim: 8, n_head: 2}", "model.n_layer = null", "give it a value"),
     "size-and-dim": _recipe("model: {size: GPT-L, dim: 768}", "model.dim = 768", "GPT-L has 1024", "'custom'"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirai_ds.config import ForesightConfig, ModelConfig
+from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
 from mirai_ds.foresight import (
     EmaTeacher,
     MiraiObjective,
@@ -41,14 +41,14 @@ def target_of(cell: Cell, offset: Cell, grid: int, border: str) -> Cell | None:
 
 
 def brute_force(config: ForesightConfig, grid: int, n: int) -> tuple[dict[Cell, int], list[list[int]]]:
-    """(slot, head) -> row of the target, and of each head how many targets are made before, and how many there are.
+    """(slot, head) -> row of the target, and of each head how many targets the slot sees, and how many there are.
 
-    The sequence is written down slot by slot; slots and moments are looked up in it.
+    The sequence is written down slot by slot, and everything is looked up in it.
     """
     walk = plain_par.walk(grid, n)
     holds: list[Any] = ["class", *walk[:n], *["learnable"] * (n - 1), *walk[n:]]
     slot_with = {cell: slot for slot, cell in enumerate(holds) if cell in walk}
-    moment = {cell: plain_par.made_before(q, n) for q, cell in enumerate(walk)}
+    sees = plain_par.sees(len(holds), n)
     found, counts = {}, [[0, 0] for _ in range(config.heads)]
     for head, offset in enumerate(offsets(config)):
         for q, cell in enumerate(walk):
@@ -66,7 +66,7 @@ def brute_force(config: ForesightConfig, grid: int, n: int) -> tuple[dict[Cell, 
                 config.method == "mirai-e" and target == walk[-1] and not config.teacher_sees_last_token
             ):
                 continue
-            late = moment[target] < moment[cell]
+            late = target != cell and sees[slot][slot_with[target]]
             counts[head][0] += late
             counts[head][1] += 1
             if not (late and config.mask_decoded_targets):
@@ -85,11 +85,16 @@ CHOICES = list(
 @pytest.mark.parametrize(("method", "convention", "border", "shape"), CHOICES)
 def test_any_choice_equals_brute_force(method: str, convention: str, border: str, shape: tuple[int, int]) -> None:
     grid, n = shape
-    for layout, mask in (("2d", False), ("2d", True), ("1d", False)):
+    for layout, mask in (("2d", False), ("2d", True), ("1d", False), ("1d", True)):
         config = ForesightConfig(
             method=method, convention=convention, border=border, num_heads=6, layout=layout, mask_decoded_targets=mask
         )  # type: ignore[arg-type]
-        table, (wanted, counts) = index_table(config, grid, n), brute_force(config, grid, n)
+        wanted, counts = brute_force(config, grid, n)
+        if any(all(slot == 0 or head != k for slot, head in wanted) for k in range(6)):
+            with pytest.raises(ConfigError, match="has no target"):
+                index_table(config, grid, n)
+            continue
+        table = index_table(config, grid, n)
         assert table.shape == (grid * grid + n - 1, 6)
         assert {(s, k): int(table[s, k]) for s, k in (table >= 0).nonzero().tolist()} == wanted
         assert decoded_targets(config, grid, n) == [tuple(pair) for pair in counts]
@@ -109,6 +114,10 @@ def test_seams_of_16_by_4() -> None:
     assert decoded_targets(paper(num_heads=4), 16, 4)[3] == (15, 225)
     assert decoded_targets(paper(), 16, None) == [(0, 256), (0, 240), (0, 240)]
     assert decoded_targets(paper(layout="1d"), 16, 4) == [(0, 256), (0, 255), (0, 254)]
+    # The slot that holds x_q, q >= 4, sees the others of its step: three in four have the next token among them.
+    held = paper(layout="1d", slots="input")
+    assert decoded_targets(held, 16, 4) == [(0, 255), (189, 255), (126, 254)]
+    assert decoded_targets(held, 16, None) == [(0, 255), (0, 255), (0, 254)]
     table = index_table(paper(), 16, 4)
     order = plain_par.raster(16, 4)
     jumps = {k: {order.index(int(row)) - slot for slot, row in enumerate(table[:256, k]) if row >= 0} for k in (1, 2)}

@@ -51,7 +51,8 @@ def test_first_cells_of_16_by_4() -> None:
     assert order.number[16] == 32  # a row down
     assert (order.number[7], order.number[8]) == (28, 1)  # across the seam
     assert order.input_slot[:6] == [1, 2, 3, 4, 8, 9]
-    assert order.step[:9] == [0, 1, 2, 3, 4, 4, 4, 4, 5]
+    assert order.seen_before[:9] == [0, 1, 2, 3, 4, 4, 4, 4, 8]
+    assert order.seen_with[:9] == [1, 2, 3, 4, 8, 8, 8, 8, 12]
     assert order.slots == 259
 
 
@@ -65,8 +66,10 @@ def test_order_of_any_grid(grid: int, n: int) -> None:
             q = (((row % width) * width + column % width) * side + row // width) * side + column // width
             assert order.number[row * grid + column] == q
     assert order.number[-1] == grid * grid - 1  # what a model is not given is the last cell in both orders
-    assert sorted(order.step) == order.step
-    assert order.step[-1] + 1 == n + (grid * grid - n) // n
+    sees = plain_par.sees(order.slots + 1, n)  # the last cell's slot too
+    for q in range(grid * grid):
+        visible = [sum(sees[slot][other] for other in order.input_slot) for slot in (q, order.input_slot[q])]
+        assert (order.seen_before[q], order.seen_with[q]) == tuple(visible)
 
 
 @pytest.mark.parametrize(("grid", "n"), GRIDS)
@@ -80,8 +83,8 @@ def test_there_and_back(grid: int, n: int) -> None:
 
 def test_raster_order_is_the_order_of_a_plain_model() -> None:
     order = cell_order(4, None)
-    assert order.number == order.cell == order.step == list(range(16))
-    assert order.input_slot == list(range(1, 17))
+    assert order.number == order.cell == order.seen_before == list(range(16))
+    assert order.input_slot == order.seen_with == list(range(1, 17))
     assert order.slots == 16
 
 

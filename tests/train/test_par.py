@@ -16,7 +16,7 @@ from mirai_ds.train.run_folder import read_run_config
 from tests.train.conftest import records, small_train
 
 PAR = ["model.par_tokens=4", "train.epochs=2", "score.enabled=false", "checkpoint.every_steps=44"]
-NOTE = "mirai-ds: foresight: pairs whose target is decoded before the cell itself, kept"
+NOTE = "mirai-ds: foresight: targets that are decoded already, kept"
 
 
 def invoke(*arguments: object) -> None:
