@@ -96,7 +96,7 @@ def _measure(weights: Mapping[str, Tensor]) -> _Shape | None:
     if tokens is None or labels is None or w1 is None or not blocks or {tokens.ndim, labels.ndim, w1.ndim} != {2}:
         return None
     learnable = weights.get(LEARNABLE)
-    par_tokens = None if learnable is None else len(learnable) + 1
+    par_tokens = None if learnable is None or learnable.ndim != 2 else len(learnable) + 1
     return _Shape(tokens.shape[1], max(blocks) + 1, tokens.shape[0], labels.shape[0] - 1, w1.shape[0], par_tokens)
 
 

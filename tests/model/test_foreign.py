@@ -235,8 +235,9 @@ def test_par_and_plain_weights_are_not_mixed_up(weights: Any) -> None:
         "1 unexpected (first: 'spe_tok_embeddings.special_embeddings.weight')", "model.par_tokens = 4, not null",
     )  # fmt: skip
     one_line(lambda: check_gpt_weights(weights, PAR, path), "1 of 26 tensors missing", "model.par_tokens = null, not 4")
-    bent = {**PAR_WEIGHTS, plain_par.LEARNABLE: torch.zeros(64)}
-    one_line(lambda: check_gpt_weights(bent, PAR, path), "1 misshaped", "special_embeddings")
+    for bad in (torch.zeros(64), torch.zeros(())):
+        bent = {**PAR_WEIGHTS, plain_par.LEARNABLE: bad}
+        one_line(lambda bent=bent: check_gpt_weights(bent, PAR, path), "1 misshaped", "special_embeddings")
 
 
 def test_other_sizes_need_the_number_of_heads(weights: Any) -> None:

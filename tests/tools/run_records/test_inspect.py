@@ -187,6 +187,8 @@ def test_other_methods(tmp_path: Path) -> None:
     said = lines_of(run)
     assert said["method"] == ["none"]
     assert said["training"][0].startswith("8 epochs, 25 steps at most, batch 32")
+    run = write_run(tmp_path / "par", model__par_tokens=4)
+    assert "1.2 M parameters; 17 codes, 64 tokens (8x8, PAR: 4 at once), 10 classes" in lines_of(run)["model"][0]
     run = write_run(tmp_path / "b", foresight__method="mirai-i", foresight__num_heads=1, foresight__weights=[1.0],
                     foresight__class_slot="false")  # fmt: skip
     assert lines_of(run)["method"][0].endswith("1 head of block 4, lambda [1.0], from epoch 0.4, encoder "
