@@ -209,7 +209,7 @@ def test_other_orders_fail(spoil: Callable[[Arrays], None], tmp_path: Path) -> N
     [
         ({"ar_token_num": 9}, "model.par_tokens = 9"),
         ({"ar_token_num": None}, "ar_token_num = None, spe_token_num = 3"),
-        ({"ar_token_num": "four"}, "model.par_tokens = 'four'"),
+        ({"ar_token_num": "four"}, "par_tokens = 'four': must be a whole number"),
         ({"spe_token_num": 4}, "the other one less"),
     ],
 )
