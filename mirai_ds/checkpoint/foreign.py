@@ -1,6 +1,7 @@
 """Foreign weights in and out: LlamaGen's checkpoint files, and what its own samplers read.  Never runs a file's code.
 
-Layouts and keys: FoundationVision/LlamaGen (commit ce98ec4), y0urOy/Mirai-Code (commit 4e8611e).
+Layouts and keys: FoundationVision/LlamaGen (commit ce98ec4), y0urOy/Mirai-Code (commit 4e8611e), YuqingWang1029/PAR
+(commit b1dd994), whose files have one tensor more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ WRAPPERS = ("model", "module", "state_dict")
 # The rotary table of older released files: LlamaGen's samplers ignore it, and so do we; everything else is strict.
 STRAY = "freqs_cis"
 PROJECTORS = "projectors."
+LEARNABLE = "spe_tok_embeddings.special_embeddings.weight"  # PAR's n - 1 tokens
 
 
 def read_gpt_weights(path: Path, which: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
@@ -78,6 +80,7 @@ class _Shape(NamedTuple):
     vocab_size: int
     num_classes: int
     ffn_hidden: int
+    par_tokens: int | None
 
     @property
     def size(self) -> str | None:
@@ -92,7 +95,9 @@ def _measure(weights: Mapping[str, Tensor]) -> _Shape | None:
     blocks = [int(found[1]) for key in weights if (found := re.match(r"layers\.(\d{1,9})\.", key))]
     if tokens is None or labels is None or w1 is None or not blocks or {tokens.ndim, labels.ndim, w1.ndim} != {2}:
         return None
-    return _Shape(tokens.shape[1], max(blocks) + 1, tokens.shape[0], labels.shape[0] - 1, w1.shape[0])
+    learnable = weights.get(LEARNABLE)
+    par_tokens = None if learnable is None or learnable.ndim != 2 else len(learnable) + 1
+    return _Shape(tokens.shape[1], max(blocks) + 1, tokens.shape[0], labels.shape[0] - 1, w1.shape[0], par_tokens)
 
 
 def infer_model_config(weights: Mapping[str, Tensor], block_size: int = 256, n_head: int | None = None) -> ModelConfig:
@@ -104,7 +109,8 @@ def infer_model_config(weights: Mapping[str, Tensor], block_size: int = 256, n_h
     shape = _measure(weights)
     if shape is None:
         raise UserError("not a GPT's weights: tok_embeddings, cls_embedding or layers.0.feed_forward is missing")
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "num_classes": shape.num_classes, "block_size": block_size}
+    sizes: dict[str, Any] = {name: getattr(shape, name) for name in ("vocab_size", "num_classes", "par_tokens")}
+    sizes["block_size"] = block_size
     if shape.size is None:
         if n_head is None:
             known = f"no LlamaGen size has dim {shape.dim}, n_layer {shape.n_layer}"
@@ -156,8 +162,8 @@ def _hint(weights: Mapping[str, Tensor], config: ModelConfig, unexpected: list[s
         size = f"model.size = {shape.size or 'custom'}"
         hints.append(f"{size} (dim {shape.dim}, n_layer {shape.n_layer}; the model is {config.width}, {config.depth})")
     hints += [
-        f"model.{name} = {getattr(shape, name)}, not {getattr(config, name)}"
-        for name in ("vocab_size", "num_classes")
+        f"model.{name} = {shown(getattr(shape, name))}, not {shown(getattr(config, name))}"
+        for name in ("vocab_size", "num_classes", "par_tokens")
         if getattr(shape, name) != getattr(config, name)
     ]
     if not hints and shape.ffn_hidden != config.ffn_hidden:

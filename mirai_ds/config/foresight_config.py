@@ -157,6 +157,9 @@ class ForesightConfig(Section):
     normalizer: Literal["valid", "constant"] | None = Field(None, description="divide by valid cells, or by all")
     class_slot: bool | None = Field(None, description="mirai-e: align the class slot too; official only")
     teacher_sees_last_token: bool | None = Field(None, description="mirai-e: teacher reads x_1..x_N, not x_1..x_{N-1}")
+    mask_decoded_targets: bool = Field(
+        False, description="PAR: leave out pairs whose target the slot has seen already (seams of regions)"
+    )
     flat_stride: int | None = Field(None, ge=1, description="wrap: flat shift of one row down; default the grid side")
     schedule: LambdaSchedule = LambdaSchedule()
     warmup_epochs: float | None = Field(
@@ -262,6 +265,11 @@ class ForesightConfig(Section):
             value = getattr(self, name)
             if value is not None and value > model.depth:
                 raise ConfigError(f"foresight.{name}", value, f"must be at most the model's depth, {model.depth}")
+        ahead = self.layout == "1d" and self.slots == "predict"
+        if self.mask_decoded_targets and (model.par_tokens is None or ahead):
+            why = "layout 1d with slots predict" if model.par_tokens else "raster order (model.par_tokens is null)"
+            problem = f"in {why} no target is decoded already; set it to false"
+            raise ConfigError("foresight.mask_decoded_targets", True, problem)
         for i, offset in enumerate(self.offsets or []):
             if max(offset) >= model.grid:
                 problem = f"leaves the {model.grid}x{model.grid} grid from every cell; use at most {model.grid - 1}"

@@ -83,6 +83,7 @@ class ModelConfig(Section):
     num_classes: int = Field(1000, ge=1)
     block_size: int = Field(256, ge=1, description="tokens of one image, a square number")
     grid_size: int | None = Field(None, ge=1, description="side of the token grid; derived from block_size")
+    par_tokens: int | None = Field(None, description="PAR: tokens made at once, one a region; default: raster order")
     ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
     norm_eps: float = Field(1e-5, gt=0)
     rope_base: float = Field(10000.0, gt=0)
@@ -106,6 +107,7 @@ class ModelConfig(Section):
                 "model.grid_size", self.grid_size, f"must be sqrt(model.block_size) = {side}; leave it out"
             )
         self.__dict__["grid_size"] = side
+        self._check_par(side)
         dim, n_head = self.width, self.heads
         if dim % (4 * n_head):
             good = [h for h in range(1, dim // 4 + 1) if dim % (4 * h) == 0]
@@ -116,6 +118,20 @@ class ModelConfig(Section):
                 wrong = f"makes heads of width {dim // n_head}, not a multiple of 4 (2D rotary pairs)"
             raise ConfigError("model.n_head", n_head, f"{wrong}; {fix}")
         return self
+
+    def _check_par(self, side: int) -> None:
+        """n equal square regions of more than one cell each."""
+        good = [s * s for s in range(2, side) if side % s == 0]
+        if self.par_tokens is None or self.par_tokens in good:
+            return
+        fix = f"use {' or '.join(map(str, good))}, or null" if good else "set it to null"
+        if self.par_tokens == self.block_size:
+            wrong = "is the whole image, with one cell a region and nothing left to make at once"
+        elif self.par_tokens < 4 or math.isqrt(self.par_tokens) ** 2 != self.par_tokens:
+            wrong = "is not a square number of at least 4"
+        else:
+            wrong = f"makes {math.isqrt(self.par_tokens)} regions a side, which does not divide the {side}x{side} grid"
+        raise ConfigError("model.par_tokens", self.par_tokens, f"{wrong}; {fix}")
 
     def _fill_size(self) -> None:
         if self.size != "custom" and self.size not in SIZES:
@@ -155,6 +171,11 @@ class ModelConfig(Section):
         return math.isqrt(self.block_size)
 
     @property
+    def slots(self) -> int:
+        """Input slots in training: the class and all tokens but the last; PAR's n - 1 learnable tokens beside them."""
+        return self.block_size + (self.par_tokens or 1) - 1
+
+    @property
     def ffn_hidden(self) -> int:
         """Feed-forward width: floor(2/3 * 4D) rounded up to `ffn_multiple_of` (LlamaGen's rule)."""
         hidden = int(2 * (4 * self.width) / 3)
@@ -162,6 +183,7 @@ class ModelConfig(Section):
 
     @classmethod
     def from_reference(cls, config: dict[str, Any]) -> ModelConfig:
-        """From a configuration in LlamaGen's own names (dim, n_layer, n_head, vocab_size, block_size, num_classes)."""
+        """From a configuration in LlamaGen's own names (dim, n_layer, n_head, vocab_size, block_size, num_classes), and
+        PAR's ar_token_num where there is one."""
         names = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_classes")
-        return cls(size="custom", **{name: config[name] for name in names})
+        return cls(size="custom", par_tokens=config.get("ar_token_num"), **{name: config[name] for name in names})

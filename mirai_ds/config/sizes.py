@@ -11,8 +11,9 @@ def block_parameters(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters of the GPT; does not depend on block_size, since positions have none."""
-    tables = (2 * config.vocab_size + config.num_classes + 1) * config.width
+    """All parameters of the GPT, PAR's learnable tokens included; block_size has no part, since positions have none."""
+    learnable = (config.par_tokens or 1) - 1
+    tables = (2 * config.vocab_size + config.num_classes + 1 + learnable) * config.width
     return tables + config.depth * block_parameters(config) + config.width
 
 

@@ -30,7 +30,8 @@ def parameter_groups(objective: MiraiObjective, config: RunConfig) -> list[dict[
     because neither gradient nor decay may touch them during warm-up.
     """
     last = config.foresight.teacher_layer or 0
-    prefixes = ("gpt.cls_embedding.", "gpt.tok_embeddings.", *(f"gpt.layers.{i}." for i in range(last)))
+    tables = ("gpt.cls_embedding.", "gpt.tok_embeddings.", "gpt.spe_tok_embeddings.")
+    prefixes = (*tables, *(f"gpt.layers.{i}." for i in range(last)))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         owner = "heads" if name.startswith(HEADS) else "teacher" if last and name.startswith(prefixes) else "gpt"

@@ -1,7 +1,7 @@
 """Foresight alignment: neighbours, heads, teachers, schedules and the objective that joins them to the model."""
 
 from mirai_ds.foresight.encoders import EncoderTeacher
-from mirai_ds.foresight.neighbours import index_table, offsets, slot_counts
+from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_note, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
 from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
 from mirai_ds.foresight.teachers import EmaTeacher, Teacher
@@ -13,7 +13,9 @@ __all__ = [
     "Teacher",
     "alignment_active",
     "alignment_multiplier",
+    "decoded_targets",
     "index_table",
     "offsets",
+    "seam_note",
     "slot_counts",
 ]

@@ -6,10 +6,14 @@ A head means one offset.  Everything that differs between the authors' code and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from mirai_ds.config import ConfigError, ForesightConfig
+from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
+from mirai_ds.model.par import cell_order
 
 # The authors' order of heads (flat shifts 0, +1, +16, +17, +2, +18, +34, +33, +32 on a 16 grid).
 OFFICIAL_OFFSETS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0))
@@ -28,9 +32,9 @@ def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
 
 
 def target_cell(cell: int, offset: tuple[int, int], grid: int, config: ForesightConfig) -> int:
-    """Raster number of the cell at `offset` from `cell`, or -1 where the border rule gives none."""
+    """Raster number of the cell at `offset` from `cell` on the grid, or -1 where the border rule gives none."""
     down, right = offset
-    if config.layout == "1d" or config.border == "wrap":
+    if config.border == "wrap":
         stride = config.flat_stride or grid
         found = cell + down * stride + right
         return found if found < grid * grid else -1
@@ -40,25 +44,51 @@ def target_cell(cell: int, offset: tuple[int, int], grid: int, config: Foresight
     return row * grid + column if row < grid and column < grid else -1
 
 
-def index_table(config: ForesightConfig, grid: int) -> Tensor:
-    """(S, K) int64 on CPU for S = N student slots (class and x_1..x_{N-1}), N = grid^2.
+class Pair(NamedTuple):
+    """A student's slot, a head, the row of the target that the head looks at from there, and whether the slot has seen
+    the target's token already, so that nothing is foreseen (its own cell aside)."""
+
+    slot: int
+    head: int
+    row: int
+    decoded: bool
+
+
+def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
+    """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
+    order of the sequence; only the slots that stand for them follow it."""
+    order, encoder = cell_order(grid, par_tokens), config.method == "mirai-i"
+    cells = grid * grid
+    # Tokens whose features the teacher has: all patches, or the tokens it was given.
+    available = cells if encoder or config.teacher_sees_last_token else cells - 1
+    seen = order.seen_with if config.slots == "input" else order.seen_before
+    for head, offset in enumerate(offsets(config)):
+        for number, cell in enumerate(order.cell):
+            slot = order.input_slot[number] if config.slots == "input" else number
+            if slot >= order.slots:  # the last token is no input
+                continue
+            if config.layout == "1d":
+                target = number + offset[1]
+            else:
+                found = target_cell(cell, offset, grid, config)
+                target = order.number[found] if found >= 0 else cells
+            if target < available:
+                row = order.cell[target] if encoder else order.input_slot[target]
+                yield Pair(slot, head, row, target < seen[number] and target != number)
+
+
+def index_table(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Tensor:
+    """(S, K) int64 on CPU for the S student slots: the class and all tokens but the last, S = N = grid^2.
+
+    PAR: S = N + n - 1.  Its learnable tokens stand for no cell with `slots: input`, and predict one with `predict`.
 
     Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches in raster
     order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on this grid.
     """
-    cells = grid * grid
-    encoder = config.method == "mirai-i"
-    # Cells whose features the teacher has: all patches, or the tokens it was given.
-    available = cells if encoder or config.teacher_sees_last_token else cells - 1
-    table = torch.full((cells, config.heads), -1, dtype=torch.int64)
-    for k, offset in enumerate(offsets(config)):
-        for slot in range(cells):
-            cell = slot - 1 if config.slots == "input" else slot
-            if cell < 0:
-                continue
-            found = target_cell(cell, offset, grid, config)
-            if 0 <= found < available:
-                table[slot, k] = found if encoder else found + 1
+    table = torch.full((cell_order(grid, par_tokens).slots, config.heads), -1, dtype=torch.int64)
+    for slot, head, row, decoded in pairs(config, grid, par_tokens):
+        if not (decoded and config.mask_decoded_targets):
+            table[slot, head] = row
     empty = [k for k in range(config.heads) if bool((table[:, k] < 0).all())]
     if empty and config.offsets is not None:
         problem = f"head {empty[0] + 1} has no target on a {grid}x{grid} grid; remove {config.offsets[empty[0]]}"
@@ -71,8 +101,39 @@ def index_table(config: ForesightConfig, grid: int) -> Tensor:
     return table
 
 
-def slot_counts(config: ForesightConfig, table: Tensor) -> Tensor:
-    """(K,) float32: what each head's sum is divided by, its valid slots or (normalizer: constant) all N."""
+def slot_counts(config: ForesightConfig, table: Tensor, cells: int | None = None) -> Tensor:
+    """(K,) float32: what each head's sum is divided by, its valid slots or (normalizer: constant) all N `cells`; by
+    default as many as the table has slots, which PAR has more of."""
     if config.normalizer == "constant":
-        return torch.full((table.shape[1],), float(table.shape[0]))
+        return torch.full((table.shape[1],), float(cells or table.shape[0]))
     return (table >= 0).sum(0).float()
+
+
+def decoded_targets(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> list[tuple[int, int]]:
+    """(pairs whose target the slot has seen already, all pairs) of each head, before `mask_decoded_targets`.
+
+    Raster order has none.  PAR's regions have seams: right of a region's last column lies the first of the next, whose
+    tokens were made long ago (16 of 240 pairs at n = 4 on a 16x16 grid).  With `slots: input` a slot also sees the
+    tokens made together with its own, which in 1d layout are most of its targets.
+    """
+    counts = [[0, 0] for _ in range(config.heads)]
+    for pair in pairs(config, grid, par_tokens):
+        counts[pair.head][0] += pair.decoded
+        counts[pair.head][1] += 1
+    return [(decoded, whole) for decoded, whole in counts]
+
+
+def seam_note(config: ForesightConfig, model: ModelConfig) -> str | None:
+    """What a run says once at its start about targets that are decoded already; None where there are none."""
+    if not config.active:
+        return None
+    counts = decoded_targets(config, model.grid, model.par_tokens)
+    seams = [
+        f"down {down} right {right}: {decoded} of {whole} ({decoded / whole:.1%})"
+        for (down, right), (decoded, whole) in zip(offsets(config), counts, strict=True)
+        if decoded
+    ]
+    if not seams:
+        return None
+    fate = "left out" if config.mask_decoded_targets else "kept (foresight.mask_decoded_targets: true leaves them out)"
+    return f"foresight: targets that are decoded already, {fate}: {'; '.join(seams)}"

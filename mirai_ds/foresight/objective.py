@@ -37,15 +37,16 @@ class MiraiObjective(nn.Module):
         self.gpt = GPT(model)
         self.projectors = projectors(foresight.heads, model.width, foresight.projector_dim, feature_dim or model.width)
         if foresight.active:
-            table = index_table(foresight, model.grid)
+            table = index_table(foresight, model.grid, model.par_tokens)
             self.register_buffer("index", table.int(), persistent=False)
-            self.register_buffer("slot_counts", slot_counts(foresight, table), persistent=False)
+            self.register_buffer("slot_counts", slot_counts(foresight, table, model.block_size), persistent=False)
             self.register_buffer("head_weights", torch.tensor(foresight.weights), persistent=False)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, keys: Tensor | None, target: Tensor | None = None, multiplier: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens (B, N), labels (B,), keys (B,) int64 (None: no dropout); target (B, M, C) or None (no alignment).
+        """tokens (B, N) in raster order, labels (B,), keys (B,) int64 (None: no dropout); target (B, M, C) or None (no
+        alignment).
 
         Returns the scalar total loss and detached metrics: `ntp`, and with a target `alignment` (weighted, before the
         multiplier) and `cosine` (K,).

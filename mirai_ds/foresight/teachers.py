@@ -49,6 +49,9 @@ class EmaTeacher:
 
     @torch.no_grad()
     def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
-        """(B, 1 + T, D): slot 0 is the class; T = N - 1, or N when the teacher sees the last token."""
+        """(B, 1 + T, D): slot 0 is the class; T = N - 1, or N when the teacher sees the last token.
+
+        PAR: n - 1 slots more, in the student's order.
+        """
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             return self.trunk.features(tokens[:, : self.n_tokens], labels)

@@ -1,12 +1,14 @@
 """LlamaGen's class-conditional GPT: the same state-dict keys, numbers and traps; single-device maths only.
 
 Facts: FoundationVision/LlamaGen, autoregressive/models/gpt.py (commit ce98ec4).  Slot 0 of a sequence is the class,
-slot p >= 1 holds token x_p and predicts x_{p+1}.
+slot p >= 1 holds token x_p and predicts x_{p+1}.  With `par_tokens` the same network is PAR (`model/par.py`): tokens go
+in and logits come out in raster order all the same, and the sequence in between is PAR's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from mirai_ds.config import ModelConfig
 from mirai_ds.model.keyed_dropout import drop_path, dropout
+from mirai_ds.model.par import LearnableTokens, arrange_slots, par_rope, to_raster, to_sequence, visible_slots
 from mirai_ds.model.rope2d import apply_rope, rope_table
 from mirai_ds.runtime.counter_random import uniform
 
@@ -62,8 +65,13 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
-        """x (B, S, D), rope (S, head_dim/2, 2); with `cache`, x are slots start..start+S-1 after cached ones."""
+    def forward(
+        self, x: Tensor, rope: Tensor, cache: KVCache | None = None, start: int = 0, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, S, D), rope (S, head_dim/2, 2); with `cache`, x are slots start..start+S-1 after cached ones.
+
+        mask (S, start + S) bool: who sees whom, instead of causal.
+        """
         batch, slots, dim = x.shape
         q, k, v = self.wqkv(x).view(batch, slots, 3, self.n_head, -1).unbind(2)
         q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
@@ -72,8 +80,8 @@ class Attention(nn.Module):
             stop = start + slots
             cache.key[:, :, start:stop], cache.value[:, :, start:stop] = k, v
             k, v = cache.key[:, :, :stop], cache.value[:, :, :stop]
-        # One new slot sees everything before it; several new slots only ever come first (start 0).
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=slots > 1)
+        # One new slot sees everything before it; several new slots without a mask only ever come first (start 0).
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and slots > 1)
         return self.wo(out.transpose(1, 2).reshape(batch, slots, dim))
 
 
@@ -107,10 +115,11 @@ class Block(nn.Module):
         self.ffn_rate = 0.0 if config.drop_path else config.ffn_dropout
 
     def forward(
-        self, x: Tensor, rope: Tensor, keys: Tensor | None = None, cache: KVCache | None = None, start: int = 0
-    ) -> Tensor:
-        """x (B, S, D) -> (B, S, D); `keys` (B,) int64 turn dropout on."""
-        a = dropout(self.attention(self.attention_norm(x), rope, cache, start), self.resid_rate, keys, self.site)
+        self, x: Tensor, rope: Tensor, keys: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, S, D) -> (B, S, D); `keys` (B,) int64 turn dropout on; the others are `Attention.forward`'s."""
+        a = dropout(self.attention(self.attention_norm(x), rope, cache, start, mask), self.resid_rate, keys, self.site)
         h = x + drop_path(a, self.path_rate, keys, self.site + 2)
         f = dropout(self.feed_forward(self.ffn_norm(h)), self.ffn_rate, keys, self.site + 1)
         return h + drop_path(f, self.path_rate, keys, self.site + 3)
@@ -135,34 +144,54 @@ class GPTTrunk(nn.Module):
     """Embeddings and the first `n_blocks` blocks: all that a Mirai-E teacher needs."""
 
     rope: Tensor
+    mask: Tensor | None
 
     def __init__(self, config: ModelConfig, n_blocks: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.cls_embedding = LabelEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        if config.par_tokens is not None:
+            self.spe_tok_embeddings = LearnableTokens(config.par_tokens - 1, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(n_blocks or config.depth))
-        table = rope_table(config.grid, config.width // config.heads, config.rope_base)
-        self.register_buffer("rope", table, persistent=False)
+        for name, table in slot_tables(config).items():
+            self.register_buffer(name, table, persistent=False)
         # Set by the engine to recompute activations; (index, block, arguments) -> block output.
         self.run_block: BlockCall | None = None
 
     def embed(self, tokens: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
-        """tokens (B, T) and labels (B,) int64 -> (B, 1 + T, D)."""
+        """tokens (B, T) and labels (B,) int64 -> (B, S, D): S = 1 + T slots, n - 1 more in PAR (T = N - 1 or N)."""
+        n = self.config.par_tokens
+        if n is not None:
+            tokens = self._par_sequence(tokens, n)
         x = torch.cat([self.cls_embedding(labels, keys), self.tok_embeddings(tokens)], dim=1)
+        if n is not None:
+            x = arrange_slots(x, self.spe_tok_embeddings(len(x)), n)
         return dropout(x, self.config.token_dropout, keys, _TOKEN_SITE)
 
+    def _par_sequence(self, tokens: Tensor, n: int) -> Tensor:
+        """Raster order -> PAR's.  The last cell is the last of both, so that a sequence without it is one too."""
+        given, whole = tokens.shape[1], self.config.block_size
+        if given not in (whole - 1, whole):
+            raise ValueError(f"PAR takes all {whole} tokens or all but the last, not {given}")
+        return to_sequence(F.pad(tokens, (0, whole - given)), n)[:, :given]
+
     def blocks(self, x: Tensor, keys: Tensor | None, tap: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all blocks on x (B, S, D), S <= 1 + N; also return the residual stream after the blocks in `tap`."""
-        rope, hidden = self.rope[: x.shape[1]], {}
-        for index, block in enumerate(self.layers):
+        """Run all blocks on x (B, S, D), S <= 1 + N; also return the residual stream after the blocks in `tap`.
+
+        PAR: S <= N + n, and everything is by slot.
+        """
+        slots = x.shape[1]
+        rope, hidden = self.rope[:slots], {}
+        for index, layer in enumerate(self.layers):
+            block = layer if self.mask is None else partial(layer, mask=self.mask[:slots, :slots])
             x = block(x, rope, keys) if self.run_block is None else self.run_block(index, block, (x, rope, keys))
             if index + 1 in tap:
                 hidden[index + 1] = x
         return x, hidden
 
     def features(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Residual stream (B, 1 + T, D) after the last block held, without dropout."""
+        """Residual stream (B, S, D), S as in `embed`, after the last block held, without dropout."""
         return self.blocks(self.embed(tokens, labels, None), None)[0]
 
 
@@ -183,10 +212,21 @@ class GPT(GPTTrunk):
     ) -> GPTOutput:
         """tokens (B, T) int64, T <= N - 1 in training; labels (B,) int64; keys (B,) int64 or None (no dropout).
 
-        Returns logits (B, 1 + T, V) float32 and the hidden states after the blocks in `tap` (1-based).
+        Returns logits (B, 1 + T, V) float32 and the hidden states after the blocks in `tap` (1-based).  PAR takes T =
+        N - 1 or N tokens and returns logits (B, N, V).  Either way logits[:, c] are for the token of raster cell c.
         """
         x, hidden = self.blocks(self.embed(tokens, labels, keys), keys, tap)
+        if self.config.par_tokens is not None:
+            x = to_raster(x[:, : self.config.block_size], self.config.par_tokens)
         return GPTOutput(self.head(x), hidden)
+
+
+def slot_tables(config: ModelConfig) -> dict[str, Tensor | None]:
+    """`rope` (1 + N, head_dim/2, 2) float32 and `mask`, None: causal.  PAR: both by slot, for its N + n slots."""
+    rope, n = rope_table(config.grid, config.width // config.heads, config.rope_base), config.par_tokens
+    if n is None:
+        return {"rope": rope, "mask": None}
+    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n)}
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -200,5 +240,6 @@ def gpt_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
         gpt = GPT(config)
     gpt.load_state_dict(weights, assign=True)
     device = gpt.norm.weight.device
-    gpt.rope = rope_table(config.grid, config.width // config.heads, config.rope_base).to(device)
+    for name, table in slot_tables(config).items():
+        setattr(gpt, name, None if table is None else table.to(device))
     return gpt.eval().requires_grad_(False)

@@ -78,11 +78,15 @@ def decode_step(model: GPT, x: Tensor, cache: list[KVCache], start: int) -> Tens
 
 @torch.inference_mode()
 def sample_tokens(model: GPT, labels: Tensor, indices: Tensor, rules: SamplingRules, seed: int) -> Tensor:
-    """Tokens (B, N) int64 for labels (B,) int64; `indices` (B,) int64 are the images' global numbers.
+    """Tokens (B, N) int64 in raster order for labels (B,) int64; `indices` (B,) int64 are the images' global numbers.
 
     Guidance runs the batch twice as wide (conditional rows first, then as many with the unconditional id), and only
     when cfg_scale > 1; the first token is always guided.
     """
+    if model.config.par_tokens is not None:
+        from mirai_ds.model.par_sampling import sample_par_tokens  # which is built on this file
+
+        return sample_par_tokens(model, labels, indices, rules, seed)
     config, batch = model.config, labels.shape[0]
     guided = rules.cfg_scale > 1.0
     keys = image_keys(seed, indices)

@@ -33,7 +33,7 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.engine import TrainEngine
-from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher
+from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World
@@ -234,6 +234,8 @@ def build_session(
     )  # fmt: skip
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
+    if (note := seam_note(config.foresight, config.model)) is not None:
+        session.notes.append(note)
     return session
 
 

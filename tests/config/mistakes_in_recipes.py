@@ -152,6 +152,31 @@ CROSS_FIELD = {
     ),
     "not-square": _recipe("model: {block_size: 200}", "model.block_size = 200", "not a square number; use 196 or 225"),
     "grid-size": _recipe("model: {grid_size: 24}", "model.grid_size = 24", "sqrt(model.block_size) = 16"),
+    "par-two": _recipe(
+        "model: {par_tokens: 2}", "model.par_tokens = 2", "square number of at least 4; use 4 or 16 or 64"
+    ),
+    "par-one": _recipe("model: {par_tokens: 1}", "model.par_tokens = 1: is not a square", "at least 4", "or null"),
+    "par-negative": _recipe("model: {par_tokens: -4}", "model.par_tokens = -4: is not a square", "use 4 or 16"),
+    "par-text": _recipe("model: {par_tokens: four}", "model.par_tokens = 'four'", "must be a whole number"),
+    "par-does-not-divide": _recipe(
+        "model: {par_tokens: 9}", "model.par_tokens = 9", "makes 3 regions a side", "the 16x16 grid; use 4 or 16 or 64"
+    ),
+    "par-whole-image": _recipe("model: {par_tokens: 256}", "model.par_tokens = 256", "is the whole image", "use 4 or"),
+    "par-prime-grid": _recipe(
+        "model: {block_size: 49, par_tokens: 4}", "model.par_tokens = 4", "the 7x7 grid; set it to null"
+    ),
+    "mask-decoded-in-raster-order": _set(
+        "foresight.mask_decoded_targets=true",
+        "foresight.mask_decoded_targets = true",
+        "in raster order (model.par_tokens is null) no target is decoded already; set it to false",
+        text=MIRAI,
+    ),
+    "mask-decoded-in-a-line": _recipe(
+        "model: {par_tokens: 4}\n"
+        "foresight: {method: mirai-i, convention: paper, layout: 1d, mask_decoded_targets: true}",
+        "foresight.mask_decoded_targets = true",
+        "in layout 1d with slots predict no target",
+    ),
     "custom-incomplete": _recipe("model: {size: custom, dim: 8, n_head: 2}", "model.n_layer = null", "give it a value"),
     "size-and-dim": _recipe("model: {size: GPT-L, dim: 768}", "model.dim = 768", "GPT-L has 1024", "'custom'"),
     "layer": _set("foresight.layer=5", "foresight.layer = 5", "must be at most the model's depth, 4", text=MIRAI),

@@ -349,3 +349,6 @@ def test_reference_names() -> None:
     names = {"dim": 8, "n_layer": 2, "n_head": 2, "vocab_size": 5, "block_size": 4, "num_classes": 3}
     model = ModelConfig.from_reference({**names, "unused": 1})
     assert {name: getattr(model, name) for name in names} == names
+    assert (model.par_tokens, model.slots) == (None, 4)
+    par = ModelConfig.from_reference({**names, "block_size": 16, "ar_token_num": 4, "spe_token_num": 3})
+    assert (par.par_tokens, par.slots) == (4, 19)

@@ -29,9 +29,10 @@ def toy_config(
     micro: int | None = None,
     recompute: dict[str, Any] | None = None,
     dropout: float = 0.1,
+    par_tokens: int | None = None,
     **sections: Any,
 ) -> RunConfig:
-    """A 3-block GPT on 4x4 grids; global batch 12."""
+    """A 3-block GPT (or PAR) on 4x4 grids; global batch 12."""
     foresight: dict[str, Any] = {"method": method}
     if method != "none":
         foresight |= {"projector_dim": 16, "warmup_epochs": 0.0, "num_heads": 3, "convention": "official"}
@@ -39,7 +40,7 @@ def toy_config(
     data = {
         "model": {
             "size": "custom", "dim": 32, "n_layer": 3, "n_head": 2, "vocab_size": 20, "num_classes": 5,
-            "block_size": 16,
+            "block_size": 16, "par_tokens": par_tokens,
             "ffn_multiple_of": 32, "token_dropout": dropout, "resid_dropout": dropout, "ffn_dropout": dropout,
             "class_dropout": dropout,
         },
@@ -103,11 +104,11 @@ def fixed_target(config: RunConfig, batch: Batch, step: int) -> torch.Tensor | N
     """A stand-in for any teacher: features that are a function of the samples."""
     if not config.foresight.active:
         return None
-    rows = config.model.block_size + (1 if config.foresight.teacher_sees_last_token else 0)
+    rows = config.model.slots + (1 if config.foresight.teacher_sees_last_token else 0)
     width = config.model.width if config.foresight.method == "mirai-e" else ENCODER_DIM
     table = torch.randn(20, width, generator=torch.Generator().manual_seed(9 + step))
     features = table[batch.tokens]
-    return torch.cat([features, features[:, :1]], dim=1)[:, :rows] if rows > 16 else features
+    return torch.cat([features, features], dim=1)[:, :rows] if config.foresight.method == "mirai-e" else features
 
 
 def release(engine: TrainEngine) -> None:
@@ -143,9 +144,10 @@ def gradient_case(
     precision: str = "fp32",
     active: bool = True,
     compare_step: int = 0,
+    par_tokens: int | None = None,
 ) -> float:
     """Largest error of any parameter's applied gradient, relative to that parameter's largest gradient."""
-    config = toy_config(method, stage, precision, accumulation, recompute=recompute)
+    config = toy_config(method, stage, precision, accumulation, recompute=recompute, par_tokens=par_tokens)
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = toy_engine(config, lambda groups: torch.optim.SGD(groups, lr=SGD_LR), HEAD_SCALE)
     for group in engine.layout.base_optimizer.param_groups:
@@ -177,11 +179,12 @@ def losses_case(
     precision: str = "fp32",
     steps: int = 20,
     convention: str = "official",
+    par_tokens: int | None = None,
 ) -> list[float]:
     """Global-batch losses of `steps` AdamW steps with dropout, the real EMA teacher and clipping."""
     foresight = {"convention": convention} if method != "none" else {}
     config = toy_config(
-        method, stage, precision, accumulation, recompute=recompute, foresight=foresight,
+        method, stage, precision, accumulation, recompute=recompute, foresight=foresight, par_tokens=par_tokens,
         optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6},
     )  # fmt: skip
     engine = toy_engine(config)
@@ -209,9 +212,9 @@ def losses_case(
     return losses
 
 
-def plain_losses(method: str, steps: int = 20) -> list[float]:
+def plain_losses(method: str, steps: int = 20, par_tokens: int | None = None) -> list[float]:
     """The same run written out in plain PyTorch: one process, no engine, whole EMA, torch's clipping and AdamW."""
-    config = toy_config(method, 0, optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6})
+    config = toy_config(method, 0, par_tokens=par_tokens, optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6})
     objective = toy_objective(config)
     o = config.optimizer
     groups = [

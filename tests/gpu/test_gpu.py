@@ -20,8 +20,8 @@ pytestmark = [
 TINY = {"size": "custom", "dim": 64, "n_layer": 4, "n_head": 2, "vocab_size": 50, "num_classes": 5, "block_size": 64}
 
 
-def tiny_gpt() -> GPT:
-    gpt = GPT(ModelConfig(**TINY))
+def tiny_gpt(par_tokens: int | None = None) -> GPT:
+    gpt = GPT(ModelConfig(**TINY, par_tokens=par_tokens))
     initialise(gpt, 0, 0.08)
     torch.nn.init.normal_(gpt.output.weight, 0, 0.05, generator=torch.Generator().manual_seed(1))
     return gpt
@@ -32,9 +32,10 @@ def test_dropout_masks_are_the_cpus() -> None:
     assert torch.equal(keep_mask(keys.cuda(), 5, 1001, 0.1).cpu(), keep_mask(keys, 5, 1001, 0.1))
 
 
-def test_loss_and_gradients_equal_the_cpus() -> None:
+@pytest.mark.parametrize("par_tokens", [None, 4])
+def test_loss_and_gradients_equal_the_cpus(par_tokens: int | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    cpu, gpu = tiny_gpt(), tiny_gpt().cuda()
+    cpu, gpu = tiny_gpt(par_tokens), tiny_gpt(par_tokens).cuda()
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, 50, (8, 64), generator=generator), torch.arange(8) % 5
     keys = torch.arange(8) * 31
@@ -78,10 +79,11 @@ def test_a_frozen_encoder_gives_the_cpus_features() -> None:
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
 
 
-def test_sampling_gives_the_cpus_tokens() -> None:
-    weights = {n: p.detach() for n, p in tiny_gpt().named_parameters()}
+@pytest.mark.parametrize("par_tokens", [None, 4])
+def test_sampling_gives_the_cpus_tokens(par_tokens: int | None) -> None:
+    weights = {n: p.detach() for n, p in tiny_gpt(par_tokens).named_parameters()}
     labels, indices = torch.arange(8) % 5, torch.arange(8)
-    config = ModelConfig(**TINY)
+    config = ModelConfig(**TINY, par_tokens=par_tokens)
     cpu = sample_tokens(gpt_from_weights(config, weights), labels, indices, SamplingRules(2.0), 0)
     on_gpu = gpt_from_weights(config, {n: w.cuda() for n, w in weights.items()})
     gpu = sample_tokens(on_gpu, labels.cuda(), indices.cuda(), SamplingRules(2.0), 0).cpu()

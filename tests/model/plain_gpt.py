@@ -73,11 +73,12 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5))
 
 
-def attention(x: Tensor, wqkv: Tensor, wo: Tensor, heads: int, table: Tensor) -> Tensor:
-    """Causal attention of x (B, S, D), one head at a time."""
+def attention(x: Tensor, wqkv: Tensor, wo: Tensor, heads: int, table: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of x (B, S, D), one head at a time; `mask` (S, S) is added to the scores, default causal."""
     batch, slots, dim = x.shape
     width = dim // heads
-    mask = torch.full((slots, slots), -math.inf, dtype=x.dtype).triu(1)
+    if mask is None:
+        mask = torch.full((slots, slots), -math.inf, dtype=x.dtype).triu(1)
     q, k, v = (x @ wqkv[i * dim : (i + 1) * dim].T for i in range(3))
     parts = []
     for h in range(heads):
@@ -98,13 +99,19 @@ def forward(
     grid = math.isqrt(config["block_size"])
     first = state["cls_embedding.embedding_table.weight"][labels][:, None]
     x = torch.cat([first, state["tok_embeddings.weight"][tokens]], 1)
-    table = turns(grid, config["dim"] // config["n_head"])[: x.shape[1]]
+    return blocks(state, config, x, turns(grid, config["dim"] // config["n_head"])[: x.shape[1]])
+
+
+def blocks(
+    state: dict[str, Tensor], config: dict[str, Any], x: Tensor, table: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`forward` from the embedded slots x (B, S, D) on, `table` (S, head_dim/2) being their rotations."""
     table = table.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
     hidden = []
     for i in range(config["n_layer"]):
         w = {key.removeprefix(f"layers.{i}."): value for key, value in state.items() if key.startswith(f"layers.{i}.")}
         y = norm(x, w["attention_norm.weight"])
-        x = x + attention(y, w["attention.wqkv.weight"], w["attention.wo.weight"], config["n_head"], table)
+        x = x + attention(y, w["attention.wqkv.weight"], w["attention.wo.weight"], config["n_head"], table, mask)
         y = norm(x, w["ffn_norm.weight"])
         gate = y @ w["feed_forward.w1.weight"].T
         x = x + (gate * torch.sigmoid(gate) * (y @ w["feed_forward.w3.weight"].T)) @ w["feed_forward.w2.weight"].T

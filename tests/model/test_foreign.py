@@ -19,6 +19,7 @@ from mirai_ds.checkpoint.foreign import check_gpt_weights, infer_model_config, r
 from mirai_ds.config import ConfigError, ModelConfig
 from mirai_ds.model import GPT
 from tests.model import plain_gpt as plain
+from tests.model import plain_par
 from tests.one_line import one_line
 
 SETTINGS: dict[str, Any] = plain.TINY
@@ -207,6 +208,36 @@ def test_named_sizes_are_inferred(size: str) -> None:
     found = infer_model_config(named(size), block_size=576)
     assert found == ModelConfig(size=size, block_size=576)
     assert found.heads == {"GPT-B": 12, "GPT-L": 16, "GPT-XL": 20, "GPT-3B": 32}[size]
+
+
+PAR = ModelConfig(size="custom", par_tokens=4, **SETTINGS)
+PAR_WEIGHTS = plain.ruled(plain_par.shapes(SETTINGS, 256, 4), seed=1)
+
+
+def test_par_is_told_by_its_extra_tensor(tmp_path: Path, weights: Any) -> None:
+    with torch.device("meta"):
+        released = GPT(ModelConfig(size="GPT-XL", block_size=576, par_tokens=16)).state_dict()
+    found = infer_model_config(released, block_size=576)
+    assert found == ModelConfig(size="GPT-XL", block_size=576, par_tokens=16)
+    assert infer_model_config(PAR_WEIGHTS, 16, n_head=4) == PAR
+    assert infer_model_config(weights, 16, n_head=4).par_tokens is None
+    torch.save({"model": {**PAR_WEIGHTS, "freqs_cis": torch.zeros(2)}, "args": NAMESPACE}, tmp_path / "par.pt")
+    loaded = read_gpt_weights(tmp_path / "par.pt")
+    assert_same(loaded, PAR_WEIGHTS)
+    check_gpt_weights(loaded, PAR, tmp_path / "par.pt")
+    one_line(lambda: infer_model_config(PAR_WEIGHTS, 49, n_head=4), "model.par_tokens = 4", "7x7 grid")
+
+
+def test_par_and_plain_weights_are_not_mixed_up(weights: Any) -> None:
+    path = Path("f.pt")
+    one_line(
+        lambda: check_gpt_weights(PAR_WEIGHTS, CONFIG, path),
+        "1 unexpected (first: 'spe_tok_embeddings.special_embeddings.weight')", "model.par_tokens = 4, not null",
+    )  # fmt: skip
+    one_line(lambda: check_gpt_weights(weights, PAR, path), "1 of 26 tensors missing", "model.par_tokens = null, not 4")
+    for bad in (torch.zeros(64), torch.zeros(())):
+        bent = {**PAR_WEIGHTS, plain_par.LEARNABLE: bad}
+        one_line(lambda bent=bent: check_gpt_weights(bent, PAR, path), "1 misshaped", "special_embeddings")
 
 
 def test_other_sizes_need_the_number_of_heads(weights: Any) -> None:

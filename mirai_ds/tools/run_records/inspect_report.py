@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mirai_ds.config.sizes import parameter_count
 from mirai_ds.tools.run_records.checkpoints import Checkpoint
-from mirai_ds.tools.run_records.inspect_run import RunReport, last_values, lowest_values, parameters
+from mirai_ds.tools.run_records.inspect_run import RunReport, last_values, lowest_values
 from mirai_ds.tools.run_records.records import CLOCK, Json, code_text, count_text, plain, size_text, time_text
 from mirai_ds.tools.run_records.starts import holder_text
 
@@ -37,8 +38,9 @@ def _settings(report: RunReport) -> list[Line]:
     lines = [("run", f"{report.path}: {report.name}, {size}")]
     if not report.raw:
         return lines
-    count = f", {parameters(report.config.model) / 1e6:.1f} M parameters" if report.config else ""
+    count = f", {parameter_count(report.config.model) / 1e6:.1f} M parameters" if report.config else ""
     grid = f"{get('model.grid_size')}x{get('model.grid_size')}"
+    grid += f", PAR: {get('model.par_tokens')} at once" if get("model.par_tokens") else ""
     lines.append((
         "model",
         f"{get('model.size')}: {get('model.n_layer')} blocks of width {get('model.dim')}, {get('model.n_head')} heads"
@@ -183,7 +185,7 @@ def as_json(report: RunReport) -> Json:
     everything: dict[str, Any] = {
         "kind": "run", "path": report.path, "name": report.name, "configuration": report.raw,
         "configuration_valid": report.config is not None,
-        "parameters": parameters(report.config.model) if report.config else None,
+        "parameters": parameter_count(report.config.model) if report.config else None,
         "starts": [asdict(start) for start in report.starts],
         "held_by": asdict(report.incarnations[-1]) if report.incarnations else None,
         "outcome": None if report.outcome is None else dict(zip(("verdict", "reason"), report.outcome, strict=True)),

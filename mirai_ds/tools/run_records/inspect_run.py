@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mirai_ds.checkpoint.fence import Incarnation, living_until, read_all
 from mirai_ds.checkpoint.outcome import NAME as OUTCOME
 from mirai_ds.checkpoint.outcome import read as read_outcome
-from mirai_ds.config import ModelConfig, RunConfig, UserError, build
+from mirai_ds.config import RunConfig, UserError, build
 from mirai_ds.tools.run_records.checkpoints import (
     Checkpoint,
     Resume,
@@ -140,14 +140,6 @@ def _exports(run: Path) -> list[str]:
     with suppress(OSError):
         found = [path.name for path in run.iterdir() if path.suffix in _EXPORTS and path.is_file()]
     return [*sorted(found), *_names(run, "samples/*.npz")]
-
-
-def parameters(model: ModelConfig) -> int:
-    """Trained parameters of the GPT, alignment heads left out."""
-    width = model.width
-    block = 4 * width**2 + 3 * width * model.ffn_hidden + 2 * width
-    tables = (2 * model.vocab_size + model.num_classes + 1) * width
-    return model.depth * block + tables + width
 
 
 def last_values(curve: Curve) -> dict[str, tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""Check this installation's numbers against vectors computed by the reference systems (LlamaGen, Mirai's authors, ADM).
+"""Check this installation's numbers against vectors of the reference systems (LlamaGen, PAR, Mirai's authors, ADM).
 
 A vector is an .npz file that says what it is in `kind` and holds inputs and what the reference made of them.  Every
 array of the file is an input, is computed and compared, or makes the file fail as not checked.
@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
     "adm_metrics": Kind(adm_inputs, read_adm, TOLERANCES),
     "llamagen_gpt": Kind(gpt_inputs, read_gpt),
     "mirai_objective": Kind(mirai_inputs, read_mirai),
+    "par_gpt": Kind(gpt_inputs, read_gpt),
     "ten_crop": Kind(ten_crop_inputs, read_ten_crop),
     "vq16": Kind(vq16_inputs, read_vq16),
 }

@@ -1,4 +1,4 @@
-"""Reference vectors of the networks that are trained: LlamaGen's GPT and Mirai's objective."""
+"""Reference vectors of the networks that are trained: LlamaGen's GPT, PAR's, and Mirai's objective."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mirai_ds.config import ForesightConfig, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import GPT, next_token_loss
+from mirai_ds.model.par import to_raster, to_sequence
 from mirai_ds.tools.verification.vectors import Reading, Vector, rule_tensor, weights
 
 REFERENCE_NAMES = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_classes")
@@ -21,13 +22,20 @@ REFERENCE_NAMES = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_
 def _model_config(vector: Vector) -> ModelConfig:
     given = vector.settings()
     fields = {name: vector.setting(name) for name in REFERENCE_NAMES}
+    if vector.text("kind") == "par_gpt":
+        fields["par_tokens"] = vector.setting("ar_token_num")
     for theirs, ours in (("norm_eps", "norm_eps"), ("rope_base", "rope_base"), ("multiple_of", "ffn_multiple_of")):
         if theirs in given:
             fields[ours] = given[theirs]
     try:
-        return ModelConfig(size="custom", **fields)
+        config = ModelConfig(size="custom", **fields)
     except ValidationError as error:
         raise from_validation(error, ModelConfig, str(vector.path)) from None
+    wanted = config.slots - config.block_size
+    if "par_tokens" in fields and (config.par_tokens is None or given.get("spe_token_num", wanted) != wanted):
+        wrong = f"`config` has ar_token_num = {fields['par_tokens']}, spe_token_num = {given.get('spe_token_num')}"
+        raise vector.fail(f"{wrong}: the one must be a number, the other one less")
+    return config
 
 
 def _batch(vector: Vector, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -42,19 +50,25 @@ def _batch(vector: Vector, config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _network_arrays(vector: Vector, gpt: GPT, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What the GPT alone gives: logits, logits_uncond and hidden_last at `keep`, hidden of every block, rope."""
+    """What the GPT alone gives: logits, logits_uncond and hidden_last at `keep`, hidden of every block, rope; all by
+    slot, which for PAR's logits is the order of its sequence."""
+    n = gpt.config.par_tokens
+
+    def by_slot(logits: Tensor) -> Tensor:
+        return (logits if n is None else to_sequence(logits, n))[:, keep]
+
     out = {"rope": gpt.rope}
     keep: Tensor | slice = slice(None)
     if "keep" in vector:
         keep = vector.integers("keep", 0, gpt.config.block_size - 1).flatten()
     if {"logits", "hidden", "hidden_last"} & vector.arrays.keys():
         result = gpt(tokens[:, :-1], labels, tap=tuple(range(1, gpt.config.depth + 1)))
-        out["logits"] = result.logits[:, keep]
+        out["logits"] = by_slot(result.logits)
         out["hidden"] = torch.stack([result.hidden[i + 1] for i in range(gpt.config.depth)])
         out["hidden_last"] = result.hidden[gpt.config.depth][:, keep]
     if "logits_uncond" in vector:
         nothing = torch.full_like(labels, gpt.config.num_classes)
-        out["logits_uncond"] = gpt(tokens[:, :-1], nothing).logits[:, keep]
+        out["logits_uncond"] = by_slot(gpt(tokens[:, :-1], nothing).logits)
     return out
 
 
@@ -72,9 +86,11 @@ def _gradient_arrays(vector: Vector, module: torch.nn.Module, loss: Tensor) -> d
 
 
 def read_gpt(vector: Vector) -> Iterator[Reading]:
-    """`llamagen_gpt`: the network, its loss and every gradient."""
+    """`llamagen_gpt` and `par_gpt`: the network, its loss and every gradient.  PAR's tokens are in sequence order."""
     config = _model_config(vector)
     tokens, labels = _batch(vector, config)
+    if config.par_tokens is not None:
+        tokens = to_raster(tokens, config.par_tokens)
     gpt = GPT(config).eval()
     gpt.load_state_dict(weights(vector, gpt.state_dict()))
     out = _network_arrays(vector, gpt, tokens, labels)
@@ -155,7 +171,7 @@ _COMMON = {"kind", "config", "seed", "tokens", "labels", "keep"}
 
 
 def gpt_inputs(vector: Vector) -> set[str]:
-    """Names of the arrays of a `llamagen_gpt` file that are only inputs."""
+    """Names of the arrays of a `llamagen_gpt` or `par_gpt` file that are only inputs."""
     return _COMMON | {name for name in vector.arrays if name.startswith("state/")}
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mirai_ds.config import ForesightConfig, ModelConfig
+from mirai_ds.config.sizes import parameter_count
 from mirai_ds.model import GPT
 from mirai_ds.tools.run_records.inspect_report import as_json
-from mirai_ds.tools.run_records.inspect_run import inspect_run, kind_of, last_values, lowest_values, parameters
+from mirai_ds.tools.run_records.inspect_run import inspect_run, kind_of, last_values, lowest_values
 from mirai_ds.tools.run_records.records import parse_curve, size_text
 from tests.one_line import one_line
 from tests.tools.run_records.fake import (
@@ -186,6 +187,8 @@ def test_other_methods(tmp_path: Path) -> None:
     said = lines_of(run)
     assert said["method"] == ["none"]
     assert said["training"][0].startswith("8 epochs, 25 steps at most, batch 32")
+    run = write_run(tmp_path / "par", model__par_tokens=4)
+    assert "1.2 M parameters; 17 codes, 64 tokens (8x8, PAR: 4 at once), 10 classes" in lines_of(run)["model"][0]
     run = write_run(tmp_path / "b", foresight__method="mirai-i", foresight__num_heads=1, foresight__weights=[1.0],
                     foresight__class_slot="false")  # fmt: skip
     assert lines_of(run)["method"][0].endswith("1 head of block 4, lambda [1.0], from epoch 0.4, encoder "
@@ -197,9 +200,9 @@ def test_parameters_are_the_models(size: str) -> None:
     small = {"dim": 64, "n_layer": 3, "n_head": 2, "vocab_size": 50, "num_classes": 7, "block_size": 16}
     model = ModelConfig(size=size) if size != "custom" else ModelConfig(size=size, **small)  # type: ignore[arg-type]
     if size == "custom":
-        assert parameters(model) == sum(p.numel() for p in GPT(model).parameters())
+        assert parameter_count(model) == sum(p.numel() for p in GPT(model).parameters())
     else:
-        assert round(parameters(model) / 1e6, 1) == 110.9  # LlamaGen-B: 111 M
+        assert round(parameter_count(model) / 1e6, 1) == 110.9  # LlamaGen-B: 111 M
     assert ForesightConfig().active is False
 
 

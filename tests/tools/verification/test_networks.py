@@ -16,6 +16,7 @@ from mirai_ds.tools.verification import networks
 from mirai_ds.tools.verification.check import compare, verify_file, verify_files
 from mirai_ds.tools.verification.vectors import rule_tensor
 from tests.model import plain_gpt as plain
+from tests.model import plain_par
 from tests.one_line import one_line
 from tests.tools.verification.vectors import (
     FIXTURES,
@@ -26,6 +27,7 @@ from tests.tools.verification.vectors import (
     failed,
     reference_gpt,
     reference_mirai,
+    reference_par,
 )
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
@@ -176,6 +178,45 @@ def test_small_models_of_other_head_widths(head_dim: int, tmp_path: Path) -> Non
     config = {"dim": 2 * head_dim, "n_layer": 3, "n_head": 2, "vocab_size": 30, "block_size": 49, "num_classes": 3}
     arrays = reference_gpt(config, seed=6, keep=None, batch=2)
     assert failed(check(tmp_path, arrays)) == set()
+
+
+@pytest.mark.parametrize(("grid", "n"), [(4, 4), (6, 9), (8, 16)])
+def test_par_of_other_grids(grid: int, n: int, tmp_path: Path) -> None:
+    arrays = reference_par(grid, n)
+    result = check(tmp_path, arrays)
+    assert failed(result) == set()
+    assert {record.name for record in result.records} == set(arrays) - {"kind", "config", "seed", "tokens", "labels"}
+
+
+def raster_codes(arrays: Arrays) -> None:
+    """What a trainer does that forgets to bring the codes into region order."""
+    arrays["tokens"] = arrays["tokens"][:, plain_par.raster(8, 4)]
+
+
+def as_a_plain_gpt(arrays: Arrays) -> None:
+    arrays["kind"] = np.array("llamagen_gpt")
+
+
+@pytest.mark.parametrize("spoil", [raster_codes, as_a_plain_gpt, wrong_label, wrong_seed])
+def test_other_orders_fail(spoil: Callable[[Arrays], None], tmp_path: Path) -> None:
+    arrays = arrays_of("par_tiny_n4")
+    spoil(arrays)
+    assert failed(check(tmp_path, arrays)) == {"logits", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"ar_token_num": 9}, "model.par_tokens = 9"),
+        ({"ar_token_num": None}, "ar_token_num = None, spe_token_num = 3"),
+        ({"ar_token_num": "four"}, "par_tokens = 'four': must be a whole number"),
+        ({"spe_token_num": 4}, "the other one less"),
+    ],
+)
+def test_par_configurations_that_do_not_fit(change: Arrays, part: str, tmp_path: Path) -> None:
+    arrays = arrays_of("par_tiny_n4")
+    config = np.array(json.dumps({**json.loads(str(arrays["config"])), **change}))
+    one_line(lambda: check(tmp_path, {**arrays, "config": config}), "vector.npz", part)
 
 
 @pytest.mark.parametrize("variant", ["E", "I"])

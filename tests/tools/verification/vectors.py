@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mirai_ds.tools.verification.check import FileResult, verify_file
 from tests.model import plain_gpt as plain
+from tests.model import plain_par
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 VECTORS = {
@@ -21,6 +22,7 @@ VECTORS = {
     "mirai_e_official_k8_uneven": 10,
     "mirai_i_official_k1": 7,
     "mirai_i_official_k2": 8,
+    "par_tiny_n4": 2,
 }
 Arrays = dict[str, Any]
 
@@ -66,6 +68,27 @@ def reference_gpt(config: Arrays, seed: int, keep: list[int] | None, batch: int 
         "grad/layers.0.attention.wqkv.weight": grads["layers.0.attention.wqkv.weight"],
     }  # fmt: skip
     out |= {} if keep is None else {"keep": np.array(keep)}
+    return {key: np.asarray(value.detach() if isinstance(value, Tensor) else value) for key, value in out.items()}
+
+
+def reference_par(grid: int, n: int, seed: int = 6) -> Arrays:
+    """A `par_gpt` vector by the plain re-implementation: tokens in sequence order, logits by slot, every gradient."""
+    config = {"dim": 32, "n_layer": 2, "n_head": 2, "vocab_size": 30, "block_size": grid * grid, "num_classes": 3}
+    state = plain.ruled(plain_par.shapes(config, 256, n), seed)
+    for value in state.values():
+        value.requires_grad_()
+    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, 30, (2, grid * grid)))
+    labels = torch.tensor([2, 0])
+    logits, hidden = plain_par.forward(state, config, n, tokens[:, :-1], labels)
+    without, _ = plain_par.forward(state, config, n, tokens[:, :-1], torch.full_like(labels, 3))
+    loss = plain.cross_entropy(logits[:, : grid * grid], tokens)
+    loss.backward()
+    out: Arrays = {
+        "kind": "par_gpt", "config": json.dumps({**config, "ar_token_num": n, "spe_token_num": n - 1}), "seed": seed,
+        "tokens": tokens, "labels": labels, "logits": logits[:, : grid * grid], "loss": loss,
+        "logits_uncond": without[:, : grid * grid], "hidden": torch.stack(hidden),
+        **{f"grad/{key}": value.grad for key, value in state.items()},
+    }  # fmt: skip
     return {key: np.asarray(value.detach() if isinstance(value, Tensor) else value) for key, value in out.items()}
 
 
