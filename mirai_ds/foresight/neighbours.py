@@ -18,13 +18,17 @@ NEAREST_OFFSETS = tuple(sorted(OFFICIAL_OFFSETS, key=lambda o: (o[0] ** 2 + o[1]
 
 
 def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
-    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later."""
+    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later.
+
+    Of mtp without (0, 0), the next token, which needs no head.
+    """
     if config.offsets is not None:
         return [(down, right) for down, right in config.offsets]
+    first = int(config.method == "mtp")
     if config.layout == "1d":
-        return [(0, k) for k in range(config.heads)]
+        return [(0, k) for k in range(first, first + config.heads)]
     order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
-    return list(order[: config.heads])
+    return list(order[first : first + config.heads])
 
 
 def target_cell(cell: int, offset: tuple[int, int], grid: int, config: ForesightConfig) -> int:
@@ -43,14 +47,15 @@ def target_cell(cell: int, offset: tuple[int, int], grid: int, config: Foresight
 def index_table(config: ForesightConfig, grid: int) -> Tensor:
     """(S, K) int64 on CPU for S = N student slots (class and x_1..x_{N-1}), N = grid^2.
 
-    Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches in raster
-    order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on this grid.
+    Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches and mtp's the
+    tokens, in raster order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on
+    this grid.
     """
     cells = grid * grid
-    encoder = config.method == "mirai-i"
-    # Cells whose features the teacher has: all patches, or the tokens it was given.
-    available = cells if encoder or config.teacher_sees_last_token else cells - 1
-    table = torch.full((cells, config.heads), -1, dtype=torch.int64)
+    by_cell = config.method != "mirai-e"
+    # Cells whose features the teacher has: all patches or tokens, or the tokens it was given.
+    available = cells if by_cell or config.teacher_sees_last_token else cells - 1
+    table = torch.full((cells, config.heads), -1, dtype=torch.int64, device="cpu")
     for k, offset in enumerate(offsets(config)):
         for slot in range(cells):
             cell = slot - 1 if config.slots == "input" else slot
@@ -58,7 +63,7 @@ def index_table(config: ForesightConfig, grid: int) -> Tensor:
                 continue
             found = target_cell(cell, offset, grid, config)
             if 0 <= found < available:
-                table[slot, k] = found if encoder else found + 1
+                table[slot, k] = found if by_cell else found + 1
     empty = [k for k in range(config.heads) if bool((table[:, k] < 0).all())]
     if empty and config.offsets is not None:
         problem = f"head {empty[0] + 1} has no target on a {grid}x{grid} grid; remove {config.offsets[empty[0]]}"
