@@ -28,6 +28,7 @@ _KINDS = {list: "a list", str: "text", bool: "true or false", int: "a number", f
 
 
 TWIN = "@paper"
+_LISTED = "`mirai-ds recipes list` names those that ship, e.g. digits-baseline"
 
 
 @cache
@@ -47,7 +48,8 @@ def recipe_names() -> list[str]:
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe, header comment included."""
     if name not in _shipped():
-        raise UserError(f"recipe {name!r}: no such recipe; {nearest(name, recipe_names())}")
+        hint = nearest(name, recipe_names())
+        raise UserError(f"recipe {name!r}: no such recipe; {hint if hint.startswith('did you') else _LISTED}")
     return _shipped()[name].read_text(encoding="utf-8")
 
 
@@ -88,7 +90,7 @@ def _read_source(source: str, beside: Path | None) -> tuple[str, str, Path | Non
     candidates = [*([beside / source] if beside else []), Path(source)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        raise UserError(f"{source}: no such recipe file; give a .yaml file or one of: {', '.join(recipe_names())}")
+        raise UserError(f"{source}: no such recipe file; give a .yaml file; {_LISTED}")
     try:
         return path.read_text(encoding="utf-8"), str(path), path.parent
     except (OSError, UnicodeDecodeError) as error:

@@ -37,11 +37,12 @@ torch.set_num_threads(1)  # on small tensors two threads mostly wait for each ot
 TWINS = ["mirai-e-b@paper", "mirai-i-k9@paper", "mtp-2d-k4@paper"]
 VOCABULARY, SAMPLES = 13, 8
 
-# Exact counts, none computed by the package.  LlamaGen's sizes; REPA's MLP D -> 2048 -> 2048 -> C; the transformer head.
+# Exact counts, none computed by the package: LlamaGen's sizes; REPA's MLP D -> 2048 -> 2048 -> C, of which the middle
+# has 4,196,352 (768 -> 1024: 1,574,912 before and 2,098,176 after it); the transformer head.
 GPT_SIZES = {"GPT-B": 110_888_448, "GPT-L": 342_910_976, "GPT-XL": 774_699_520}
 PAR_EXTRA = 3 * 768  # n - 1 learnable tokens
 MLP = {
-    (768, 768): 7_344_896, (768, 1024): 7_607_296, (1024, 768): 8_131_328, (1024, 1024): 8_393_728,
+    (768, 768): 7_344_896, (768, 1024): 7_869_440, (1024, 768): 7_869_184, (1024, 1024): 8_393_728,
     (1280, 1024): 8_918_016, (1280, 1280): 9_442_560,
 }  # fmt: skip
 TRANSFORMER = 7_678_464
@@ -64,7 +65,6 @@ def test_full_size(name: str) -> None:
     assert count == parameter_count(model) + heads_parameters(f, model.width, width)
     if f.active:
         assert objective.index.shape == (model.block_size, f.heads)
-        assert float(objective.head_weights.sum()) == pytest.approx(sum(f.weights or []))
 
 
 def test_encoders_are_as_wide_as_said() -> None:
@@ -138,9 +138,7 @@ class Steps:
         source = load_dataset(config.data, config.model, "cpu").train
         indices, _ = DataOrder(len(source), config.train.global_batch_size, config.seed).batch(0, 0, 4)
         images = config.foresight.method == "mirai-i"
-        tokens, labels, pixels = source.gather(indices, np.zeros(4, dtype=np.int64), images)
-        self.tokens, self.labels = torch.as_tensor(tokens).long(), torch.as_tensor(labels).long()
-        self.images = torch.as_tensor(pixels) if images else None
+        self.tokens, self.labels, self.images = source.gather(indices, torch.zeros(4, dtype=torch.int64), images)
         self.taps: list[tuple[int, ...]] = []
         self.objective.gpt.register_forward_pre_hook(lambda _, args: self.taps.append(args[3]))
 
