@@ -95,9 +95,9 @@ def table(table: str, runs: tuple[Path, ...], as_markdown: bool, csv_file: Path 
     """TABLE of the paper (3, or fig7) with the numbers of RUNS beside it.
 
     A run is put into the row whose recipe has the same configuration, whatever its name; its numbers are those of
-    `mirai-ds evaluate ... --json RUN/evaluations/NAME.json`, of the row's step and by the paper's protocol (50,000 images,
-    the standard reference, the recipe's guidance, EMA weights).  Several runs of a row, such as seeds, give a mean and a
-    spread.  What is missing, or was measured otherwise, is listed.
+    `mirai-ds evaluate ... --json RUN/evaluations/NAME.json`, of the row's step and by the paper's protocol (50,000
+    images, the standard reference, the recipe's guidance, EMA weights).  Several runs of a row, such as seeds, give a
+    mean and a spread.  What is missing, or was measured otherwise, is listed.
 
     \b
     Example:

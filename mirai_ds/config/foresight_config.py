@@ -157,7 +157,7 @@ class ForesightConfig(Section):
     teacher_layer: int | None = Field(None, ge=1, description="mirai-e: teacher block; default the student's")
     teacher_weights: str | None = Field(
         None,
-        description="mirai-e: a frozen teacher, not the run's EMA: weights file, run or checkpoint folder; its EMA preferred",
+        description="mirai-e: a frozen teacher instead of the run's EMA: a weights file, run or checkpoint folder",
     )
     weights: list[float] | None = Field(None, description="lambda of each head; default 2 each, of mtp 1")
     heads_reduction: Literal["sum", "mean"] | None = None

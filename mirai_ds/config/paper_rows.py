@@ -99,7 +99,7 @@ class PaperEntry(Section):
     """A recipe's place in the paper; `numbers` by epochs."""
 
     rows: list[PaperRow]
-    numbers: dict[int, PaperNumbers] = {}
+    numbers: dict[int, PaperNumbers] = Field(default_factory=dict)
 
 
 def read_entry(data: object, where: str) -> PaperEntry:

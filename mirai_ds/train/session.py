@@ -198,8 +198,8 @@ class Session:
             raise UserError(
                 f"{folder}: was trained with another teacher (digest {info.teacher[:12]}) than "
                 f"foresight.teacher_weights = {self.config.foresight.teacher_weights!r} holds now "
-                f"({self.teacher_digest[:12]}); give the weights it began with; of a run that went on, the folder of the "
-                "checkpoint"
+                f"({self.teacher_digest[:12]}); give the weights it began with (of a run that went on: its checkpoint "
+                "folder)"
             )
 
 

@@ -148,11 +148,15 @@ CROSS_FIELD = {
         MTP + ", offsets: [[0, 1], [1, 0]], num_heads: 2}", "foresight.num_heads = 2", "must be 3"
     ),
     "mtp-weights": _recipe(
-        MTP + ", weights: [1, 1, 1]}", "foresight.weights", "must have 2 values (foresight.num_heads, less the next token)"
+        MTP + ", weights: [1, 1, 1]}",
+        "foresight.weights",
+        "must have 2 values (foresight.num_heads, less the next token)",
     ),
     "mtp-input-slots": _recipe(MTP + ", slots: input}", "foresight.slots = 'input'", "mtp needs predict"),
     "mtp-sees-all": _recipe(
-        MTP + ", head_attention: full}", "foresight.head_attention = 'full'", "read the tokens that mtp predicts; use causal"
+        MTP + ", head_attention: full}",
+        "foresight.head_attention = 'full'",
+        "read the tokens that mtp predicts; use causal",
     ),
     "mtp-teacher-layer": _recipe(
         MTP + ", teacher_layer: 2}", "foresight.teacher_layer = 2", "mtp has no teacher", "remove it"
@@ -163,9 +167,12 @@ CROSS_FIELD = {
     "head-attention-of-an-mlp": _set(
         "foresight.head_attention=causal", "head_attention = 'causal'", "is of head: transformer; remove it", text=MIRAI
     ),
-    "head-unknown": _set("foresight.head=linear", "foresight.head = 'linear'", "use one of: mlp, transformer", text=MIRAI),
+    "head-unknown": _set(
+        "foresight.head=linear", "foresight.head = 'linear'", "use one of: mlp, transformer", text=MIRAI
+    ),
     "teacher-of-mirai-i": _recipe(
-        TINY + "foresight: {method: mirai-i, teacher_weights: x.pt}", "foresight.teacher_weights = 'x.pt'",
+        TINY + "foresight: {method: mirai-i, teacher_weights: x.pt}",
+        "foresight.teacher_weights = 'x.pt'",
         "is for method: mirai-e (an encoder gives one output); remove it",
     ),
     "n-head": _recipe(

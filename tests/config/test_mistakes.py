@@ -70,7 +70,7 @@ SOURCES = {
     "misspelt": ("digits-basline", ("recipe 'digits-basline'", "no such recipe", "did you mean 'digits-baseline'?")),
     "nothing-near": ("zzzzzz", ("recipe 'zzzzzz'", "mirai-ds recipes list", "digits-baseline")),
     "upper-case": ("Digits-Baseline", ("recipe 'Digits-Baseline'", "did you mean 'digits-baseline'?")),
-    "no-file": ("folder/none.yaml", ("folder/none.yaml: no such recipe file", "mirai-ds recipes list", "digits-baseline")),
+    "no-file": ("folder/none.yaml", ("folder/none.yaml: no such recipe file", "recipes list", "digits-baseline")),
     "no-file-without-suffix": ("folder/none", ("folder/none: no such recipe file", "give a .yaml file")),
     "wrong-suffix": ("recipe.txt", ("recipe.txt: a recipe file must end in .yaml; rename it",)),
     "wrong-suffix-in-folder": ("./recipe.txt", ("./recipe.txt: a recipe file must end in .yaml; rename it",)),

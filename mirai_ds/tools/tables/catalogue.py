@@ -128,7 +128,9 @@ def header(name: str) -> str:
         lines.append(("Row", f'{table_title(table)} "{row}"' + (f" ({note})" if note else "")))
     for mark, numbers in sorted({row.epochs: row.numbers for row in rows}.items()):
         cfg = data["sampling"]["cfg_scale"]
-        lines.append(("Expect", f"after {mark:g} epochs, cfg {cfg:g}, 50,000 images of the EMA: {number_text(numbers)}"))
+        lines.append(
+            ("Expect", f"after {mark:g} epochs, cfg {cfg:g}, 50,000 images of the EMA: {number_text(numbers)}")
+        )
     if _method(name) != "none" and "par_tokens" not in data["model"]:
         lines.append(("Twin", _twin_text(name)))
     named = [(key if i == 0 or lines[i - 1][0] != key else "", value) for i, (key, value) in enumerate(lines)]

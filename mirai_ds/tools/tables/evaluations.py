@@ -13,17 +13,23 @@ from mirai_ds.config.paper_rows import METRICS
 
 FOLDER = "evaluations"
 NUM_SAMPLES = 50_000
+LABELS = "random"  # LlamaGen's; as many of each class give another FID
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One file of scores.  step: of the weights that drew the samples, None where it is not recorded."""
+    """One file of scores.
+
+    protocol: how they were computed; sampling: how the samples were drawn, from the record beside them, which the
+    protocol holds as `sampling`, or the protocol itself.  step: of the weights that drew them, None where not recorded.
+    """
 
     path: Path
     values: dict[str, float]
     num_samples: int | None
     reference: dict[str, Any]
     protocol: dict[str, Any]
+    sampling: dict[str, Any]
     samples: str | None
     step: int | None
 
@@ -49,12 +55,18 @@ def _read(path: Path) -> Evaluation:
     values = {name: float(data[name]) for name in METRICS if _is_number(data.get(name))}
     if not values:
         raise UserError(f"{path}: holds none of {', '.join(METRICS)}")
-    protocol, reference = (data[k] if isinstance(data.get(k), dict) else {} for k in ("protocol", "reference"))
-    step = protocol.get("step", data.get("step"))
+    protocol, reference = _section(data, "protocol"), _section(data, "reference")
+    sampling = {**protocol, **_section(protocol, "sampling")}
+    step = next((sampling[name] for name in ("checkpoint_step", "step") if name in sampling), None)
     return Evaluation(
-        path, values, _whole(data.get("num_samples")), reference, protocol,
+        path, values, _whole(data.get("num_samples")), reference, protocol, sampling,
         data["samples_sha256"] if isinstance(data.get("samples_sha256"), str) else None, _whole(step),
     )  # fmt: skip
+
+
+def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
+    found = data.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_number(value: object) -> bool:
@@ -78,13 +90,16 @@ def protocol_differences(evaluation: Evaluation, wanted: SamplingConfig) -> list
         found.append(f"reference {evaluation.reference.get('name', 'not recorded')} is not the standard one")
     if evaluation.num_samples != NUM_SAMPLES:
         found.append(f"{_said(evaluation.num_samples)} samples, not {NUM_SAMPLES}")
-    given = evaluation.protocol
-    for name in ("cfg_scale", "weights"):
-        if given.get(name) != getattr(wanted, name):
-            found.append(f"{name} {_said(given.get(name))}, not {_said(getattr(wanted, name))}")
-    for name in ("temperature", "top_k", "top_p", "cfg_interval"):  # else LlamaGen's, which are the recipe's
-        if name in given and given[name] != getattr(wanted, name):
-            found.append(f"{name} {_said(given[name])}, not {_said(getattr(wanted, name))}")
+    if not found and isinstance(evaluation.protocol.get("departures"), list):
+        found += [str(departure) for departure in evaluation.protocol["departures"]]
+    given = evaluation.sampling
+    asked = ["cfg_scale", "weights"]
+    asked += [name for name in ("temperature", "top_k", "top_p", "cfg_interval") if name in given]
+    for name in asked:
+        ours, theirs = given.get(name), getattr(wanted, name)
+        found += [f"{name} {_said(ours)}, not {_said(theirs)}"] if ours != theirs else []
+    if given.get("policy", LABELS) != LABELS:
+        found.append(f"{_said(given['policy'])} labels, not {LABELS} ones")
     return found
 
 

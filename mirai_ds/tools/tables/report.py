@@ -38,7 +38,9 @@ def cells(m: MeasuredRow, metrics: list[str]) -> list[str]:
     for metric in metrics:
         places, mean, spread = digits.get(metric, 2), m.mean(metric), m.spread(metric)
         theirs = f"{paper[metric]:.{places}f}" if metric in paper else NONE
-        ours = NONE if mean is None else f"{mean:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
+        ours = (
+            NONE if mean is None else f"{mean:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
+        )
         found.append(f"{theirs} / {ours}")
     runs = f"{len(m.good)}" if m.good else m.status
     return [m.row.row, f"{m.row.epochs:g}", m.recipe, *found, runs]

@@ -94,6 +94,8 @@ PROTOCOLS: dict[str, tuple[dict[str, Any], str]] = {
     "no-weights": ({"protocol__weights": None}, "weights not recorded, not ema"),
     "top-k": ({"protocol__top_k": 100}, "top_k 100, not 0"),
     "temperature": ({"protocol__temperature": 0.9}, "temperature 0.9, not 1"),
+    "labels": ({"protocol__policy": "balanced"}, "balanced labels, not random ones"),
+    "departure": ({"protocol__departures": ["the network ran in TF32"]}, "the network ran in TF32"),
 }
 
 
@@ -107,6 +109,25 @@ def test_another_protocol_is_named_and_not_counted(name: str, tmp_path: Path) ->
     assert table.notes[0] == f"{run}/evaluations/0.json: another protocol: {words}"
     good = make_run(tmp_path, "mirai-i-layer6", scores(4.0), name="good")
     assert row(measure("2", [run, good]), "mirai-i-layer6").values("fid") == [4.0]
+
+
+def test_the_sampler_s_record_counts(tmp_path: Path) -> None:
+    """`evaluate` puts the record beside the samples into `protocol.sampling`."""
+    record = {
+        "cfg_scale": 2.0, "weights": "ema", "checkpoint_step": STEPS_80, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
+        "cfg_interval": -1, "policy": "random",
+    }  # fmt: skip
+    run = make_run(
+        tmp_path, "mtp-2d-k4", scores(6.1, protocol={"features": {}, "departures": [], "sampling": record}),
+        scores(6.3, protocol={"departures": [], "sampling": {**record, "weights": "raw"}}),
+        scores(6.5, protocol={"departures": [], "sampling": None}),
+    )  # fmt: skip
+    table = measure("1", [run])
+    assert row(table, "mtp-2d-k4").values("fid") == [6.1]
+    assert table.notes[0].endswith("1.json: another protocol: weights raw, not ema")
+    assert table.notes[2].endswith(
+        "2.json: another protocol: cfg_scale not recorded, not 2; weights not recorded, not ema"
+    )
 
 
 def test_the_rows_step_counts(tmp_path: Path) -> None:
@@ -155,7 +176,9 @@ OTHER = {
     "optimizer.schedule=cosine": "optimizer.schedule: 'cosine to 0 over 80 epochs', the recipe has 'constant'",
     "optimizer.warmup_steps=10": "optimizer.schedule: 'after 10 steps of warm-up constant', the recipe has 'constant'",
     "foresight.warmup_epochs=14": "foresight.warmup_epochs: 14.0, the recipe has 15.0",
-    "foresight.schedule={kind: step, at_epochs: [40]}": "foresight.schedule: '1, 0.5 from epoch 40', the recipe has '1'",
+    "foresight.schedule={kind: step, at_epochs: [40]}": (
+        "foresight.schedule: '1, 0.5 from epoch 40', the recipe has '1'"
+    ),
     "foresight.weights=[2, 2, 1]": "foresight.weights: [2.0, 2.0, 1.0], the recipe has [2.0, 2.0, 2.0]",
     "foresight.border=mask": "foresight.border: 'mask', the recipe has 'flat shifts'",
     "foresight.teacher_weights=x.pt": "foresight.teacher_weights: 'given', the recipe has None",
