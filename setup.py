@@ -68,7 +68,7 @@ setup(
     package_dir=ROOMS,
     package_data={
         "mirai_ds": ["py.typed"],
-        "mirai_ds.config.recipes": ["*.yaml"],
+        "mirai_ds.config.recipes": ["*.yaml", "*/*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
         "mirai_ds.jobs": ["*.sbatch"],
         "mirai_ds.jobs.parts": ["*.sh"],

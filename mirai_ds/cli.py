@@ -12,6 +12,7 @@ import click
 from mirai_ds.cli_evaluate import evaluate
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli_recipes import recipes, table
 from mirai_ds.cli_runs import compare, inspect
 from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
@@ -124,44 +125,6 @@ def sample(source: Path, **options: Any) -> None:
     click.echo(sample_to_folder(source, **options))
 
 
-@main.group()
-def recipes() -> None:
-    """List and show the recipes that ship with mirai_ds."""
-
-
-@recipes.command("list")
-@mistakes_in_one_line
-def recipes_list() -> None:
-    """Names, methods and sizes.
-
-    \b
-    Example:
-      mirai-ds recipes list
-    """
-    from mirai_ds.config.load import load, recipe_names, recipe_text
-
-    for name in recipe_names():
-        config = load(name)
-        first = recipe_text(name).splitlines()[0].lstrip("# ")
-        click.echo(f"{name:24} {config.foresight.method:9} {config.model.size:8} {first}")
-
-
-@recipes.command("show")
-@click.argument("name")
-@click.option("--resolved", is_flag=True, help="With every default written out.")
-@mistakes_in_one_line
-def recipes_show(name: str, resolved: bool) -> None:
-    """Print a recipe; copy it to a file and edit it to make your own.
-
-    \b
-    Example:
-      mirai-ds recipes show digits-mirai-e > mine.yaml
-    """
-    from mirai_ds.config.load import dump, load, recipe_text
-
-    click.echo(dump(load(name)) if resolved else recipe_text(name), nl=False)
-
-
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
@@ -225,6 +188,8 @@ main.add_command(extract)
 main.add_command(compare)
 main.add_command(inspect)
 main.add_command(submit)
+main.add_command(recipes)
+main.add_command(table)
 
 if __name__ == "__main__":
     main()

@@ -31,11 +31,12 @@ PROJECTORS = "projectors."
 LEARNABLE = "spe_tok_embeddings.special_embeddings.weight"  # PAR's n - 1 tokens
 
 
-def read_gpt_weights(path: Path, which: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
+def read_gpt_weights(path: Path, which: Literal["model", "ema", "ema-or-model"] = "model") -> dict[str, Tensor]:
     """The state dict in a LlamaGen or Mirai checkpoint file: GPT keys and `projectors.*`, on CPU, dtypes as stored.
 
     Accepts `{"model", "optimizer", "steps", "args"[, "ema"]}`, `{"module"}`, `{"state_dict"}` and a bare state dict in
-    .pt, .pth or .bin, and .safetensors.  Only `freqs_cis` is dropped.  Raises UserError.
+    .pt, .pth or .bin, and .safetensors.  Only `freqs_cis` is dropped.  `ema-or-model`: the average where the file has
+    one.  Raises UserError.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a weights file; `mirai-ds export` writes one from a run")
@@ -60,7 +61,7 @@ def _select(data: Any, which: str, path: Path) -> dict[Any, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a checkpoint or state dict")
     held = ", ".join(shown(key, 30) for key in list(data)[:6])
-    if which == "ema":
+    if which == "ema" or (which == "ema-or-model" and "ema" in data):
         if "ema" not in data:
             raise UserError(f"{path}: has no 'ema' weights (it holds {held or 'nothing'}); use which = 'model'")
         found = data["ema"]

@@ -47,6 +47,7 @@ class CheckpointInfo:
     applied_steps: int
     incarnation: int = 0  # which start wrote it (checkpoint.fence)
     data: str = ""  # digest of codes and labels
+    teacher: str = ""  # digest of a frozen teacher's weights
     batch_offset: int = 0  # batches left out by rollbacks: step s trains on batch s + offset
     log_bytes: int = -1  # length of metrics.jsonl at that moment
     metrics: dict[str, float] = field(default_factory=dict)  # measured at this step

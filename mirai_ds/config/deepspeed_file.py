@@ -13,7 +13,7 @@ from typing import Any
 from mirai_ds.config.deepspeed_schema import ELSEWHERE, EXCLUDED, OFFLOAD, SECTION, SECTIONS, Keys, is_a
 from mirai_ds.config.errors import ConfigError, UserError, nearest, shown
 from mirai_ds.config.run_config import RunConfig
-from mirai_ds.config.sizes import parameter_count, projector_parameters
+from mirai_ds.config.sizes import heads_parameters, parameter_count
 from mirai_ds.config.yaml_text import number_in
 
 
@@ -170,9 +170,8 @@ def _fill_buckets(config: RunConfig, zero: dict[str, Any]) -> None:
     DeepSpeed's default of 5e8 is a buffer of 1 to 2 GB; even 5e7 for a small model on a CPU cost a fifth of a step in
     page faults.
     """
-    f, width = config.foresight, config.model.width
-    heads = f.heads * projector_parameters(width, f.projector_dim, width)
-    model = parameter_count(config.model) + heads
+    width = config.model.width
+    model = parameter_count(config.model) + heads_parameters(config.foresight, width, width)
     for key, most in (("reduce_bucket_size", 50_000_000), ("allgather_bucket_size", 200_000_000)):
         if zero.get(key, "auto") == "auto":
             zero[key] = min(most, model)

@@ -87,7 +87,9 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"{_dotted(location[:-1])}: the key {shown(value)} must be a name; quote it if it is one"
     if kind == "value_error" and isinstance(context.get("error"), ConfigError):
         return str(context["error"])
-    if kind in ("missing", "too_long", "too_short"):  # of a list of fixed length: there are no required fields
+    if kind == "missing" and isinstance(location[-1], str):
+        return f"{_dotted(location)}: is missing; give it a value"
+    if kind in ("missing", "too_long", "too_short"):  # of a list of fixed length
         location = location[:-1] if kind == "missing" else location
         field = _field(location, model)
         length = len(field.default) if field else "other"

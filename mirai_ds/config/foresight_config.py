@@ -9,7 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from mirai_ds.config.errors import ConfigError
 from mirai_ds.config.model_config import ModelConfig, Section
 
-Method = Literal["none", "mirai-e", "mirai-i"]
+# none: next tokens only.  mirai-e, mirai-i: align a block's states with the EMA's, or an encoder's, features.
+# mtp: foresight at the output, multi-token prediction (Table 1).
+Method = Literal["none", "mirai-e", "mirai-i", "mtp"]
 
 # What a convention means.
 # `official`: the authors' code (github y0urOy/Mirai-Code); `paper`: the text, Sec. 3 and Eq. 8-11.
@@ -135,6 +137,7 @@ class EncoderConfig(Section):
 
 # Explicit offsets: what the compiled loss takes on CUDA.  Without them: the 3x3 block, all that the paper uses.
 MAX_OFFSETS, MAX_HEADS = 64, 9
+HEAD_ATTENTION_HEADS = 4  # of a transformer head (the paper's has 7.68 M parameters at width 768)
 
 
 class ForesightConfig(Section):
@@ -142,11 +145,21 @@ class ForesightConfig(Section):
 
     method: Method = "none"
     convention: Literal["official", "paper"] = "official"
-    num_heads: int | None = Field(None, ge=1, description="K: 3 for mirai-e, 1 for mirai-i, at most 9; or of offsets")
+    num_heads: int | None = Field(
+        None,
+        ge=1,
+        description="K: 3 for mirai-e and mtp (whose first is the next-token loss), 1 for mirai-i; at most 9",
+    )
     layout: Literal["2d", "1d"] = "2d"
-    layer: int | None = Field(None, ge=1, description="student block, 1-based; default round(8/12 * n_layer)")
+    layer: int | None = Field(
+        None, ge=1, description="student block, 1-based; default round(8/12 * n_layer), of mtp the last"
+    )
     teacher_layer: int | None = Field(None, ge=1, description="mirai-e: teacher block; default the student's")
-    weights: list[float] | None = Field(None, description="lambda of each head; default 2 each")
+    teacher_weights: str | None = Field(
+        None,
+        description="mirai-e: a frozen teacher instead of the run's EMA: a weights file, run or checkpoint folder",
+    )
+    weights: list[float] | None = Field(None, description="lambda of each head; default 2 each, of mtp 1")
     heads_reduction: Literal["sum", "mean"] | None = None
     head_order: Literal["official", "nearest"] | None = None
     offsets: list[list[int]] | None = Field(
@@ -163,9 +176,15 @@ class ForesightConfig(Section):
     flat_stride: int | None = Field(None, ge=1, description="wrap: flat shift of one row down; default the grid side")
     schedule: LambdaSchedule = LambdaSchedule()
     warmup_epochs: float | None = Field(
-        None, ge=0, description="epochs without alignment; 15 for mirai-e, 0 for mirai-i"
+        None, ge=0, description="epochs without alignment; 15 for mirai-e with the run's own EMA, else 0"
     )
-    projector_dim: int = Field(2048, ge=1)
+    head: Literal["mlp", "transformer"] | None = Field(
+        None, description="mlp: 3 layers (REPA's); transformer: one block, the default of mtp (Table 9 has both)"
+    )
+    head_attention: Literal["causal", "full"] | None = Field(
+        None, description="transformer head: causal, as the states are; full lets slot n read later tokens"
+    )
+    projector_dim: int = Field(2048, ge=1, description="mlp head: hidden width")
     teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     kernel: Literal["auto", "cuda", "cpu", "reference"] = Field(
         "auto", description="what computes the alignment loss; auto: the compiled one of the device if it can be built"
@@ -186,8 +205,10 @@ class ForesightConfig(Section):
 
     @property
     def heads(self) -> int:
-        """K, the number of heads (0 without alignment)."""
-        return self.num_heads if self.active and self.num_heads else 0
+        """Number of head modules: K; of mtp K - 1, since k = 1 is the next-token loss; 0 without a method."""
+        if not self.active or not self.num_heads:
+            return 0
+        return self.num_heads - (self.method == "mtp")
 
     @model_validator(mode="after")
     def _fill(self) -> ForesightConfig:
@@ -195,16 +216,21 @@ class ForesightConfig(Section):
         if not self.active:
             return self
         fill = dict(CONVENTIONS[self.convention])
-        fill["num_heads"] = 3 if self.method == "mirai-e" else 1
+        fill["num_heads"] = 1 if self.method == "mirai-i" else 3
         if self.offsets is not None:
-            fill |= {"num_heads": len(self.offsets), "head_order": None}
-        fill["warmup_epochs"] = 15.0 if self.method == "mirai-e" else 0.0
+            fill |= {"num_heads": len(self.offsets) + (self.method == "mtp"), "head_order": None}
+        fill["warmup_epochs"] = 15.0 if self.method == "mirai-e" and self.teacher_weights is None else 0.0
         fill["class_slot"] = self.method == "mirai-e" and self.convention == "official"
+        fill["head"] = "transformer" if self.method == "mtp" else "mlp"
+        if self.method == "mtp":  # a slot predicts what it has not read; there is no teacher
+            fill |= {"slots": "predict", "teacher_sees_last_token": None}
         for name, value in fill.items():
             if getattr(self, name) is None:
                 self.__dict__[name] = value
+        if self.head == "transformer" and self.head_attention is None:
+            self.__dict__["head_attention"] = "causal"
         if self.weights is None:
-            self.__dict__["weights"] = [2.0] * self.heads
+            self.__dict__["weights"] = [1.0 if self.method == "mtp" else 2.0] * self.heads
         if self.method == "mirai-i" and self.encoder is None:
             self.__dict__["encoder"] = EncoderConfig()
         self._check()
@@ -230,35 +256,67 @@ class ForesightConfig(Section):
         if self.head_order is not None:
             problem = "foresight.offsets orders the heads; remove it or set it to null"
             raise ConfigError("foresight.head_order", self.head_order, problem)
-        if self.num_heads not in (None, len(given)):
-            problem = f"must be {len(given)}, one head an entry of foresight.offsets; remove it or set it to null"
+        if self.method == "mtp" and [0, 0] in given:
+            problem = "[0, 0] is the next token, which mtp predicts anyway; remove it"
+            raise ConfigError(f"{name}[{given.index([0, 0])}]", [0, 0], problem)
+        count = len(given) + (self.method == "mtp")
+        if self.num_heads not in (None, count):
+            problem = f"must be {count}, one head an entry of foresight.offsets; remove it or set it to null"
             raise ConfigError("foresight.num_heads", self.num_heads, problem)
 
     def _check(self) -> None:
         weights = self.weights or []
+        if self.method == "mtp" and not self.heads:
+            problem = "of mtp counts the next token as the first; use 2 or more, or method: none"
+            raise ConfigError("foresight.num_heads", self.num_heads, problem)
         if len(weights) != self.heads:
-            raise ConfigError("foresight.weights", weights, f"must have {self.heads} values (foresight.num_heads)")
+            counted = ", less the next token" if self.method == "mtp" else ""
+            problem = f"must have {self.heads} values (foresight.num_heads{counted})"
+            raise ConfigError("foresight.weights", weights, problem)
         if any(w < 0 for w in weights):
             raise ConfigError("foresight.weights", weights, "must not be negative")
-        if self.class_slot and self.method == "mirai-i":
-            raise ConfigError("foresight.class_slot", True, "an encoder has no class slot; use false")
+        if self.class_slot and self.method != "mirai-e":
+            what = "tokens have" if self.method == "mtp" else "an encoder has"
+            raise ConfigError("foresight.class_slot", True, f"{what} no class slot; use false")
         if self.class_slot and self.slots == "predict":
             raise ConfigError("foresight.class_slot", True, "with slots: predict slot 0 is the first cell; use false")
         if self.flat_stride is not None and (self.border != "wrap" or self.layout == "1d"):
             raise ConfigError("foresight.flat_stride", self.flat_stride, "needs layout: 2d and border: wrap; remove it")
-        if self.method == "mirai-i" and self.teacher_layer is not None:
-            problem = "is for method: mirai-e (an encoder gives one output); remove it"
-            raise ConfigError("foresight.teacher_layer", self.teacher_layer, problem)
         if self.method == "mirai-e" and self.encoder is not None:
             problem = "is for method: mirai-i (mirai-e's teacher is the EMA); remove it"
             raise ConfigError("foresight.encoder", self.encoder.name, problem)
+        self._check_head()
+        self._check_teacher()
+
+    def _check_head(self) -> None:
+        if self.head == "mlp" and self.head_attention is not None:
+            problem = "is of head: transformer; remove it"
+            raise ConfigError("foresight.head_attention", self.head_attention, problem)
+        if self.method == "mtp" and self.head_attention == "full":
+            problem = "would read the tokens that mtp predicts; use causal"
+            raise ConfigError("foresight.head_attention", "full", problem)
+        if self.method == "mtp" and self.slots == "input":
+            problem = "the slot that holds a token has read it; mtp needs predict"
+            raise ConfigError("foresight.slots", "input", problem)
+
+    def _check_teacher(self) -> None:
+        """Fields that only one kind of teacher has."""
+        if self.method == "mirai-e":
+            return
+        why = "an encoder gives one output" if self.method == "mirai-i" else "mtp has no teacher"
+        for name in ("teacher_layer", "teacher_weights"):
+            if getattr(self, name) is not None:
+                problem = f"is for method: mirai-e ({why}); remove it"
+                raise ConfigError(f"foresight.{name}", getattr(self, name), problem)
+        if self.method == "mtp" and self.encoder is not None:
+            raise ConfigError("foresight.encoder", self.encoder.name, "is for method: mirai-i; remove it")
 
     def fill_from_model(self, model: ModelConfig) -> None:
         """Fill and check what depends on the model: layers within depth, offsets within the grid."""
         if not self.active:
             return
         if self.layer is None:
-            self.__dict__["layer"] = max(1, round(model.depth * 8 / 12))
+            self.__dict__["layer"] = model.depth if self.method == "mtp" else max(1, round(model.depth * 8 / 12))
         if self.method == "mirai-e" and self.teacher_layer is None:
             self.__dict__["teacher_layer"] = self.layer
         for name in ("layer", "teacher_layer"):
@@ -274,6 +332,11 @@ class ForesightConfig(Section):
             if max(offset) >= model.grid:
                 problem = f"leaves the {model.grid}x{model.grid} grid from every cell; use at most {model.grid - 1}"
                 raise ConfigError(f"foresight.offsets[{i}]", offset, problem)
+        if self.head == "transformer" and model.width % HEAD_ATTENTION_HEADS:
+            problem = (
+                f"has {HEAD_ATTENTION_HEADS} attention heads, which do not divide model.dim = {model.width}; use mlp"
+            )
+            raise ConfigError("foresight.head", self.head, problem)
         if model.grid < 3 and self.heads > model.grid**2:
             problem = f"must be at most {model.grid**2}, the cells of the grid"
             raise ConfigError("foresight.num_heads", self.heads, problem)

@@ -1,33 +1,70 @@
-"""Recipes: YAML files, `base:` inheritance, dotted overrides, and the resolved form that is stored with a run."""
+"""Recipes: YAML files, `base:` inheritance, dotted overrides, and the resolved form that is stored with a run.
+
+`NAME@paper` is recipe NAME in the paper's convention, at the same total weight: a sum over K heads becomes a mean, so
+each lambda is taken K times.
+"""
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from mirai_ds.config import deepspeed_file
 from mirai_ds.config.errors import ConfigError, UserError, from_validation, nearest
+from mirai_ds.config.paper_rows import PaperEntry, read_entry
 from mirai_ds.config.run_config import RunConfig
 from mirai_ds.config.yaml_text import parse
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _KINDS = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
+TWIN = "@paper"
+_LISTED = "`mirai-ds recipes list` names those that ship, e.g. digits-baseline"
+
+
+@cache
+def _shipped() -> dict[str, Traversable]:
+    """Name -> file of every shipped recipe; folders only group them."""
+    folder = resources.files("mirai_ds.config") / "recipes"
+    groups = [folder, *(item for item in folder.iterdir() if item.is_dir())]
+    files = [item for group in groups for item in group.iterdir() if item.name.endswith(".yaml")]
+    return {item.name.removesuffix(".yaml"): item for item in sorted(files, key=lambda item: item.name)}
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files("mirai_ds.config") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return list(_shipped())
 
 
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe, header comment included."""
-    if name not in recipe_names():
-        raise UserError(f"recipe {name!r}: no such recipe; {nearest(name, recipe_names())}")
-    return (resources.files("mirai_ds.config") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    if name not in _shipped():
+        hint = nearest(name, recipe_names())
+        raise UserError(f"recipe {name!r}: no such recipe; {hint if hint.startswith('did you') else _LISTED}")
+    return _shipped()[name].read_text(encoding="utf-8")
+
+
+@cache
+def paper_entry(name: str) -> PaperEntry | None:
+    """A shipped recipe's place in the paper; None where it has none.  A twin's is its recipe's."""
+    name = name.removesuffix(TWIN)
+    data = _shipped_mapping(name).get("paper")
+    return None if data is None else read_entry(data, name)
+
+
+@cache
+def _shipped_mapping(name: str) -> dict[str, Any]:
+    """A shipped recipe as written; not to be changed."""
+    return _parse(recipe_text(name), name)
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -53,7 +90,7 @@ def _read_source(source: str, beside: Path | None) -> tuple[str, str, Path | Non
     candidates = [*([beside / source] if beside else []), Path(source)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        raise UserError(f"{source}: no such recipe file; give a .yaml file or one of: {', '.join(recipe_names())}")
+        raise UserError(f"{source}: no such recipe file; give a .yaml file; {_LISTED}")
     try:
         return path.read_text(encoding="utf-8"), str(path), path.parent
     except (OSError, UnicodeDecodeError) as error:
@@ -70,7 +107,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The raw mapping of a recipe with its `base:` recipes merged below it."""
+    """The raw mapping of a recipe with its `base:` recipes merged below it, without `paper:`."""
+    if source.endswith(TWIN):
+        return _twin(source.removesuffix(TWIN), beside, seen)
     try:
         text, label, folder = _read_source(source, beside)
     except UserError as error:
@@ -80,13 +119,31 @@ def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] =
     identity = label if folder is None else str(Path(label).resolve())
     if identity in seen:
         raise UserError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, identity])}); remove one `base:`")
-    data = _parse(text, label)
+    data = _parse(text, label) if folder is not None else deepcopy(_shipped_mapping(label))
+    paper = data.pop("paper", None)
+    if paper is not None:
+        read_entry(paper, label)
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
         raise UserError(f"{label}: {ConfigError('base', base, 'must be the name or file of one recipe')}")
     return merge(read_recipe(base, folder, (*seen, identity)), data)
+
+
+def _twin(source: str, beside: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
+    """Recipe `source` in the paper's convention, with the total weight that it has in its own."""
+    data = read_recipe(source, beside, seen)
+    ours = build(data, source)
+    if ours.foresight.method == "none" or ours.foresight.convention == "paper":
+        reason = "foresight.method is none" if ours.foresight.method == "none" else "it is in the paper's convention"
+        raise UserError(f"{source}{TWIN}: there is no such twin, because {reason}; use {source}")
+    data = merge(data, {"name": f"{ours.name}-paper", "foresight": {"convention": "paper"}})
+    theirs = build(data, source + TWIN)
+    if (ours.foresight.heads_reduction, theirs.foresight.heads_reduction) == ("sum", "mean"):
+        weights = [weight * ours.foresight.heads for weight in ours.foresight.weights or []]
+        data = merge(data, {"foresight": {"weights": weights}})
+    return data
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

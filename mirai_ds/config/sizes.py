@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig
 
 
@@ -20,3 +21,16 @@ def parameter_count(config: ModelConfig) -> int:
 def projector_parameters(dim: int, hidden: int, target: int) -> int:
     """Parameters of one MLP head D -> hidden -> hidden -> C with biases (7,344,896 for 768 -> 2048 -> 2048 -> 768)."""
     return dim * hidden + hidden + hidden * hidden + hidden + hidden * target + target
+
+
+def transformer_head_parameters(dim: int, target: int) -> int:
+    """Parameters of one transformer head: two LayerNorms 4 D, attention 4 D^2 + 4 D, MLP of ratio 4, a linear D -> C
+    (7,678,464 for D = C = 768)."""
+    return 4 * dim + 4 * dim**2 + 4 * dim + 8 * dim**2 + 5 * dim + dim * target + target
+
+
+def heads_parameters(foresight: ForesightConfig, dim: int, target: int) -> int:
+    """Parameters of all heads of a run."""
+    if foresight.head == "transformer":
+        return foresight.heads * transformer_head_parameters(dim, target)
+    return foresight.heads * projector_parameters(dim, foresight.projector_dim, target)

@@ -27,9 +27,10 @@ def parameter_groups(objective: MiraiObjective, config: RunConfig) -> list[dict[
     """Groups by who reads them (teacher's blocks, rest of the GPT, heads) and by weight decay (dim >= 2 only).
 
     The teacher's blocks are apart so that only their shards travel when the teacher is refreshed; the heads are apart
-    because neither gradient nor decay may touch them during warm-up.
+    because neither gradient nor decay may touch them during warm-up.  A frozen teacher is never refreshed.
     """
-    last = config.foresight.teacher_layer or 0
+    f = config.foresight
+    last = f.teacher_layer or 0 if f.teacher_weights is None else 0
     tables = ("gpt.cls_embedding.", "gpt.tok_embeddings.", "gpt.spe_tok_embeddings.")
     prefixes = (*tables, *(f"gpt.layers.{i}." for i in range(last)))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -60,6 +61,7 @@ class TrainEngine:
         self.config, self.device = config, device
         self.stage: int = ds_config["zero_optimization"]["stage"]
         objective.gpt.run_block = block_runner(config.train.recompute)
+        objective.recompute_heads = config.train.recompute.policy != "none"
         groups = parameter_groups(objective, config)
         make = optimizer_factory or self._adamw
         self.ds = _initialize(deepspeed, objective, make(groups), ds_config)

@@ -1,6 +1,7 @@
 """Foresight alignment: neighbours, heads, teachers, schedules and the objective that joins them to the model."""
 
 from mirai_ds.foresight.encoders import EncoderTeacher
+from mirai_ds.foresight.multi_token import TokenTeacher
 from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_note, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
 from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
@@ -11,6 +12,7 @@ __all__ = [
     "EncoderTeacher",
     "MiraiObjective",
     "Teacher",
+    "TokenTeacher",
     "alignment_active",
     "alignment_multiplier",
     "decoded_targets",

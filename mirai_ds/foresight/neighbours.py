@@ -22,13 +22,17 @@ NEAREST_OFFSETS = tuple(sorted(OFFICIAL_OFFSETS, key=lambda o: (o[0] ** 2 + o[1]
 
 
 def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
-    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later."""
+    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later.
+
+    Of mtp without (0, 0), the next token, which needs no head.
+    """
     if config.offsets is not None:
         return [(down, right) for down, right in config.offsets]
+    first = int(config.method == "mtp")
     if config.layout == "1d":
-        return [(0, k) for k in range(config.heads)]
+        return [(0, k) for k in range(first, first + config.heads)]
     order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
-    return list(order[: config.heads])
+    return list(order[first : first + config.heads])
 
 
 def target_cell(cell: int, offset: tuple[int, int], grid: int, config: ForesightConfig) -> int:
@@ -57,10 +61,10 @@ class Pair(NamedTuple):
 def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
     """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
     order of the sequence; only the slots that stand for them follow it."""
-    order, encoder = cell_order(grid, par_tokens), config.method == "mirai-i"
+    order, by_cell = cell_order(grid, par_tokens), config.method != "mirai-e"
     cells = grid * grid
-    # Tokens whose features the teacher has: all patches, or the tokens it was given.
-    available = cells if encoder or config.teacher_sees_last_token else cells - 1
+    # Tokens whose features the teacher has: all patches or tokens, or the tokens it was given.
+    available = cells if by_cell or config.teacher_sees_last_token else cells - 1
     seen = order.seen_with if config.slots == "input" else order.seen_before
     for head, offset in enumerate(offsets(config)):
         for number, cell in enumerate(order.cell):
@@ -73,7 +77,7 @@ def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> 
                 found = target_cell(cell, offset, grid, config)
                 target = order.number[found] if found >= 0 else cells
             if target < available:
-                row = order.cell[target] if encoder else order.input_slot[target]
+                row = order.cell[target] if by_cell else order.input_slot[target]
                 yield Pair(slot, head, row, target < seen[number] and target != number)
 
 
@@ -82,10 +86,12 @@ def index_table(config: ForesightConfig, grid: int, par_tokens: int | None = Non
 
     PAR: S = N + n - 1.  Its learnable tokens stand for no cell with `slots: input`, and predict one with `predict`.
 
-    Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches in raster
-    order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on this grid.
+    Mirai-E's rows of the target are the teacher's slots (0 = class); Mirai-I's are the encoder's patches and mtp's the
+    tokens, in raster order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on
+    this grid.
     """
-    table = torch.full((cell_order(grid, par_tokens).slots, config.heads), -1, dtype=torch.int64)
+    slots = cell_order(grid, par_tokens).slots
+    table = torch.full((slots, config.heads), -1, dtype=torch.int64, device="cpu")
     for slot, head, row, decoded in pairs(config, grid, par_tokens):
         if not (decoded and config.mask_decoded_targets):
             table[slot, head] = row

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mirai_ds.config import ForesightConfig, ModelConfig
-from mirai_ds.foresight.heads import projectors
+from mirai_ds.foresight.heads import heads
+from mirai_ds.foresight.multi_token import multi_token_loss
 from mirai_ds.foresight.neighbours import index_table, slot_counts
 from mirai_ds.kernels.foresight_cosine import foresight_cosine
 from mirai_ds.model import GPT, next_token_loss
@@ -16,6 +17,8 @@ class MiraiObjective(nn.Module):
     """GPT and heads in one module, so that ZeRO sees every use of every parameter.
 
     total = ntp + multiplier * reduction_k weights_k * -cos(head_k(h), target)   (Mirai, Eq. 11)
+
+    or, of mtp, cross-entropies of later tokens in place of the cosines (`multi_token`).
     """
 
     index: Tensor
@@ -35,7 +38,8 @@ class MiraiObjective(nn.Module):
         self.foresight = foresight
         self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
-        self.projectors = projectors(foresight.heads, model.width, foresight.projector_dim, feature_dim or model.width)
+        self.projectors = heads(foresight, model.width, feature_dim or model.width)
+        self.recompute_heads = False  # mtp: whether the backward pass computes each head's logits again
         if foresight.active:
             table = index_table(foresight, model.grid, model.par_tokens)
             self.register_buffer("index", table.int(), persistent=False)
@@ -45,11 +49,11 @@ class MiraiObjective(nn.Module):
     def forward(
         self, tokens: Tensor, labels: Tensor, keys: Tensor | None, target: Tensor | None = None, multiplier: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens (B, N) in raster order, labels (B,), keys (B,) int64 (None: no dropout); target (B, M, C) or None (no
-        alignment).
+        """tokens (B, N) in raster order, labels (B,), keys (B,) int64 (None: no dropout); target: what the teacher
+        gives, (B, M, C) or of mtp (B, N) tokens, or None (no alignment).
 
         Returns the scalar total loss and detached metrics: `ntp`, and with a target `alignment` (weighted, before the
-        multiplier) and `cosine` (K,).
+        multiplier) and, one value a head, `cosine` or `entropy`.
         """
         layer = self.foresight.layer
         tap = (layer,) if target is not None and layer is not None else ()
@@ -60,7 +64,13 @@ class MiraiObjective(nn.Module):
             return ntp, metrics
         assert layer is not None
         states = out.hidden[layer]
-        alignment, cosine = foresight_cosine(
+        name, align = ("entropy", self._predict) if self.foresight.method == "mtp" else ("cosine", self._match)
+        alignment, per_head = align(states, target, multiplier)
+        metrics |= {"alignment": alignment.detach(), name: per_head}
+        return ntp + multiplier * alignment, metrics
+
+    def _match(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        return foresight_cosine(
             [head(states) for head in self.projectors],
             target,
             self.index,
@@ -70,5 +80,16 @@ class MiraiObjective(nn.Module):
             kernel=self.foresight.kernel,
             upstream=multiplier / self.grad_accum_steps,
         )
-        metrics |= {"alignment": alignment.detach(), "cosine": cosine}
-        return ntp + multiplier * alignment, metrics
+
+    def _predict(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        return multi_token_loss(
+            self.projectors,
+            self.gpt.head,
+            states,
+            target,
+            self.index,
+            self.head_weights,
+            self.slot_counts,
+            self.foresight.heads_reduction or "sum",
+            self.recompute_heads,
+        )

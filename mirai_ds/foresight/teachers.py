@@ -23,7 +23,10 @@ class Teacher(Protocol):
 
 
 class EmaTeacher:
-    """The first `teacher_layer` blocks with averaged weights: true labels, no dropout, raw residual stream."""
+    """The first `teacher_layer` blocks with averaged weights: true labels, no dropout, raw residual stream.
+
+    The averages are the run's own, renewed at every step, or (`foresight.teacher_weights`) another's, loaded once.
+    """
 
     def __init__(
         self, model: ModelConfig, foresight: ForesightConfig, dtype: torch.dtype, device: torch.device, autocast: bool
@@ -32,6 +35,7 @@ class EmaTeacher:
         self.feature_dim = model.width
         self.n_tokens = model.block_size - (0 if foresight.teacher_sees_last_token else 1)
         self.autocast = autocast
+        self.frozen = foresight.teacher_weights is not None
         with torch.device(device):
             self.trunk = GPTTrunk(model, foresight.teacher_layer).eval().requires_grad_(False)
         for parameter in self.trunk.parameters():  # the rotary table stays fp32

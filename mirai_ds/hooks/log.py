@@ -122,8 +122,9 @@ class LogHook(Hook):
         values: dict[str, float] = {"loss/total": means["loss"][0], "loss/ntp": means["ntp"][0]}
         if record.aligned:
             values["loss/alignment"] = means["alignment"][0]
+            kind = "entropy" if "entropy" in means else "cosine"
             for k, (down, right) in enumerate(offsets(session.config.foresight)):
-                values[f"cosine/head{k + 1}_down{down}_right{right}"] = means["cosine"][k]
+                values[f"{kind}/head{k + 1}_down{down}_right{right}"] = means[kind][k]
         values |= {
             "foresight/lambda": record.multiplier,
             "optimizer/lr": record.lr,

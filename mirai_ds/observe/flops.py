@@ -13,9 +13,14 @@ def forward_flops(model: ModelConfig, slots: int, blocks: int, logits: bool) -> 
 
 
 def head_flops(model: ModelConfig, foresight: ForesightConfig, feature_dim: int, slots: int) -> float:
-    """One forward pass of all heads over all slots."""
-    hidden = foresight.projector_dim
-    return foresight.heads * 2.0 * (model.width * hidden + hidden**2 + hidden * feature_dim) * slots
+    """One forward pass of all heads over all slots; of mtp with the logits of each."""
+    width, hidden = model.width, foresight.projector_dim
+    one = 2.0 * (width * hidden + hidden**2 + hidden * feature_dim) * slots
+    if foresight.head == "transformer":  # attention 4 D^2, MLP 8 D^2, a linear; scores and values full
+        one = 2.0 * (12 * width**2 + width * feature_dim) * slots + 4.0 * slots**2 * width
+    if foresight.method == "mtp":
+        one += 2.0 * model.vocab_size * width * slots
+    return foresight.heads * one
 
 
 def training_flops(model: ModelConfig, foresight: ForesightConfig, feature_dim: int, aligned: bool) -> float:

@@ -42,12 +42,12 @@ def side_by_side(path: Path, left: Array, right: Array, titles: tuple[str, str])
 
 
 def loss_curves(path: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Next-token loss (training and held out) and, where there is alignment, the heads' cosines over steps."""
+    """Next-token loss (training and held out) and, where there are heads, their cosines or entropies over steps."""
     from matplotlib.figure import Figure
 
-    cosines = sorted({name for record in records for name in record if name.startswith("cosine/")})
-    figure = Figure(figsize=(10 if cosines else 6, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if cosines else 1, squeeze=False)[0]
+    heads = sorted({name for record in records for name in record if name.startswith(("cosine/", "entropy/"))})
+    figure = Figure(figsize=(10 if heads else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if heads else 1, squeeze=False)[0]
     names = {
         "loss/ntp": "training batch",
         "held_out/ntp_raw": "held out, raw weights",
@@ -56,10 +56,12 @@ def loss_curves(path: Path, records: list[dict[str, Any]], title: str) -> None:
     for name, label in names.items():
         _curve(axes[0], records, name, label)
     axes[0].set(xlabel="step", ylabel="next-token loss (nats a token)", title=title)
-    for name in cosines:
-        _curve(axes[-1], records, name, name.removeprefix("cosine/").replace("_", " "))
-    if cosines:
-        axes[-1].set(xlabel="step", ylabel="cosine with the teacher", title="foresight alignment")
+    for name in heads:
+        _curve(axes[-1], records, name, name.partition("/")[2].replace("_", " "))
+    if heads:
+        tokens = heads[0].startswith("entropy/")
+        ylabel = "later-token loss (nats a token)" if tokens else "cosine with the teacher"
+        axes[-1].set(xlabel="step", ylabel=ylabel, title="foresight at the output" if tokens else "foresight alignment")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> str | None:
-    """Collective: what computes the alignment loss (`cpu`, `cuda`, `reference`), compiled if need be; None without one.
+    """Collective: what computes the cosines (`cpu`, `cuda`, `reference`), compiled if need be; None without any.
     One rank a node speaks.  Raises on every rank what went wrong on any."""
-    if not config.foresight.active:
+    if config.foresight.method in ("none", "mtp"):
         return None
     say = say_on_stderr if world.local_rank == 0 else lambda _: None
     mine = on_every_rank(lambda: choose(config.foresight.kernel, device.type, say=say))

@@ -34,6 +34,7 @@ class RankFacts:
     config: str
     code: str
     packages: dict[str, str]
+    teacher: str
     device: str
     clock: float
     problem: str = ""
@@ -63,6 +64,11 @@ def preflight(session: Session) -> None:
             )
         if facts.code != first.code:
             raise UserError(f"preflight: {where} runs code {facts.code[:16]}, rank 0 on {first.host} {first.code[:16]}")
+        if facts.teacher != first.teacher:
+            raise UserError(
+                f"preflight: {where} has other teacher weights than rank 0 on {first.host} "
+                f"({session.config.foresight.teacher_weights}); give all the same"
+            )
         for name, theirs in facts.packages.items():
             if theirs != first.packages[name]:
                 raise UserError(
@@ -94,7 +100,7 @@ def _look(session: Session) -> RankFacts:
         problem = str(error)
     config = hashlib.sha256(dump(session.config).encode()).hexdigest()
     return RankFacts(
-        rank, socket.gethostname(), config, code_version(), package_versions(),
+        rank, socket.gethostname(), config, code_version(), package_versions(), session.teacher_digest,
         _device_name(session.device), clock, problem,
     )  # fmt: skip
 

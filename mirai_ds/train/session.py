@@ -33,7 +33,7 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.engine import TrainEngine
-from mirai_ds.foresight import EmaTeacher, EncoderTeacher, MiraiObjective, Teacher, seam_note
+from mirai_ds.foresight import EmaTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World
@@ -41,6 +41,7 @@ from mirai_ds.runtime.environment import code_version
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.agree import on_every_rank
 from mirai_ds.train.schedule import total_steps
+from mirai_ds.train.teacher import build_teacher
 
 MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
@@ -65,6 +66,7 @@ class Session:
     stop: StopRequests
     saver: Saver
     data_digest: str
+    teacher_digest: str = ""  # of a frozen teacher's weights
     step: int = 0
     applied_steps: int = 0
     batch_offset: int = 0  # batches that rollbacks left out
@@ -88,8 +90,10 @@ class Session:
         return self.world.rank == 0
 
     def refresh_teacher(self) -> None:
-        """Give the EMA teacher the newest average; nothing for other teachers or when it is up to date."""
-        if not isinstance(self.teacher, EmaTeacher) or self._teacher_version == self.engine.ema.version:
+        """Give the EMA teacher the newest average; nothing for other or frozen teachers or when it is up to date."""
+        if not isinstance(self.teacher, EmaTeacher) or self.teacher.frozen:
+            return
+        if self._teacher_version == self.engine.ema.version:
             return
         names = {f"gpt.{name}" for name in self.teacher.names}
         dtype = next(self.teacher.trunk.parameters()).dtype
@@ -130,6 +134,7 @@ class Session:
             method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
             incarnation=self.fence.mine.number, data=self.data_digest, batch_offset=self.batch_offset,
             log_bytes=self.log_position(), metrics=dict(self.measured), hooks=copy.deepcopy(self.memory),
+            teacher=self.teacher_digest,
         )  # fmt: skip
 
     def resume(self, request: str) -> None:
@@ -189,6 +194,13 @@ class Session:
                 f"{folder}: was trained on other codes or labels (digest {info.data[:12]}) than data.path = "
                 f"{self.config.data.path!r} holds now ({self.data_digest[:12]}); give the data it began with"
             )
+        if info.teacher and info.teacher != self.teacher_digest:
+            raise UserError(
+                f"{folder}: was trained with another teacher (digest {info.teacher[:12]}) than "
+                f"foresight.teacher_weights = {self.config.foresight.teacher_weights!r} holds now "
+                f"({self.teacher_digest[:12]}); give the weights it began with (of a run that went on: its checkpoint "
+                "folder)"
+            )
 
 
 def build_session(
@@ -209,7 +221,7 @@ def build_session(
     check_score(config, dataset)
     if world.local_rank == 0:
         warm_page_cache(dataset.train)
-    teacher = on_every_rank(lambda: build_teacher(config, device))
+    teacher, teacher_digest, note = on_every_rank(lambda: build_teacher(config, device))
     objective = MiraiObjective(
         config.model, config.foresight, teacher.feature_dim if teacher else None,
         ds_config["gradient_accumulation_steps"],
@@ -230,12 +242,13 @@ def build_session(
     stop.is_saving = lambda: saver.in_flight >= 0
     session = Session(
         config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, fence, control, stop,
-        saver, dataset.train.digest(),
+        saver, dataset.train.digest(), teacher_digest,
     )  # fmt: skip
+    session.notes += note
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
-    if (note := seam_note(config.foresight, config.model)) is not None:
-        session.notes.append(note)
+    seams = seam_note(config.foresight, config.model)
+    session.notes += [seams] if seams else []
     return session
 
 
@@ -275,16 +288,3 @@ def initial_weights(config: RunConfig) -> dict[str, Tensor]:
         weights = read_gpt_weights(path)
     check_gpt_weights(weights, config.model, path)
     return weights
-
-
-def build_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
-    """The teacher of the configured method, without weights yet for mirai-e."""
-    foresight, precision = config.foresight, config.train.precision
-    if foresight.method == "mirai-e":
-        low = foresight.teacher_dtype == "bf16" or (foresight.teacher_dtype == "auto" and precision == "bf16")
-        autocast = foresight.teacher_dtype == "auto" and precision == "bf16-autocast"
-        return EmaTeacher(config.model, foresight, torch.bfloat16 if low else torch.float32, device, autocast)
-    if foresight.method == "mirai-i":
-        assert foresight.encoder is not None
-        return EncoderTeacher(foresight.encoder, config.model.grid, device)
-    return None

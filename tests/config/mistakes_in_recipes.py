@@ -140,7 +140,41 @@ RANGES = {
     "nan-in-list": _recipe("foresight: {weights: [.nan]}", "foresight.weights[0] = nan", "must be a finite number"),
 }
 
+MTP = TINY + "foresight: {method: mtp"
 CROSS_FIELD = {
+    "mtp-without-heads": _recipe(MTP + ", num_heads: 1}", "foresight.num_heads = 1", "use 2 or more, or method: none"),
+    "mtp-next-token": _recipe(MTP + ", offsets: [[0, 1], [0, 0]]}", "foresight.offsets[1] = [0, 0]", "next token"),
+    "mtp-offsets-and-k": _recipe(
+        MTP + ", offsets: [[0, 1], [1, 0]], num_heads: 2}", "foresight.num_heads = 2", "must be 3"
+    ),
+    "mtp-weights": _recipe(
+        MTP + ", weights: [1, 1, 1]}",
+        "foresight.weights",
+        "must have 2 values (foresight.num_heads, less the next token)",
+    ),
+    "mtp-input-slots": _recipe(MTP + ", slots: input}", "foresight.slots = 'input'", "mtp needs predict"),
+    "mtp-sees-all": _recipe(
+        MTP + ", head_attention: full}",
+        "foresight.head_attention = 'full'",
+        "read the tokens that mtp predicts; use causal",
+    ),
+    "mtp-teacher-layer": _recipe(
+        MTP + ", teacher_layer: 2}", "foresight.teacher_layer = 2", "mtp has no teacher", "remove it"
+    ),
+    "mtp-teacher": _recipe(MTP + ", teacher_weights: x.pt}", "foresight.teacher_weights = 'x.pt'", "method: mirai-e"),
+    "mtp-encoder": _recipe(MTP + ", encoder: {name: dinov2-b}}", "foresight.encoder = 'dinov2-b'", "method: mirai-i"),
+    "mtp-class-slot": _recipe(MTP + ", class_slot: true}", "foresight.class_slot = true", "tokens have no class slot"),
+    "head-attention-of-an-mlp": _set(
+        "foresight.head_attention=causal", "head_attention = 'causal'", "is of head: transformer; remove it", text=MIRAI
+    ),
+    "head-unknown": _set(
+        "foresight.head=linear", "foresight.head = 'linear'", "use one of: mlp, transformer", text=MIRAI
+    ),
+    "teacher-of-mirai-i": _recipe(
+        TINY + "foresight: {method: mirai-i, teacher_weights: x.pt}",
+        "foresight.teacher_weights = 'x.pt'",
+        "is for method: mirai-e (an encoder gives one output); remove it",
+    ),
     "n-head": _recipe(
         "model: {size: custom, dim: 768, n_layer: 2, n_head: 7}", "model.n_head = 7", "768; use one of [3, 4, 6, 8]"
     ),
@@ -353,7 +387,7 @@ YAML = {
     "base-is-a-list": _recipe("base: [a, b]", "base = ['a', 'b']", "must be the name or file of one recipe"),
     "base-unknown": _recipe("base: digits-mirai", "base = 'digits-mirai'", "no such recipe", "did you mean 'digits-"),
     "base-no-file": _recipe(
-        "base: none.yaml", "base = 'none.yaml'", "no such recipe file; give a .yaml file or one of"
+        "base: none.yaml", "base = 'none.yaml'", "no such recipe file; give a .yaml file; `mirai-ds recipes"
     ),
     "base-itself": _recipe("base: recipe.yaml", "recipe.yaml: base: goes round in a circle", "remove one `base:`"),
     "set-no-sign": _set("optimizer.lr", "--set 'optimizer.lr'", "write it as section.field=value"),

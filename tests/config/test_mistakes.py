@@ -68,9 +68,9 @@ def test_several_mistakes_are_several_lines(tmp_path: Path) -> None:
 
 SOURCES = {
     "misspelt": ("digits-basline", ("recipe 'digits-basline'", "no such recipe", "did you mean 'digits-baseline'?")),
-    "nothing-near": ("zzzzzz", ("recipe 'zzzzzz'", "use one of:", "digits-baseline")),
+    "nothing-near": ("zzzzzz", ("recipe 'zzzzzz'", "mirai-ds recipes list", "digits-baseline")),
     "upper-case": ("Digits-Baseline", ("recipe 'Digits-Baseline'", "did you mean 'digits-baseline'?")),
-    "no-file": ("folder/none.yaml", ("folder/none.yaml: no such recipe file", "one of:", "digits-baseline")),
+    "no-file": ("folder/none.yaml", ("folder/none.yaml: no such recipe file", "recipes list", "digits-baseline")),
     "no-file-without-suffix": ("folder/none", ("folder/none: no such recipe file", "give a .yaml file")),
     "wrong-suffix": ("recipe.txt", ("recipe.txt: a recipe file must end in .yaml; rename it",)),
     "wrong-suffix-in-folder": ("./recipe.txt", ("./recipe.txt: a recipe file must end in .yaml; rename it",)),

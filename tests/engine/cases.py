@@ -32,8 +32,10 @@ def toy_config(
     par_tokens: int | None = None,
     **sections: Any,
 ) -> RunConfig:
-    """A 3-block GPT (or PAR) on 4x4 grids; global batch 12."""
-    foresight: dict[str, Any] = {"method": method}
+    """A 3-block GPT (or PAR) on 4x4 grids; global batch 12.  method: `mirai-e+transformer` takes another head than the
+    MLP."""
+    method, _, head = method.partition("+")
+    foresight: dict[str, Any] = {"method": method, **({"head": head} if head else {})}
     if method != "none":
         foresight |= {"projector_dim": 16, "warmup_epochs": 0.0, "num_heads": 3, "convention": "official"}
         foresight |= sections.pop("foresight", {})
@@ -104,6 +106,8 @@ def fixed_target(config: RunConfig, batch: Batch, step: int) -> torch.Tensor | N
     """A stand-in for any teacher: features that are a function of the samples."""
     if not config.foresight.active:
         return None
+    if config.foresight.method == "mtp":
+        return batch.tokens
     rows = config.model.slots + (1 if config.foresight.teacher_sees_last_token else 0)
     width = config.model.width if config.foresight.method == "mirai-e" else ENCODER_DIM
     table = torch.randn(20, width, generator=torch.Generator().manual_seed(9 + step))

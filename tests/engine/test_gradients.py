@@ -21,7 +21,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "every-n": {"policy": "every-n", "every": 2},
     "deepspeed": {"policy": "full", "implementation": "deepspeed"},
 }
-ARMS = {"baseline": ("none", True), "E": ("mirai-e", True), "I": ("mirai-i", True), "heads-off": ("mirai-e", False)}
+ARMS = {"baseline": ("none", True), "E": ("mirai-e", True), "I": ("mirai-i", True), "heads-off": ("mirai-e", False),
+        "mtp": ("mtp", True), "mtp-off": ("mtp", False), "transformer": ("mirai-e+transformer", True)}  # fmt: skip
 
 
 def worst(pool: RankPool, arm: str, stage: int, accumulation: int, policy: str) -> float:
@@ -30,7 +31,10 @@ def worst(pool: RankPool, arm: str, stage: int, accumulation: int, policy: str) 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("arm", "accumulation", "policy"), [("E", 2, "full"), ("heads-off", 3, "every-n")])
+@pytest.mark.parametrize(
+    ("arm", "accumulation", "policy"),
+    [("E", 2, "full"), ("heads-off", 3, "every-n"), ("mtp", 2, "deepspeed"), ("transformer", 1, "none")],
+)
 def test_applied_gradient_is_the_average(ranks: Any, arm: str, stage: int, accumulation: int, policy: str) -> None:
     assert worst(ranks[2], arm, stage, accumulation, policy) <= BOUND
 

@@ -21,7 +21,7 @@ BF16_ROUNDINGS = 4 * 2.0**-8
 @pytest.fixture(scope="module")
 def plain(ranks: Any) -> dict[str, np.ndarray[Any, Any]]:
     """The runs written out in plain PyTorch."""
-    return {m: np.array(ranks[1].run(cases.plain_losses, m)[0]) for m in ("none", "mirai-e", "mirai-i")}
+    return {m: np.array(ranks[1].run(cases.plain_losses, m)[0]) for m in ("none", "mirai-e", "mirai-i", "mtp")}
 
 
 def test_training_moves(plain: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -29,6 +29,7 @@ def test_training_moves(plain: dict[str, np.ndarray[Any, Any]]) -> None:
     assert plain["mirai-e"][0] - plain["mirai-e"][-1] > 2
     assert np.ptp(plain["none"]) > 0.1
     assert np.ptp(plain["mirai-i"]) > 0.1
+    assert np.ptp(plain["mtp"]) > 0.1
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -39,7 +40,7 @@ def test_every_stage_follows_plain_pytorch(ranks: Any, plain: Any, stage: int, w
     assert np.abs(np.array(losses[0]) - plain["mirai-e"]).max() <= FP32_BOUND
 
 
-@pytest.mark.parametrize("method", ["none", "mirai-i"])
+@pytest.mark.parametrize("method", ["none", "mirai-i", "mtp"])
 def test_other_methods_follow_plain_pytorch(ranks: Any, plain: Any, method: str) -> None:
     assert np.abs(np.array(ranks[2].run(cases.losses_case, method, 2, 2)[0]) - plain[method]).max() <= FP32_BOUND
 

@@ -1,0 +1,82 @@
+"""The teacher of a run, with its weights where they are not the run's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.config import ConfigError, RunConfig, UserError
+from mirai_ds.foresight import EmaTeacher, EncoderTeacher, Teacher, TokenTeacher
+from mirai_ds.train.run_folder import read_run_config
+
+FIELD = "foresight.teacher_weights"
+
+
+def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | None, str, list[str]]:
+    """The teacher of the configured method (mirai-e's own average without weights yet), the digest of a frozen one's
+    weights or nothing, and what to tell the user of them."""
+    foresight, precision = config.foresight, config.train.precision
+    if foresight.method == "mtp":
+        return TokenTeacher(config.model.width), "", []
+    if foresight.method == "mirai-i":
+        assert foresight.encoder is not None
+        return EncoderTeacher(foresight.encoder, config.model.grid, device), "", []
+    if foresight.method != "mirai-e":
+        return None, "", []
+    low = foresight.teacher_dtype == "bf16" or (foresight.teacher_dtype == "auto" and precision == "bf16")
+    autocast = foresight.teacher_dtype == "auto" and precision == "bf16-autocast"
+    teacher = EmaTeacher(config.model, foresight, torch.bfloat16 if low else torch.float32, device, autocast)
+    if foresight.teacher_weights is None:
+        return teacher, "", []
+    weights, origin = pretrained(config)
+    held = {name: weights[name] for name in teacher.names}
+    teacher.load(held.items())
+    digest = digest_of_tensors(held)
+    return teacher, digest, [f"frozen teacher: {origin}, digest {digest[:12]}"]
+
+
+def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
+    """The weights `foresight.teacher_weights` names, the average where there is one, and where they come from.
+
+    A weights file, a run folder (its newest whole checkpoint) or a checkpoint's folder.  Raises UserError.
+    """
+    given = config.foresight.teacher_weights or ""
+    path = Path(given)
+    try:
+        if path.is_dir():
+            run, step = _run_and_step(path)
+            theirs = read_run_config(run).model
+            if theirs.grid != config.model.grid:  # shapes do not tell
+                raise UserError(f"is of a {theirs.grid}x{theirs.grid} grid, this run has {config.model.grid}")
+            folder, info, _ = store.find(run, step)
+            weights, origin = StateReader(folder).weights("ema"), f"EMA of {run} at step {info.step}"
+        else:
+            weights, origin = read_gpt_weights(path, "ema-or-model"), given
+        check_gpt_weights(weights, config.model, path)
+    except UserError as error:
+        raise ConfigError(FIELD, given, str(error)) from None
+    return weights, origin
+
+
+def _run_and_step(path: Path) -> tuple[Path, str]:
+    """(run, `auto`) of a run's folder, (run, step) of a checkpoint's."""
+    number = path.name.removeprefix("step-")
+    if path.parent.name == "checkpoints" and number.isdigit():
+        return path.parent.parent, str(int(number))
+    return path, "auto"
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and fp32 values in the names' order: the same for a run's weights and for their export."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].float().contiguous().numpy().tobytes())
+    return found.hexdigest()
