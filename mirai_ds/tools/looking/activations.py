@@ -139,7 +139,9 @@ class Pass:
         f, rows, c = self.foresight, self.rows, self.compute
         if not f.heads or not aligned:
             return 0
-        inputs = {"bf16-autocast": f.heads, "bf16": 1, "fp32": 0}[self.precision] * rows * self.model.width * 2
+        # In autocast each head casts the hidden state; in bf16 nobody else keeps it, but a recomputed block above.
+        own = 1 - self.recomputed(f.layer or 0) if (f.layer or 0) < self.model.depth else 1
+        inputs = {"bf16-autocast": f.heads, "bf16": own, "fp32": 0}[self.precision] * rows * self.model.width * 2
         kept = f.heads * rows * (4 * f.projector_dim * c + self.loss_of_a_head())
         return inputs + kept + (2 * self.head_parameters if self.autocast else 0)
 

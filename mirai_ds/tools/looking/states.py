@@ -114,6 +114,12 @@ class States:
         every = in_block * m.depth + in_head * f.heads + tables
         return sum(size for size in every if size < most)
 
+    @property
+    def keeps_until_backward(self) -> bool:
+        """Stage 3: whether no parameter is gathered twice a micro-batch."""
+        reuse = self.zero.get("stage3_max_reuse_distance", _DEFAULTS["stage3_max_reuse_distance"])
+        return bool(2 * self.work.parameters <= reuse)
+
     # --- there within a step ----------------------------------------------------------------------------------------
 
     def gathered(self) -> float:
