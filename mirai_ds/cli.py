@@ -11,7 +11,7 @@ import click
 
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
-from mirai_ds.cli_look import flops, plan
+from mirai_ds.cli_look import flops, map_, plan, report
 from mirai_ds.cli_runs import compare, inspect
 from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
@@ -224,7 +224,9 @@ main.add_command(extract)
 main.add_command(compare)
 main.add_command(flops)
 main.add_command(inspect)
+main.add_command(map_)
 main.add_command(plan)
+main.add_command(report)
 main.add_command(submit)
 
 if __name__ == "__main__":
