@@ -50,13 +50,14 @@ class ViT(NamedTuple):
     parameters: int
 
 
-# timm's name -> width, depth, patch, prefix tokens; four times the width in the feed-forward.
+# timm's name -> width, depth, patch, prefix tokens, and whether it has a table of positions (DINOv3 rotates instead);
+# the feed-forward is four times the width.
 _VITS = {
-    "vit_base_patch14_dinov2": (768, 12, 14, 1),
-    "vit_large_patch14_dinov2": (1024, 24, 14, 1),
-    "vit_base_patch16_dinov3": (768, 12, 16, 5),
-    "vit_base_patch16_224.mae": (768, 12, 16, 1),
-    "vit_large_patch16_224.mae": (1024, 24, 16, 1),
+    "vit_base_patch14_dinov2": (768, 12, 14, 1, True),
+    "vit_large_patch14_dinov2": (1024, 24, 14, 1, True),
+    "vit_base_patch16_dinov3": (768, 12, 16, 5, False),
+    "vit_base_patch16_224.mae": (768, 12, 16, 1, True),
+    "vit_large_patch16_224.mae": (1024, 24, 16, 1, True),
 }
 
 
@@ -65,11 +66,11 @@ def known_encoder(foresight: ForesightConfig, model: ModelConfig) -> ViT | None:
     encoder = foresight.encoder if foresight.method == "mirai-i" else None
     if encoder is None or encoder.timm_name not in _VITS:
         return None
-    width, blocks, patch, prefix = _VITS[encoder.timm_name]
+    width, blocks, patch, prefix, positions = _VITS[encoder.timm_name]
     depth = min(encoder.layer or blocks, blocks)
     patches = model.grid**2
     block = 12 * width**2 + 13 * width  # biases and two norms; layer scales are left out
-    outside = (3 * patch**2 + 1 + prefix + patches + 3) * width
+    outside = (3 * patch**2 + 1 + prefix + (patches + 1) * positions + 2) * width
     return ViT(
         width, depth, 4 * width, patch, patches + prefix, patches, encoder.image_size or patch * model.grid,
         depth * block + outside,

@@ -25,13 +25,13 @@ def thinned(points: Mapping[int, float], most: int = MOST_POINTS) -> tuple[list[
 
 
 def chart(title: str, curves: Curves, unit: str, log: bool = False) -> str | None:
-    """One chart as an SVG data URI; None where no curve has a finite point."""
+    """One chart as an SVG data URI; None where no curve has two finite points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     drawn = {label: thinned(points) for label, points in curves.items()}
     drawn = {label: points for label, points in drawn.items() if points[0]}
-    if not drawn:
+    if all(len(steps) < 2 for steps, _ in drawn.values()):
         return None
     # The default salt is random: the same run must give the same page.
     with rc_context({"svg.hashsalt": "mirai_ds", "svg.fonttype": "path"}):

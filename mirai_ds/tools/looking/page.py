@@ -38,7 +38,7 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:1240px;margin:1.5rem auto;padding:0 1rem}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin-bottom:.3rem}
 table{border-collapse:collapse;margin:.5rem 0}th,td{border:1px solid #ccc;padding:.25rem .55rem;text-align:left;
-vertical-align:top;overflow-wrap:anywhere}th{background:#f3f3f3}td.n{text-align:right;font-variant-numeric:tabular-nums}
+vertical-align:top;overflow-wrap:break-word;max-width:34rem}th{background:#f3f3f3}td.n{text-align:right;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:.6rem}.charts img{width:100%}
 .row{display:flex;flex-wrap:wrap;gap:.8rem}figure{margin:0;max-width:100%}figcaption{font-size:.8rem;color:#555}
 .row img{max-width:280px;height:auto;image-rendering:auto}.maps img{max-width:100%}.note{color:#555;font-size:.9rem}
