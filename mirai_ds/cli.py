@@ -12,6 +12,7 @@ import click
 from mirai_ds.cli_evaluate import evaluate
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli_look import flops, map_, plan, report
 from mirai_ds.cli_recipes import recipes, table
 from mirai_ds.cli_runs import compare, inspect
 from mirai_ds.cli_submit import submit
@@ -186,7 +187,11 @@ def doctor() -> None:
 main.add_command(evaluate)
 main.add_command(extract)
 main.add_command(compare)
+main.add_command(flops)
 main.add_command(inspect)
+main.add_command(map_)
+main.add_command(plan)
+main.add_command(report)
 main.add_command(submit)
 main.add_command(recipes)
 main.add_command(table)

@@ -56,3 +56,11 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )
+
+
+def forget_autocast() -> None:
+    """Before another engine in this process: DeepSpeed remembers for good that one engine used `torch_autocast`, and
+    then sums a later bf16 engine's gradients on stage 3 in bf16, whatever its file says (seen in 0.19.8)."""
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False

@@ -1,0 +1,1 @@
+"""Looking inside and ahead: token maps, what a run will need, what it did."""

@@ -1,0 +1,295 @@
+"""True peak memory of a real training step, to check the plan against.
+
+CPU: the bytes of all live tensor storages, counted from before the engine is built.  (The profiler's record of the CPU
+allocator would miss what gloo's threads release.)  GPU: the caching allocator's own peak of allocated bytes.
+
+    python -m mirai_ds.tools.looking.measured --ranks 2      compare with the plan, append to docs/memory-results.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import sys
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mirai_ds.checkpoint.fence import Fence
+from mirai_ds.config import RunConfig, build
+from mirai_ds.engine.start import forget_autocast
+from mirai_ds.runtime.distributed import World, local_device, read_world
+from mirai_ds.runtime.launch import launch, visible_gpus
+from mirai_ds.runtime.signals import StopRequests
+from mirai_ds.train.session import build_session
+from mirai_ds.train.step import train_step
+
+STEPS = 3  # AdamW's moments are there from the second on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on this rank: the peak within the last step, and what is there between steps."""
+
+    peak: int
+    resting: int
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all tensor storages that operators of this thread made while it is active, each until its
+    last reference is gone, in whatever thread that happens.  What an operator uses inside for itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, note new storages."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held or not size:
+            return
+        self._held[key] = (weakref.ref(storage, lambda _: self._forget(key)), size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._held.pop(key)[1]
+
+    def restart(self) -> int:
+        """Measure the peak from here; what is alive now."""
+        self.peak = self.live
+        return self.live
+
+
+def measure_step(config: RunConfig, world: World, device: torch.device) -> Measured:
+    """Collective: build the run on random codes, take `STEPS` steps.  The process group must exist.
+
+    The configuration's data is replaced, and an encoder without a weights file gets random ones.  One engine a call; it
+    is destroyed.
+    """
+    names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
+    dist.broadcast_object_list(names, src=0)
+    folder = Path(names[0])
+    given = config.model_dump(mode="json")
+    if config.foresight.encoder is not None and config.foresight.encoder.weights is None:
+        given["foresight"]["encoder"] |= {"weights": str(folder / "encoder.safetensors"), "pretrained": False}
+    if world.rank == 0:
+        _write_data(config, folder / "data.npz")
+        if config.foresight.encoder is not None:
+            _write_encoder(config, folder / "encoder.safetensors")
+    dist.barrier()
+    config = build(given | {
+        "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0},
+        "evaluate": {"at_end": False}, "score": {"enabled": False}, "sampling": {"classes": 1},
+    })  # fmt: skip
+
+    forget_autocast()
+    if device.type == "cuda":
+        return _work(config, folder, world, device, _AllocatorOfGpu(device))
+    with LiveStorages() as counter:
+        return _work(config, folder, world, device, counter)
+
+
+class _AllocatorOfGpu:
+    """The caching allocator's own counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def restart(self) -> int:
+        """As `LiveStorages.restart`."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+
+def _work(
+    config: RunConfig, folder: Path, world: World, device: torch.device, counter: LiveStorages | _AllocatorOfGpu
+) -> Measured:
+    mine = [Fence.take(folder).mine if world.rank == 0 else None]
+    dist.broadcast_object_list(mine, src=0)
+    fence = Fence(folder, mine[0], main=world.rank == 0)  # type: ignore[arg-type]
+    session = build_session(config, folder, world, device, fence, StopRequests())
+    resting = 0
+    for step in range(STEPS):
+        resting = counter.restart()
+        train_step(session, step)
+        session.step += 1
+    peak = counter.peak
+    fence.release("finished")
+    session.engine.destroy()
+    del session
+    gc.collect()
+    return Measured(peak, resting)
+
+
+def _write_data(config: RunConfig, path: Path) -> None:
+    """Random codes, and pixels where an encoder watches, enough for the steps."""
+    count = max(config.train.global_batch_size * (STEPS + 1), config.model.num_classes)
+    generator = np.random.default_rng(0)
+    arrays = {
+        "codes": generator.integers(0, config.model.vocab_size, (count, config.model.block_size)),
+        "labels": np.arange(count) % config.model.num_classes,
+    }
+    if config.foresight.method == "mirai-i":
+        side = 16 * config.model.grid
+        arrays["images"] = np.zeros((count, side, side, 3), np.uint8)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def _write_encoder(config: RunConfig, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from mirai_ds.foresight.encoders import encoder_plan
+
+    assert config.foresight.encoder is not None
+    plan, _ = encoder_plan(config.foresight.encoder, config.model.grid)
+    generator = torch.Generator().manual_seed(0)
+    save_file({n: 0.02 * torch.randn(t.shape, generator=generator) for n, t in plan.state_dict().items()}, path)
+
+
+# --- against the plan -----------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).resolve().parents[3] / "docs" / "memory-results.csv"
+MODULE = "mirai_ds.tools.looking.measured"
+FIELDS = (
+    "device", "ranks", "model", "method", "precision", "zero_stage", "recompute", "micro_batch", "accumulation",
+    "measured_mb", "planned_mb", "error_percent", "at", "resting_measured_mb", "resting_planned_mb", "torch",
+    "deepspeed", "command",
+)  # fmt: skip
+PRECISIONS, METHODS = ("fp32", "bf16", "bf16-autocast"), ("none", "mirai-e", "mirai-i")
+RECOMPUTE = ({"policy": "none"}, {"policy": "every-n", "every": 2}, {"policy": "full"})
+
+
+def case(
+    method: str, precision: str, stage: int, recompute: dict[str, Any], micro: int, world: int, accumulation: int = 1,
+    model: dict[str, Any] | None = None, **zero: Any,
+) -> RunConfig:  # fmt: skip
+    """A run whose states and activations are both large; dropout on, heads from the first step."""
+    foresight: dict[str, Any] = {"method": method}
+    if method != "none":
+        foresight |= {"warmup_epochs": 0, "projector_dim": 512}
+    if method == "mirai-i":
+        foresight["encoder"] = {"name": "test_vit"}
+    small = {
+        "size": "custom", "dim": 256, "n_layer": 6, "n_head": 4, "vocab_size": 2048, "num_classes": 10,
+        "block_size": 64,
+    }  # fmt: skip
+    return build({
+        "model": model or small, "foresight": foresight,
+        "train": {
+            "global_batch_size": micro * accumulation * world, "micro_batch_size": micro, "precision": precision,
+            "recompute": recompute,
+        },
+        "deepspeed": {"zero_optimization": {"stage": stage, **zero}},
+    })  # fmt: skip
+
+
+def covering(world: int) -> list[RunConfig]:
+    """Every precision on every stage that takes it, each with two mixtures of the rest; accumulation; small buckets and
+    overlap; a large vocabulary."""
+    found, number = [], 0
+    for precision in PRECISIONS:
+        for stage in range(4):
+            if (precision, stage) == ("bf16", 0):
+                continue
+            for micro in (4, 16):
+                found.append(case(METHODS[number % 3], precision, stage, RECOMPUTE[(number // 2) % 3], micro, world))
+                number += 1
+    none = RECOMPUTE[0]
+    found += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
+    found += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
+    found.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
+    small = {"reduce_bucket_size": 1_500_000}
+    found += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
+    found += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
+    wide = {"size": "custom", "dim": 128, "n_layer": 4, "n_head": 4, "num_classes": 10, "block_size": 64}
+    return [*found, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=wide)]
+
+
+def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
+    """Collective: measured and planned, as a row without its command."""
+    from mirai_ds.kernels.foresight_cosine.op import choose
+    from mirai_ds.runtime.environment import package_versions
+    from mirai_ds.tools.looking.memory import predict
+
+    compiled = choose(config.foresight.kernel, device.type) != "reference"
+    measured, memory = measure_step(config, world, device), predict(config, world.size, compiled)
+    resting, versions, train = sum(memory.resting.values()), package_versions(), config.train
+    micro = train.micro_batch_size or train.global_batch_size // world.size
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "ranks": world.size,
+        "model": f"{config.model.width}x{config.model.depth}, {config.model.vocab_size} codes, "
+        f"{config.model.block_size} tokens",
+        "method": config.foresight.method, "precision": train.precision,
+        "zero_stage": config.deepspeed["zero_optimization"]["stage"],  # type: ignore[index]
+        "recompute": train.recompute.policy, "micro_batch": micro,
+        "accumulation": train.global_batch_size // (micro * world.size),
+        "measured_mb": round(measured.peak / 1e6, 2), "planned_mb": round(memory.peak.total / 1e6, 2),
+        "error_percent": round(100 * (memory.peak.total / measured.peak - 1), 2), "at": memory.peak.name,
+        "resting_measured_mb": round(measured.resting / 1e6, 2), "resting_planned_mb": round(resting / 1e6, 2),
+        "torch": versions["torch"], "deepspeed": versions["deepspeed"],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Launch ranks, measure every case, print and append the rows."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--size", help="this LlamaGen size on 256 tokens instead of the small cases")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    world = read_world()
+    if world is None:
+        return launch(MODULE, argv, args.ranks, visible_gpus())
+    from mirai_ds.engine.start import start_process_group
+
+    device = local_device(world)
+    torch.set_num_threads(1)
+    start_process_group(world, 10)
+    shape = {"size": args.size} if args.size else None
+    cases = covering(world.size) if shape is None else [
+        case(method, "bf16-autocast", 2, recompute, micro, world.size, model=shape)
+        for method in ("none", "mirai-e") for recompute in (RECOMPUTE[0], RECOMPUTE[2]) for micro in (4, 16)
+    ]  # fmt: skip
+    for config in cases:
+        row = compare(config, world, device) | {"command": " ".join([f"python -m {MODULE}", *argv])}
+        if world.rank == 0:
+            print(json.dumps(row), flush=True)
+            new = not args.out.exists()
+            with args.out.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

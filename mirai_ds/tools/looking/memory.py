@@ -1,0 +1,176 @@
+"""Peak memory of a training step on one rank: the largest of the moments at which most is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mirai_ds.config import RunConfig
+from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.config.sizes import block_parameters
+from mirai_ds.observe.flops import ViT
+from mirai_ds.tools.looking.activations import FP32, Pass
+from mirai_ds.tools.looking.costs import encoder_shape
+from mirai_ds.tools.looking.states import States
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one point of a step, in bytes by what it is."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank's memory: between steps, and each moment's."""
+
+    resting: Parts
+    moments: list[Moment]
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with most alive."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def predict(config: RunConfig, world: int, compiled_loss: bool = True) -> Memory:
+    """The memory of `config` on each of `world` ranks; raises UserError where `resolve` does."""
+    ds_config = resolve(config, world)
+    vit = encoder_shape(config.foresight, config.model)
+    work = Pass(
+        config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
+        ds_config["train_micro_batch_size_per_gpu"], config.train.recompute, compiled_loss,
+    )  # fmt: skip
+    states = States.of(work, ds_config, world)
+    resting: Parts = {**states.resting(), "teacher": teacher_bytes(config, vit)}
+    return Memory(resting, list(_moments(config, work, states, resting, vit)))
+
+
+def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
+    """Mirai-E: embeddings and the first blocks, in fp32 unless the model is bf16; Mirai-I: the encoder."""
+    f = config.foresight
+    if vit is not None:
+        kept = f.encoder is not None and f.encoder.dtype == "bf16"
+        return float((2 if kept else FP32) * vit.parameters)
+    if f.method != "mirai-e":
+        return 0.0
+    m = config.model
+    trunk = (m.vocab_size + m.num_classes + 1) * m.width + (f.teacher_layer or 0) * block_parameters(m)
+    return float(_teacher_number(config) * trunk)
+
+
+def _teacher_number(config: RunConfig) -> int:
+    f = config.foresight
+    low = f.teacher_dtype == "bf16" or (f.teacher_dtype == "auto" and config.train.precision == "bf16")
+    return 2 if low else FP32
+
+
+def _target(config: RunConfig, work: Pass, vit: ViT | None) -> float:
+    """The teacher's features, alive for the whole step."""
+    f = config.foresight
+    if not f.active:
+        return 0.0
+    number = (2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32) if vit else _teacher_number(config)
+    return float(work.rows * work.feature_dim * number)
+
+
+def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit: ViT | None) -> Iterator[Moment]:
+    base = {**resting, "target": _target(config, work, vit), "carried gradients": states.carried()}
+    kept: Parts = {"blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered()}
+    cached = work.block_weights() * sum(work.recomputed(i) for i in range(work.model.depth))
+    heads = {"heads": work.heads(), "heads' outputs": work.projected()} if config.foresight.active else {}
+    logits = work.logits
+    yield Moment("teacher", {**base, "teacher's pass": _teacher_pass(config, work, states, vit)})
+    yield Moment("loss", {**base, **kept, **heads, "logits": 2 * logits, "weights cast for blocks": cached})
+    in_heads = _heads_backward(work, states)
+    if heads:
+        yield Moment("heads backward", {**base, **kept, "heads": work.heads(), "logits": logits, **in_heads})
+    done = float(work.head_parameters)
+    state = work.rows * work.model.width * work.residual
+    aligned = {"hidden state's gradient": float(state)} if heads else {}
+    gradients = {"gradients": base["gradients"] + states.gradients(done)}
+    yield Moment("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits})
+    yield from _backward(work, states, base, aligned, done)
+    ended = {**base, "carried gradients": 0.0}
+    yield Moment("last reduction", {**ended, "gradients": base["gradients"] + states.at_the_end()})
+    yield Moment("update", {**ended, "gradients": base["gradients"] + states.update()})
+
+
+def _heads_backward(work: Pass, states: States) -> Parts:
+    """In the last head: two hidden gradients, one head's weight gradient; the others' are done."""
+    f = work.foresight
+    each = work.head_parameters / max(1, f.heads)
+    wide = work.rows * f.projector_dim * work.compute
+    return {"at work": 2.0 * wide + _weight_gradient(work, each), "new gradients": states.gradients(each)}
+
+
+def _weight_gradient(work: Pass, parameters: float) -> float:
+    """A weight's gradient before it is where it belongs; in autocast it is first bf16, then fp32."""
+    return parameters * (work.parameter + (2 if work.autocast else 0))
+
+
+def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: float) -> Iterator[Moment]:
+    """The output layer, then the blocks from the last to the first, then the embeddings."""
+    m, c = work.model, work.compute
+    state = float(work.rows * m.width * work.residual)
+    output = work.logits * (1.0 if not work.low else 1.5)  # the fp32 gradient and its bf16 copy
+    yield Moment("output layer backward", {
+        **base, "blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered(), **aligned,
+        "logits": output, "at work": _weight_gradient(work, work.output_parameters) + state,
+        "gradients": base["gradients"] + states.gradients(done),
+    })  # fmt: skip
+    done += work.output_parameters
+    for index in reversed(range(m.depth)):
+        again = work.recomputed(index)
+        held = work.blocks(index + 1) + (work.block() + work.block_weights() if again else 0)
+        if again:
+            held -= work.rows * m.width * work.residual * (not work.residual == 2)  # its input is there once
+        hidden = work.rows * m.ffn_hidden * c
+        # In the gate's backward: three gradients of the hidden width, of which one replaces the product.
+        at_work = 2.0 * hidden + 2 * state
+        yield Moment(f"block {index + 1} backward", {
+            **base, "blocks": float(held), "gathered parameters": states.gathered(),
+            "ends": float(work.mask(m.token_dropout)), **(aligned if index >= (work.foresight.layer or 0) else {}),
+            "at work": at_work + states.reduction(done), "gradients": base["gradients"] + states.gradients(done),
+        })  # fmt: skip
+        done += block_parameters(m)
+    yield Moment("embeddings backward", {
+        **base, "gathered parameters": states.gathered(),
+        "at work": state + _weight_gradient(work, work.embedding_parameters) / (1.5 if work.autocast else 1),
+        "gradients": base["gradients"] + states.gradients(done),
+    })  # fmt: skip
+
+
+def _teacher_pass(config: RunConfig, work: Pass, states: States, vit: ViT | None) -> float:
+    """Without gradients nothing is kept: the weights on their way in, and one block's widest tensors."""
+    m, f = config.model, config.foresight
+    if vit is not None:
+        number = 2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32
+        pixels = work.micro * 3 * vit.image**2 * (2 * FP32)
+        return float(pixels + work.micro * vit.tokens * vit.width * number * 11)
+    if f.method != "mirai-e":
+        return 0.0
+    incoming = teacher_bytes(config, None) if states.stage else 0.0
+    wide = work.rows * (2 * m.width * FP32 + 3 * m.ffn_hidden * work.compute)
+    return float(max(incoming * (1 if states.world > 1 else 0), wide))
+
+
+def as_dict(memory: Memory) -> dict[str, Any]:
+    """JSON-ready: bytes between steps and at every moment."""
+    return {
+        "resting_bytes": round(sum(memory.resting.values())),
+        "peak_bytes": round(memory.peak.total),
+        "peak_moment": memory.peak.name,
+        "peak_parts": {name: round(size) for name, size in memory.peak.parts.items() if size},
+        "moments": {moment.name: round(moment.total) for moment in memory.moments},
+    }

@@ -1,0 +1,1 @@
+"""Maps, FLOPs, plans and reports."""

@@ -1,0 +1,92 @@
+"""The plan's memory against what real steps of the engine really hold; 10 % is the promise of docs/looking-inside.md."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from mirai_ds.config import RunConfig
+from mirai_ds.tools.looking.measured import RECOMPUTE, LiveStorages, case, compare, covering
+from tests.rank_pool import RankPool
+
+PROMISE = 10.0  # percent
+NONE, EVERY, FULL = RECOMPUTE
+
+
+def test_the_instrument_on_a_known_case() -> None:
+    """Views and in-place operations add nothing; what is kept for backward stays until backward is done."""
+    with LiveStorages() as counter:
+        a = torch.empty(1000, 250, requires_grad=True)  # 1 MB
+        assert (counter.live, counter.peak) == (1_000_000, 1_000_000)
+        b = a.view(250, 1000).t()
+        with torch.no_grad():
+            a.add_(1)
+        assert counter.live == 1_000_000
+        c = a.exp()  # keeps its result
+        d = (c * c).sum()  # keeps c, not the product
+        peak = counter.peak
+        assert counter.live == 2_000_004
+        assert peak == 3_000_004
+        del b, c
+        assert counter.live == 2_000_004
+        d.backward()  # then c is gone; the gradient is there
+        del d
+        gc.collect()
+        assert counter.live == 2_000_000
+        a.grad = None
+        assert counter.restart() == 1_000_000
+        torch.empty(500_000)
+        assert (counter.live, counter.peak) == (1_000_000, 3_000_000)
+
+
+def test_a_release_in_another_thread_is_seen() -> None:
+    import threading
+
+    held = []
+    with LiveStorages() as counter:
+        held.append(torch.empty(250_000))
+        assert counter.live == 1_000_000
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        assert counter.live == 0
+
+
+def measured(config: RunConfig) -> dict[str, Any]:
+    """On a rank of a pool."""
+    import torch.distributed as dist
+
+    from mirai_ds.runtime.distributed import World
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return compare(config, World(rank, rank, world, world), torch.device("cpu"))
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert abs(row["error_percent"]) <= PROMISE, row
+        assert row["resting_planned_mb"] == pytest.approx(row["resting_measured_mb"], rel=0.03), row
+        assert row["measured_mb"] > 1.2 * row["resting_measured_mb"]  # activations and gradients count
+
+
+FAST = [
+    ("none", "fp32", 2, NONE, 4), ("mirai-e", "bf16", 1, FULL, 4), ("mirai-e", "bf16-autocast", 3, EVERY, 16),
+    ("mirai-i", "fp32", 0, NONE, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "precision", "stage", "recompute", "micro"), FAST)
+def test_within_ten_percent(
+    ranks: dict[int, RankPool], method: str, precision: str, stage: int, recompute: dict[str, Any], micro: int
+) -> None:
+    check(ranks[2].run(measured, case(method, precision, stage, recompute, micro, world=2)))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("world", [1, 2])
+def test_within_ten_percent_everywhere(ranks: dict[int, RankPool], world: int) -> None:
+    for config in covering(world)[:: 2 if world == 1 else 1]:
+        check(ranks[world].run(measured, config))
