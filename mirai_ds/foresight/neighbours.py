@@ -57,10 +57,10 @@ class Pair(NamedTuple):
 def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
     """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
     order of the sequence; only the slots that stand for them follow it."""
-    order, encoder = cell_order(grid, par_tokens), config.method == "mirai-i"
+    order, by_cell = cell_order(grid, par_tokens), config.method != "mirai-e"
     cells = grid * grid
     # Tokens whose features the teacher has: all patches, or the tokens it was given.
-    available = cells if encoder or config.teacher_sees_last_token else cells - 1
+    available = cells if by_cell or config.teacher_sees_last_token else cells - 1
     seen = order.seen_with if config.slots == "input" else order.seen_before
     for head, offset in enumerate(offsets(config)):
         for number, cell in enumerate(order.cell):
@@ -73,7 +73,7 @@ def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> 
                 found = target_cell(cell, offset, grid, config)
                 target = order.number[found] if found >= 0 else cells
             if target < available:
-                row = order.cell[target] if encoder else order.input_slot[target]
+                row = order.cell[target] if by_cell else order.input_slot[target]
                 yield Pair(slot, head, row, target < seen[number] and target != number)
 
 
