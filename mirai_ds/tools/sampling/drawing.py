@@ -18,6 +18,9 @@ from mirai_ds.tools.sampling.request import Drawing, Request
 
 Array = np.ndarray[Any, Any]
 
+# Products of fewer rows are another kernel's on a CPU, and round otherwise.
+FEWEST_ROWS = 4
+
 
 class DrawJob:
     """Blocks are batches, always full: the last one draws further images and drops them.  So every image is computed in
@@ -35,7 +38,7 @@ class DrawJob:
             d = self.drawing
             weights = {name: value.to(self.device, d.dtype) for name, value in d.gpt.items()}
             gpt = gpt_from_weights(d.config.model, weights)
-            self._sampler = Decoder(gpt, d.batch, d.rules, d.speed)
+            self._sampler = Decoder(gpt, max(d.batch, FEWEST_ROWS), d.rules, d.speed)
         return self._sampler
 
     def prepare(self, images: range) -> range:

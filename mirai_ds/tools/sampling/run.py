@@ -4,6 +4,7 @@ extraction do, so that any of them may die at any instant and the same command g
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -146,13 +147,11 @@ def _assemble(job: DrawJob, files: Files, plan: Plan) -> None:
     size = job.drawing.size
     digest = write_sample_archive(files.archive, batches(), (plan.num_images, size, size, 3))
     _write(files, np.concatenate(labels), np.concatenate(tokens), np.concatenate(first)[:SHEET])
-    record = {**record_of(plan), "samples": files.archive.name, "samples_sha256": digest}
+    record = {**record_of(plan), "samples_sha256": digest}
     write_aside(files.record, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _write(files: Files, labels: Array, tokens: Array, first: Array) -> None:
-    import io
-
     from PIL import Image
 
     data = io.BytesIO()
