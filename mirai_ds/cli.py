@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,6 +14,7 @@ from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
 from mirai_ds.cli_look import flops, map_, plan, report
 from mirai_ds.cli_recipes import recipes, table
 from mirai_ds.cli_runs import compare, inspect
+from mirai_ds.cli_sample import sample
 from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
 
@@ -90,43 +90,6 @@ def train(
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Output folder; default SOURCE/samples or ./samples.")
-@click.option("--per-class", type=click.IntRange(min=1), help="Images of each class; default the run's.")
-@click.option("--classes", metavar="0,3,7", help="Classes to draw; default the run's.")
-@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema).")
-@click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
-@click.option("--cfg", "cfg_scale", type=float, help="Guidance scale; 1 = none.")
-@click.option("--cfg-interval", type=int, help="Guide decode steps 0..N only; -1 = all.")
-@click.option("--temperature", type=float)
-@click.option("--top-k", type=int, help="0 = off.")
-@click.option("--top-p", type=float, help="1 = off.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Its file, to show tokens of any run as pictures.")
-@click.option("--recipe", help="For a bare weights file: the recipe it was trained with; default by its shapes.")
-@click.option(
-    "--block-size",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens an image, without a recipe.",
-)
-@mistakes_in_one_line
-def sample(source: Path, **options: Any) -> None:
-    """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file.
-
-    Writes tokens.npz (tokens, labels, and images where the data can decode them) and grid.png.
-
-    \b
-    Example:
-      mirai-ds sample runs/digits-mirai-e --cfg 1.5 --per-class 4 --out /tmp/digits
-    """
-    from mirai_ds.tools.sample import sample_to_folder
-
-    click.echo(sample_to_folder(source, **options))
-
-
-@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
 @click.option("--weights", type=click.Choice(["raw", "ema", "both"]), default="both", show_default=True)
@@ -192,6 +155,7 @@ main.add_command(inspect)
 main.add_command(map_)
 main.add_command(plan)
 main.add_command(report)
+main.add_command(sample)
 main.add_command(submit)
 main.add_command(recipes)
 main.add_command(table)

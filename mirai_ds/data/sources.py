@@ -149,8 +149,9 @@ def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
     return np.sort(train), np.sort(held_out)
 
 
-def load_decoder(data: DataConfig) -> Decoder | None:
-    """What shows the configured data's tokens, without opening more than is needed; None where nothing does."""
+def load_decoder(data: DataConfig, device: str = "cpu") -> Decoder | None:
+    """What shows the configured data's tokens, a network on `device`; None where nothing does.  Opens no more than
+    that needs."""
     if data.source != "store":
         source = digits() if data.source == "digits" else from_npz(data.path or "")
         return source.decoder
@@ -159,5 +160,5 @@ def load_decoder(data: DataConfig) -> Decoder | None:
     except UserError:
         if data.tokenizer is None:
             raise
-        return open_tokenizer(Path(data.tokenizer))  # the store may be gone where samples are drawn
-    return _decoder(data, store, "cpu")
+        return open_tokenizer(Path(data.tokenizer), device)  # the store may be gone where samples are drawn
+    return _decoder(data, store, device)

@@ -21,9 +21,10 @@ class Decoder(Protocol):
 
     vocab_size: int
     downsampling: int
+    digest: str
 
-    def decode(self, tokens: Tensor) -> Array:
-        """tokens (B, N) int64 -> uint8 images (B, H, W, 3)."""
+    def decode(self, tokens: Tensor, size: int | None = None) -> Array:
+        """tokens (B, N) int64 -> uint8 images (B, H, W, 3), resized to `size` pixels a side."""
         ...
 
 

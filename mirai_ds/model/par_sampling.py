@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirai_ds.model.gpt import GPT, KVCache
 from mirai_ds.model.par import to_raster
-from mirai_ds.model.sampling import SamplingRules, draw, filter_logits, guide, image_keys
+from mirai_ds.model.rules import SamplingRules, draw, filter_logits, guide, image_keys
 
 
 def decoding_steps(cells: int, par_tokens: int) -> Iterator[tuple[int, int]]:

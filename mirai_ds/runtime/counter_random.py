@@ -26,9 +26,11 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ shift_right(x, 31)
 
 
-def derive_keys(keys: Tensor, site: int) -> Tensor:
-    """Keys (...) int64 of one use (`site`) of randomness, from keys (...) int64."""
-    return mix64(keys + mix64(torch.full((), site + 1, dtype=torch.int64, device=keys.device) * GOLDEN))
+def derive_keys(keys: Tensor, site: int | Tensor) -> Tensor:
+    """Keys (...) int64 of one use (`site`) of randomness, from keys (...) int64; a tensor site is int64 beside them."""
+    if not isinstance(site, Tensor):
+        site = torch.full((), site, dtype=torch.int64, device=keys.device)
+    return mix64(keys + mix64((site + 1) * GOLDEN))
 
 
 def root_key(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
@@ -39,6 +41,6 @@ def root_key(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
     return key
 
 
-def uniform(keys: Tensor, site: int) -> Tensor:
+def uniform(keys: Tensor, site: int | Tensor) -> Tensor:
     """One number in [0, 1) per key: (B,) int64 -> (B,) float32 (24 bits)."""
     return shift_right(derive_keys(keys, site), 40).to(torch.float32) * 2.0**-24

@@ -28,8 +28,9 @@ class Tokenizer(Protocol):
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, g * g) int64 on CPU, of uint8 (B, H, W, channels) on CPU; raises UserError when they do not fit."""
 
-    def decode(self, tokens: Tensor) -> np.ndarray[Any, Any]:
-        """uint8 (B, H, W, 3), of int64 (B, g * g); raises UserError when they are not its codes."""
+    def decode(self, tokens: Tensor, size: int | None = None) -> np.ndarray[Any, Any]:
+        """uint8 (B, H, W, 3), of int64 (B, g * g), resized to `size` pixels a side; raises UserError when they are not
+        its codes."""
 
 
 def open_tokenizer(path: Path, device: str = "cpu", precision: str = "fp32") -> Tokenizer:

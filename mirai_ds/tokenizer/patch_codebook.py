@@ -67,10 +67,11 @@ class PatchCodebook:
         numbers, _ = self._nearest(_cut(pixels.numpy(), self.downsampling))
         return torch.from_numpy(numbers.reshape(len(pixels), cells))
 
-    def decode(self, tokens: Tensor) -> Array:
+    def decode(self, tokens: Tensor, size: int | None = None) -> Array:
         """uint8 images (B, H, W, 3) of int64 numbers (B, g * g): the first three channels, the last repeated to three.
 
-        Raises UserError when they are no square grid or not numbers of this codebook.
+        size: pixels a side, resized to (bicubic, no antialias, in float64, rounded).  Raises UserError when they are no
+        square grid or not numbers of this codebook.
         """
         side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0
         if tokens.is_floating_point() or not side or side * side != tokens.shape[1]:
@@ -81,9 +82,10 @@ class PatchCodebook:
             spread = f"{numbers.min()}..{numbers.max()}"
             raise UserError(f"codes span {spread}, the codebook has 0..{self.vocab_size - 1}: they are another's")
         visible = self.patches[..., [min(i, self.channels - 1) for i in range(3)]]
-        p, size = self.downsampling, side * self.downsampling
+        p, whole = self.downsampling, side * self.downsampling
         tiles = visible[numbers].reshape(-1, side, side, p, p, 3)
-        return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, size, size, 3)
+        images = np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, whole, whole, 3)
+        return images if size is None or size == whole else _resized(images, size)
 
     def _nearest(self, flat: Array) -> tuple[Array, Array]:
         """Number of and squared distance to the nearest patch, int64 (n,) each, of uint8 patches (n, p * p * C).
@@ -180,6 +182,13 @@ def _cut(images: Array, p: int) -> Array:
     b, height, width, c = images.shape
     tiles = images.reshape(b, height // p, p, width // p, p, c).transpose(0, 1, 3, 2, 4, 5)
     return np.ascontiguousarray(tiles).reshape(-1, p * p * c)
+
+
+def _resized(images: Array, size: int) -> Array:
+    """uint8 (B, H, W, 3) -> (B, size, size, 3), bicubic as torch's `interpolate` without antialias."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double()
+    out = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic")
+    return out.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _centroids(flat: Array, counts: Array, codes: int, seed: int) -> Array:

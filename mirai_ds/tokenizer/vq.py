@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mirai_ds.config import UserError
@@ -115,10 +116,11 @@ class VQTokenizer:
         return torch.cat(codes)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Array:
+    def decode(self, tokens: Tensor, size: int | None = None) -> Array:
         """uint8 images (B, H, W, 3) of int64 codes (B, g * g) on any device: trunc(clamp(127.5 x + 128, 0, 255)).
 
-        Raises UserError when they are no square grid or not codes of this tokenizer.
+        size: pixels a side, resized to as LlamaGen's sampler does: bicubic, no antialias, before the clamp.  Raises
+        UserError when they are no square grid or not codes of this tokenizer.
         """
         side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0
         if tokens.is_floating_point() or not side or side * side != tokens.shape[1]:
@@ -129,14 +131,16 @@ class VQTokenizer:
             raise UserError(
                 f"codes span {spread}, {self.name} has 0..{self.vocab_size - 1}: they are another tokenizer's"
             )
-        size = side * self.downsampling
-        images = np.empty((len(tokens), size, size, 3), np.uint8)
-        step = self._images_a_pass(size)
+        whole = side * self.downsampling
+        out = whole if size is None else size
+        images = np.empty((len(tokens), out, out, 3), np.uint8)
+        step = self._images_a_pass(whole)
         with float32_products("tf32" if self.precision == "tf32" else "ieee"):
             for start in range(0, len(tokens), step):
                 with self._networks():
                     x = self.model.decode_codes(tokens[start : start + step].to(self.device, torch.int64))
-                levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+                x = x.float() if out == whole else F.interpolate(x.float(), size=(out, out), mode="bicubic")
+                levels = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
                 images[start : start + step] = levels.permute(0, 2, 3, 1).cpu().numpy()
         return images
 

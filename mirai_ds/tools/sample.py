@@ -26,16 +26,16 @@ def sample_to_folder(
     block_size: int = 256, tokenizer: Path | None = None,
 ) -> str:  # fmt: skip
     """Write tokens.npz and, where the data can decode its tokens, grid.png; returns a line that says what was done."""
-    loaded = load_weights(source, weights or _default_kind(source), step, recipe, block_size)
+    loaded = load_weights(source, weights or default_kind(source), step, recipe, block_size)
     config = loaded.config
     given = {
         "cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k,
         "top_p": top_p,
     }  # fmt: skip
     rules = replace(rules_of(config.sampling), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-    _check_rules(rules)
+    check_rules(rules)
     columns = per_class or config.sampling.per_class
-    labels = torch.tensor(_classes(classes, config)).repeat_interleave(columns)
+    labels = torch.tensor(chosen_classes(classes, config)).repeat_interleave(columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpt = gpt_from_weights(config.model, {name: value.to(device) for name, value in loaded.gpt.items()})
     tokens = draw_in_batches(gpt, labels, rules, seed, device)
@@ -50,7 +50,7 @@ def sample_to_folder(
             raise
         decoder, reason = None, str(error)
     if decoder is not None:
-        _check_vocabulary(decoder, config)
+        check_vocabulary(decoder, config)
         arrays["images"] = decoder.decode(tokens)
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns=columns))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
@@ -69,13 +69,15 @@ def draw_in_batches(
     return torch.cat(parts)
 
 
-def _default_kind(source: Path) -> str:
+def default_kind(source: Path) -> str:
+    """The run's choice of raw or ema; a file's raw weights."""
     from mirai_ds.train.run_folder import read_run_config
 
     return read_run_config(source).sampling.weights if source.is_dir() else "raw"
 
 
-def _classes(text: str | None, config: RunConfig) -> list[int]:
+def chosen_classes(text: str | None, config: RunConfig) -> list[int]:
+    """Of `--classes 0,3,7`, else those that the run shows; raises UserError."""
     if text is None:
         return list(range(config.sampling.classes))
     try:
@@ -88,7 +90,8 @@ def _classes(text: str | None, config: RunConfig) -> list[int]:
     return found
 
 
-def _check_vocabulary(decoder: Decoder, config: RunConfig) -> None:
+def check_vocabulary(decoder: Decoder, config: RunConfig) -> None:
+    """Raises UserError when the decoder is not of the model's tokens."""
     if decoder.vocab_size != config.model.vocab_size:
         raise UserError(
             f"--tokenizer: has {decoder.vocab_size} codes, the model {config.model.vocab_size}: not the one it was "
@@ -96,7 +99,8 @@ def _check_vocabulary(decoder: Decoder, config: RunConfig) -> None:
         )
 
 
-def _check_rules(rules: SamplingRules) -> None:
+def check_rules(rules: SamplingRules) -> None:
+    """Raises UserError for values that mean nothing."""
     if not 0 < rules.top_p <= 1:
         raise UserError(f"--top-p {rules.top_p}: must be in (0, 1]; 1 = off")
     if rules.top_k < 0 or rules.temperature < 0 or rules.cfg_scale < 0 or rules.cfg_interval < -1:

@@ -1,0 +1,183 @@
+"""Decoding of fixed batches, a slot at a time, in buffers that stay.
+
+Every step of a stretch runs the same operations on the same addresses, reads its position from a tensor and never waits
+for the device: it can be compiled, and captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirai_ds.model.gpt import GPT, KVCache
+from mirai_ds.model.par_sampling import sample_par_tokens
+from mirai_ds.model.rope2d import apply_rope
+from mirai_ds.model.rules import SamplingRules, draw, filter_logits, guide, image_keys
+
+# A stretch is a run of steps over which the attended part of the cache keeps its length.  Eight a sequence read an
+# eighth more of the cache than is filled (a single one would read twice as much) and make eight graphs.
+STRETCHES = 8
+
+
+@dataclass(frozen=True)
+class Speed:
+    """compile: torch.compile of the blocks and the draw.  graphs: capture each stretch's step as a CUDA graph."""
+
+    compile: bool = False
+    graphs: bool = False
+
+
+def new_cache(model: GPT, batch: int, dtype: torch.dtype) -> list[KVCache]:
+    """Empty buffers for `batch` sequences of N slots: the class and x_1..x_{N-1} (x_N is never an input)."""
+    config, device = model.config, model.rope.device
+    shape = (batch, config.heads, config.block_size, config.width // config.heads)
+    return [
+        KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in model.layers
+    ]
+
+
+def decode_step(model: GPT, x: Tensor, cache: list[KVCache], start: int) -> Tensor:
+    """Logits (B, V) float32 of the last slot of x (B, S, D), the embedded slots start..start+S-1."""
+    rope = model.rope[start : start + x.shape[1]]
+    for block, buffers in zip(model.layers, cache, strict=True):
+        x = block(x, rope, None, buffers, start)
+    return model.head(x[:, -1:])[:, 0]
+
+
+def block_step(
+    block: Any, x: Tensor, rope: Tensor, key: Tensor, value: Tensor, position: Tensor, span: int, mask: Tensor | None
+) -> Tensor:
+    """One slot through a block: x (B, 1, D) at `position` (1,) int64, rope (1, head_dim/2, 2) -> (B, 1, D).
+
+    Writes this slot into the block's buffers (B', heads, N, head_dim), B' >= B, and attends to their first `span`
+    slots, of which `mask` (1, span) bool says which are filled (None: all).
+    """
+    rows, attention = x.shape[0], block.attention
+    q, k, v = attention.wqkv(block.attention_norm(x)).view(rows, 1, 3, attention.n_head, -1).unbind(2)
+    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
+    key, value = key[:rows], value[:rows]
+    key.index_copy_(2, position, k.to(key.dtype))
+    value.index_copy_(2, position, v.transpose(1, 2).to(value.dtype))
+    out = F.scaled_dot_product_attention(q, key[:, :, :span], value[:, :, :span], attn_mask=mask)
+    h = x + attention.wo(out.transpose(1, 2).reshape(rows, 1, -1))
+    return h + block.feed_forward(block.ffn_norm(h))
+
+
+class Decoder:
+    """Draws batches of at most `batch` images from one model by one set of rules; allocates everything once.
+
+    The model must not be trained or moved meanwhile.  With `speed.graphs` it must be on a CUDA device.
+    """
+
+    def __init__(self, model: GPT, batch: int, rules: SamplingRules, speed: Speed | None = None) -> None:
+        self.model, self.batch, self.rules, self.speed = model, batch, rules, speed or Speed()
+        self.guided = rules.cfg_scale > 1.0
+        if model.config.par_tokens is not None:  # has its own steps and buffers, made with each batch
+            if self.speed.compile or self.speed.graphs:
+                raise ValueError("PAR is decoded without compilation and graphs")
+            return
+        config, device = model.config, model.rope.device
+        weight = model.tok_embeddings.weight
+        rows = 2 * batch if self.guided else batch
+        fixed = self.speed.compile or self.speed.graphs
+        # Without a compiler to please, each step attends to exactly what is filled.
+        self.stretch = -(-config.block_size // STRETCHES) if fixed else 1
+        self.cache = new_cache(model, rows, weight.dtype)
+        self.x = torch.zeros(rows, 1, config.width, dtype=weight.dtype, device=device)
+        self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
+        self.keys = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.slots = torch.arange(config.block_size, device=device)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.speed.graphs else None
+        # Blocks share one compilation: their code is the same, their weights are inputs of it.
+        self._block = _compiled(block_step) if self.speed.compile else block_step
+        self._choose = _compiled(self._next) if self.speed.compile else self._next
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """Tokens (n, N) int64 of n <= batch images with labels (n,) and global numbers `indices` (n,), int64 on the
+        model's device.  Rows of a batch that is not full are computed and dropped: the shapes stay."""
+        config, n = self.model.config, labels.shape[0]
+        if n > self.batch:
+            raise ValueError(f"{n} images in a batch of {self.batch}")
+        if n == 0:
+            return labels.new_empty(0, config.block_size)
+        if config.par_tokens is not None:
+            return sample_par_tokens(self.model, labels, indices, self.rules, seed)
+        labels = F.pad(labels, (0, self.batch - n))
+        self.keys.copy_(image_keys(seed, F.pad(indices, (0, self.batch - n))))
+        both = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if self.guided else labels
+        self.x.copy_(self.model.cls_embedding(both, None))
+        self.position.zero_()
+        for place in range(config.block_size):
+            stop = min(config.block_size, (place // self.stretch + 1) * self.stretch)
+            self._advance(stop, self.guided and not self._unguided_from(place))
+        return self.tokens[:n].clone()
+
+    def _unguided_from(self, place: int) -> bool:
+        """Decode steps are counted from 0, after the first token, which is always guided.  Once guidance is over nobody
+        looks at the unconditional rows again: they are left out."""
+        return self.rules.cfg_interval > -1 and place - 1 > self.rules.cfg_interval
+
+    def step(self, span: int, guided: bool) -> None:
+        """The slot at `self.position`: its logits, its token, the next slot's input; moves the position on."""
+        model, rows = self.model, 2 * self.batch if guided else self.batch
+        rope = model.rope.index_select(0, self.position)
+        mask = None if self.stretch == 1 else (self.slots[:span] <= self.position)[None]
+        x = self.x[:rows]
+        for block, (key, value) in zip(model.layers, self.cache, strict=True):
+            x = self._block(block, x, rope, key, value, self.position, span, mask)
+        chosen, entered = self._choose(x, guided)
+        self.tokens.index_copy_(1, self.position, chosen[:, None])
+        self.x[:rows].copy_(entered)
+        self.position.add_(1)
+
+    def _next(self, x: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
+        """Of the residual stream x (rows, 1, D): tokens (batch,) int64 and their embeddings (rows, 1, D)."""
+        logits = self.model.head(x)[:, 0]
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, self.rules.cfg_scale)
+        chosen = draw(filter_logits(logits, self.rules), self.keys, self.position)
+        entered = self.model.tok_embeddings(chosen)[:, None]
+        return chosen, entered.repeat(2, 1, 1) if guided else entered
+
+    def _advance(self, span: int, guided: bool) -> None:
+        if not self.speed.graphs:
+            self.step(span, guided)
+            return
+        if (span, guided) not in self._graphs:
+            self._graphs[span, guided] = self._capture(span, guided)
+        self._graphs[span, guided].replay()
+
+    def _capture(self, span: int, guided: bool) -> torch.cuda.CUDAGraph:
+        """Record a step.  It is run first, on a stream of its own as capturing demands, so that libraries and compiled
+        code have what they allocate once; what it changed and would not overwrite is put back."""
+        kept = self.x.clone(), self.position.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.step(span, guided)
+                self.x.copy_(kept[0])
+                self.position.copy_(kept[1])
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self.step(span, guided)
+        return graph
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile without its own CUDA graphs: those decline functions that write to their inputs, as the cache is.
+
+    A stretch's length becomes a symbol at its second value, so that not every stretch is compiled.
+    """
+    return torch.compile(function)
