@@ -209,6 +209,36 @@ class ScoreConfig(Section):
     per_class: int = Field(50, ge=1)
 
 
+class QualityConfig(Section):
+    """During training, images from the weights (by `sampling`'s rules) are compared with real ones."""
+
+    every_epochs: float | None = Field(None, gt=0)
+    at_end: bool = False
+    num_samples: int = Field(5000, ge=2)
+    features: str = Field(
+        "inception", pattern=r"^(inception|timm:.+)$", description="what judges: inception, timm:NAME"
+    )
+    features_weights: str | None = Field(None, description="file with that network's weights")
+    reference: str | None = Field(None, description="an .npz or folder of real images; default the training images")
+    reference_images: int = Field(10000, ge=2, description="without a reference: training images, evenly chosen")
+    metrics: list[Literal["fid", "sfid", "is", "pr"]] | None = Field(None, description="default all that apply")
+    policy: Literal["random", "balanced"] = "random"
+    weights: Weights = "ema"
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is measured."""
+        return self.at_end or self.every_epochs is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> QualityConfig:
+        if self.active and self.features_weights is None:
+            problem = f"give the file with the weights of quality.features = {self.features!r}"
+            raise ConfigError("quality.features_weights", None, problem)
+        return self
+
+
 class LaunchConfig(Section):
     """How `mirai-ds train` starts ranks on this machine: one a GPU, or `cpu_ranks` without any."""
 
@@ -234,6 +264,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     sampling: SamplingConfig = SamplingConfig()
     score: ScoreConfig = ScoreConfig()
+    quality: QualityConfig = QualityConfig()
     launch: LaunchConfig = LaunchConfig()
     deepspeed: str | dict[str, Any] = "zero2"
 

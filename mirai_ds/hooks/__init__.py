@@ -3,6 +3,7 @@
 from mirai_ds.hooks.checkpoint import CheckpointHook
 from mirai_ds.hooks.evaluate import EvaluateHook
 from mirai_ds.hooks.log import LogHook, Sinks
+from mirai_ds.hooks.quality import QualityHook
 from mirai_ds.hooks.report import ReportHook
 from mirai_ds.hooks.sample import SampleHook
 from mirai_ds.hooks.spike import SpikeHook
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointHook",
     "EvaluateHook",
     "LogHook",
+    "QualityHook",
     "ReportHook",
     "SampleHook",
     "Sinks",
@@ -26,6 +28,6 @@ def default_hooks(sinks: Sinks) -> list[Hook]:
     """Log first (it opens the sinks); a spike is judged before its state is measured or saved; save last of the
     measuring ones, report at the very end."""
     return [
-        LogHook(sinks), SpikeHook(sinks), EvaluateHook(sinks), SampleHook(sinks), CheckpointHook(sinks), StopHook(),
-        ReportHook(sinks),
+        LogHook(sinks), SpikeHook(sinks), EvaluateHook(sinks), SampleHook(sinks), QualityHook(sinks),
+        CheckpointHook(sinks), StopHook(), ReportHook(sinks),
     ]  # fmt: skip

@@ -95,7 +95,7 @@ def prepare(request: Request, device: torch.device) -> Drawing:
             f"--image-size {request.image_size}: the model's {config.model.block_size} tokens decode to {decoded}; "
             "leave it out (--image-size-eval is the size of the images in the file)"
         )
-    rules, speed = _rules(request, config), _speed(request, device)
+    rules, speed = _rules(request, config), _speed(request, config, device)
     classes = list(range(config.model.num_classes))
     if request.classes is not None:
         classes = chosen_classes(request.classes, config)
@@ -154,8 +154,13 @@ def _rules(request: Request, config: RunConfig) -> SamplingRules:
     return rules
 
 
-def _speed(request: Request, device: torch.device) -> Speed:
+def _speed(request: Request, config: RunConfig, device: torch.device) -> Speed:
     on_gpu = device.type == "cuda"
+    if config.model.par_tokens is not None:
+        for option, value in (("--compile", request.compile), ("--cuda-graphs", request.cuda_graphs)):
+            if value == "on":
+                raise UserError(f"{option} on: PAR is decoded in blocks of two shapes, not compiled; leave it out")
+        return Speed()
     if request.cuda_graphs == "on" and not on_gpu:
         raise UserError("--cuda-graphs on: there is no CUDA device here; leave it out")
     decide = {"auto": on_gpu, "on": True, "off": False}
