@@ -27,6 +27,8 @@ def _scores(row: dict[str, Any]) -> Iterator[str]:
     for key, name in NAMES.items():
         if row[key] is not None:
             yield f"{name:18} {row[key]:.{6 if key == 'frechet_distance' else 4}f}"
+    if row["frechet_distance"] is not None:
+        yield f"sFID and Inception Score are not defined with {row['protocol']['features']['network']}"
     if "NaN" in row["protocol"]["inception_score"]:
         yield f"{'Inception Score':18} {row['protocol']['inception_score']}"
 

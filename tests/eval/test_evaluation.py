@@ -48,6 +48,7 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     assert f"Frechet distance   {distance:.6f}" in text
     assert row["samples_sha256"] in text
     assert "NOT comparable" in text
+    assert "sFID and Inception Score are not defined with colours" in text
     assert "fp64" in text
 
 
@@ -215,6 +216,8 @@ def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) 
     assert any("not those that the record beside them is of" in reason for reason in row["protocol"]["departures"])
     (tmp_path / name).write_text("{")
     one_line(lambda: evaluate_files(request, ColourNetwork()), name, "cannot be read")
+    (tmp_path / name).write_text('{"temperature": NaN}')
+    one_line(lambda: evaluate_files(request, ColourNetwork()), name, "NaN is no JSON")
     (tmp_path / name).write_text("[]")
     one_line(lambda: evaluate_files(request, ColourNetwork()), name, "no JSON object")
 
