@@ -55,8 +55,12 @@ class Request:
 
 
 def sidecar(samples: Path) -> Path | None:
-    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one."""
-    beside = [samples.with_name(samples.name + ".json"), samples.with_suffix(".json")]
+    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one.
+
+    Of a folder `x` it is `x.npz.json` too: the sampler's pictures lie beside its archive.
+    """
+    names = [f"{samples.name}.json", f"{samples.stem}.json"] + [f"{samples.name}.npz.json"] * samples.is_dir()
+    beside = [samples.with_name(name) for name in names]
     return next((path for path in beside if path.is_file() and path != samples), None)
 
 
@@ -185,7 +189,7 @@ def departures(
             f"the reference's own images are {own:.1f} away from its stored statistics: these are not of this network"
         )
     recorded = _recorded_digest(protocol["sampling"])
-    if recorded is not None and recorded != digest:
+    if recorded is not None and recorded != digest and samples.path.is_file():
         found.append("the samples are not those that the record beside them is of (its sha256 differs)")
     return found
 

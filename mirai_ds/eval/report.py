@@ -91,8 +91,12 @@ def write_json(path: Path, others: tuple[Path, Path]) -> Callable[[dict[str, Any
     taken = [*others, sidecar(others[0])]
     if any(other is not None and path.resolve() == other.resolve() for other in taken):
         raise UserError(f"--json {path}: is an input; give another name")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: is no file in a folder that can be written to; make the folder first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {path}: its folder cannot be made ({first_line(error)})") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: is a folder, or in one that cannot be written to; give another name")
 
     def write(row: dict[str, Any]) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -39,7 +39,7 @@ def test_more_noise_is_further_away(timm_file: Path, tmp_path: Path) -> None:
     rows = []
     for noise in (0, 20, 80):
         samples = saved(tmp_path / f"noise{noise}.npz", digits(50, start=50, noise=noise))
-        target = tmp_path / f"noise{noise}-scores.json"
+        target = tmp_path / "evaluations" / f"noise{noise}.json"
         features = f"timm:resnet10t:{timm_file}"
         result = run(samples, folder, "--features", features, "--cache", tmp_path / "cache", "--json", target)
         assert result.exit_code == 0, result.output
@@ -92,7 +92,8 @@ def test_mistakes_are_one_line(inception_file: Path, timm_file: Path, tmp_path: 
         ((*pair, *timm_features, "--device", "gpu"), "--device gpu: use auto, cpu, cuda or cuda:N"),
         ((*pair, *timm_features, "--device", "cuda:99"), "--device cuda:99: this machine has"),
         ((*pair, *timm_features, "--json", samples), "is an input; give another name"),
-        ((*pair, *timm_features, "--json", tmp_path / "no" / "x.json"), "make the folder first"),
+        ((*pair, *timm_features, "--json", tmp_path), "is a folder"),
+        ((*pair, *timm_features, "--json", samples / "x.json"), "its folder cannot be made"),
         ((tmp_path / "none.npz", reference, *timm_features), "none.npz: no such file or folder"),
     ):
         result = run(*arguments)

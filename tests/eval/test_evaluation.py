@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mirai_ds.eval import evaluation, features
 from mirai_ds.eval.evaluation import Request, evaluate_files
@@ -214,6 +215,13 @@ def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) 
     (tmp_path / name).write_text(json.dumps({"samples_sha256": "0" * 64}))
     row = evaluate_files(request, ColourNetwork())
     assert any("not those that the record beside them is of" in reason for reason in row["protocol"]["departures"])
+    folder = tmp_path / "s"  # pictures beside the archive: the digest in its record is not theirs
+    folder.mkdir()
+    Image.fromarray(digits(1)[0]).save(folder / "0.png")
+    Image.fromarray(digits(2)[1]).save(folder / "1.png")
+    row = evaluate_files(Request(folder, request.reference, metrics=("fid",)), ColourNetwork())
+    assert row["protocol"]["sampling"]["file"] == name
+    assert not any("record" in reason for reason in row["protocol"]["departures"])
     (tmp_path / name).write_text("{")
     one_line(lambda: evaluate_files(request, ColourNetwork()), name, "cannot be read")
     (tmp_path / name).write_text('{"temperature": NaN}')
