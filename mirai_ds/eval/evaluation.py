@@ -23,7 +23,6 @@ from mirai_ds.eval.features import (
     Scores,
     check_metrics,
     default_arithmetic,
-    reference_of,
     score,
 )
 from mirai_ds.eval.image_sources import ImageSource, open_images
@@ -36,7 +35,8 @@ from mirai_ds.version import __version__
 PUBLISHED_SAMPLES = 50_000
 COLUMNS = ("fid", "sfid", "inception_score", "precision", "recall", "frechet_distance")
 PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
-# A published file's own 10,000 images are a few away from the statistics beside them; other features are hundreds away.
+# Between the reference's own 10,000 images and its statistics: some 5 are expected from their number (an estimate, the
+# file was not at hand), other networks' features are hundreds away.
 SELF_DISTANCE = 20.0
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -55,8 +55,12 @@ class Request:
 
 
 def sidecar(samples: Path) -> Path | None:
-    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one."""
-    beside = [samples.with_name(samples.name + ".json"), samples.with_suffix(".json")]
+    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one.
+
+    Of a folder `x` it is `x.npz.json` too: the sampler's pictures lie beside its archive.
+    """
+    names = [f"{samples.name}.json", f"{samples.stem}.json"] + [f"{samples.name}.npz.json"] * samples.is_dir()
+    beside = [samples.with_name(name) for name in names]
     return next((path for path in beside if path.is_file() and path != samples), None)
 
 
@@ -122,12 +126,13 @@ def _prepare(reference: ReferenceFile, digest: str, kept: Kept) -> tuple[Referen
     if not wanted or reference.images is None:
         return Reference(pooled, spatial, None), stored, None
     features = kept.features("reference", reference.images, digest).features
-    if pooled is None or (spatial is None and "sfid" in metrics):
-        computed = reference_of(features)
-        count = f"computed from {reference.images.count} images"
-        stored = {"fid": count, "sfid": count, "frechet_distance": count} | stored
-        return Reference(pooled or computed.pooled, spatial or computed.spatial, features.pooled), stored, None
-    own = frechet_distance(gaussian_statistics(features.pooled), pooled)
+    own = None if pooled is None else frechet_distance(gaussian_statistics(features.pooled), pooled)
+    if pooled is None and "fid" in metrics:
+        pooled = gaussian_statistics(features.pooled)
+    if spatial is None and "sfid" in metrics and features.spatial is not None:
+        spatial = gaussian_statistics(features.spatial)
+    count = f"computed from {reference.images.count} images"
+    stored = {"fid": count, "sfid": count, "frechet_distance": count} | stored
     return Reference(pooled, spatial, features.pooled), stored, own
 
 
@@ -184,7 +189,7 @@ def departures(
             f"the reference's own images are {own:.1f} away from its stored statistics: these are not of this network"
         )
     recorded = _recorded_digest(protocol["sampling"])
-    if recorded is not None and recorded != digest:
+    if recorded is not None and recorded != digest and samples.path.is_file():
         found.append("the samples are not those that the record beside them is of (its sha256 differs)")
     return found
 
@@ -210,12 +215,16 @@ def _read_sidecar(samples: Path) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the samples' record cannot be read ({error}); mend or remove it") from None
     if not isinstance(record, dict):
         raise UserError(f"{path}: the samples' record is no JSON object; mend or remove it")
     return {"file": path.name, **record}
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def all_metrics(text: str | None) -> tuple[str, ...] | None:

@@ -27,6 +27,8 @@ def _scores(row: dict[str, Any]) -> Iterator[str]:
     for key, name in NAMES.items():
         if row[key] is not None:
             yield f"{name:18} {row[key]:.{6 if key == 'frechet_distance' else 4}f}"
+    if row["frechet_distance"] is not None:
+        yield f"sFID and Inception Score are not defined with {row['protocol']['features']['network']}"
     if "NaN" in row["protocol"]["inception_score"]:
         yield f"{'Inception Score':18} {row['protocol']['inception_score']}"
 
@@ -89,8 +91,12 @@ def write_json(path: Path, others: tuple[Path, Path]) -> Callable[[dict[str, Any
     taken = [*others, sidecar(others[0])]
     if any(other is not None and path.resolve() == other.resolve() for other in taken):
         raise UserError(f"--json {path}: is an input; give another name")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: is no file in a folder that can be written to; make the folder first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {path}: its folder cannot be made ({first_line(error)})") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: is a folder, or in one that cannot be written to; give another name")
 
     def write(row: dict[str, Any]) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")

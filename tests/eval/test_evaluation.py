@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mirai_ds.eval import evaluation, features
 from mirai_ds.eval.evaluation import Request, evaluate_files
@@ -48,6 +49,7 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     assert f"Frechet distance   {distance:.6f}" in text
     assert row["samples_sha256"] in text
     assert "NOT comparable" in text
+    assert "sFID and Inception Score are not defined with colours" in text
     assert "fp64" in text
 
 
@@ -213,8 +215,17 @@ def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) 
     (tmp_path / name).write_text(json.dumps({"samples_sha256": "0" * 64}))
     row = evaluate_files(request, ColourNetwork())
     assert any("not those that the record beside them is of" in reason for reason in row["protocol"]["departures"])
+    folder = tmp_path / "s"  # pictures beside the archive: the digest in its record is not theirs
+    folder.mkdir()
+    Image.fromarray(digits(1)[0]).save(folder / "0.png")
+    Image.fromarray(digits(2)[1]).save(folder / "1.png")
+    row = evaluate_files(Request(folder, request.reference, metrics=("fid",)), ColourNetwork())
+    assert row["protocol"]["sampling"]["file"] == name
+    assert not any("record" in reason for reason in row["protocol"]["departures"])
     (tmp_path / name).write_text("{")
     one_line(lambda: evaluate_files(request, ColourNetwork()), name, "cannot be read")
+    (tmp_path / name).write_text('{"temperature": NaN}')
+    one_line(lambda: evaluate_files(request, ColourNetwork()), name, "NaN is no JSON")
     (tmp_path / name).write_text("[]")
     one_line(lambda: evaluate_files(request, ColourNetwork()), name, "no JSON object")
 

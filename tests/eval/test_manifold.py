@@ -81,6 +81,14 @@ def test_exact_is_the_definition() -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "adm"])
+def test_balls_are_closed(arithmetic: Arithmetic) -> None:
+    """0, 1, 2, 3: the ball of 0 reaches to -3, which is inside, and not to -4.  Whole numbers: exact in both."""
+    line, others = (np.array(v, np.float32)[:, None] for v in ([0, 1, 2, 3], [-3, -4, 100, 101]))
+    assert both(line, others, arithmetic)[:2] == (0.25, 1.0)
+    assert both(others, line, arithmetic)[:2] == (1.0, 0.25)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "adm"])
 @pytest.mark.parametrize("block", [2, 3, 7, 64, 80, 109])
 def test_blocks_do_not_show(arithmetic: Arithmetic, block: int) -> None:
     """Also blocks narrower than the four neighbours that a radius needs."""
