@@ -304,7 +304,9 @@ class ForesightConfig(Section):
         if self.method == "mirai-e":
             return
         why = "an encoder gives one output" if self.method == "mirai-i" else "mtp has no teacher"
-        for name in ("teacher_layer", "teacher_weights"):
+        names = ["teacher_layer", "teacher_weights"]
+        names += ["teacher_sees_last_token"] if self.method == "mtp" else []  # conventions fill it for the others
+        for name in names:
             if getattr(self, name) is not None:
                 problem = f"is for method: mirai-e ({why}); remove it"
                 raise ConfigError(f"foresight.{name}", getattr(self, name), problem)

@@ -37,7 +37,11 @@ def _shipped() -> dict[str, Traversable]:
     folder = resources.files("mirai_ds.config") / "recipes"
     groups = [folder, *(item for item in folder.iterdir() if item.is_dir())]
     files = [item for group in groups for item in group.iterdir() if item.name.endswith(".yaml")]
-    return {item.name.removesuffix(".yaml"): item for item in sorted(files, key=lambda item: item.name)}
+    return {_stem(item): item for item in sorted(files, key=_stem)}
+
+
+def _stem(item: Traversable) -> str:
+    return item.name.removesuffix(".yaml")
 
 
 def recipe_names() -> list[str]:

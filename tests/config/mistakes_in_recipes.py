@@ -161,6 +161,9 @@ CROSS_FIELD = {
     "mtp-teacher-layer": _recipe(
         MTP + ", teacher_layer: 2}", "foresight.teacher_layer = 2", "mtp has no teacher", "remove it"
     ),
+    "mtp-last-token": _recipe(
+        MTP + ", teacher_sees_last_token: true}", "foresight.teacher_sees_last_token = true", "mtp has no teacher"
+    ),
     "mtp-teacher": _recipe(MTP + ", teacher_weights: x.pt}", "foresight.teacher_weights = 'x.pt'", "method: mirai-e"),
     "mtp-encoder": _recipe(MTP + ", encoder: {name: dinov2-b}}", "foresight.encoder = 'dinov2-b'", "method: mirai-i"),
     "mtp-class-slot": _recipe(MTP + ", class_slot: true}", "foresight.class_slot = true", "tokens have no class slot"),

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirai_ds.config import ForesightConfig
+from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.config.sizes import heads_parameters
 from mirai_ds.foresight.heads import TransformerHead, heads
+from mirai_ds.observe.flops import head_flops
 
 torch.set_num_threads(1)
 
@@ -28,6 +29,21 @@ def test_the_papers_sizes(kind: str, count: int) -> None:
     with torch.device("meta"):
         uneven = heads(config(head=kind), 16, 24)
     assert sum(p.numel() for p in uneven.parameters()) == heads_parameters(config(head=kind), 16, 24)
+
+
+def test_operations_are_those_of_the_matrices() -> None:
+    """A multiply-add of every weight a slot; attention's scores and values; mtp's logits of each of its heads."""
+    model, slots = ModelConfig(), 256
+    matrices = {}
+    for kind in ("mlp", "transformer"):
+        with torch.device("meta"):
+            module = heads(config(head=kind, num_heads=1), 768, 768)
+        matrices[kind] = sum(2 * p.numel() * slots for p in module.parameters() if p.dim() == 2)
+    attention, logits = 4 * slots**2 * 768, 2 * 16384 * 768 * slots
+    assert head_flops(model, config(), 768, slots) == 3 * matrices["mlp"]
+    assert head_flops(model, config(head="transformer"), 768, slots) == 3 * (matrices["transformer"] + attention)
+    mtp = ForesightConfig(method="mtp")
+    assert head_flops(model, mtp, 768, slots) == 2 * (matrices["transformer"] + attention + logits)
 
 
 def random_head(causal: bool = True) -> TransformerHead:

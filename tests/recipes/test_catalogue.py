@@ -181,9 +181,12 @@ def test_the_documentation_is_the_catalogue() -> None:
 
 
 def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    """By the build script alone: an older list of sources in the tree (egg-info) would hide what it leaves out."""
+    (tmp_path / "info").mkdir()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path / "info")]
+    command += ["build_py", "--build-lib", str(tmp_path / "lib")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    shipped = tmp_path / "mirai_ds" / "config" / "recipes"
+    shipped = tmp_path / "lib" / "mirai_ds" / "config" / "recipes"
     wanted = {file.relative_to(FOLDER): file.read_bytes() for file in FOLDER.rglob("*.yaml")}
     assert {file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.yaml")} == wanted
 

@@ -64,7 +64,8 @@ def test_full_size(name: str) -> None:
     assert count == GPT_SIZES[model.size] + par + f.heads * one
     assert count == parameter_count(model) + heads_parameters(f, model.width, width)
     if f.active:
-        assert objective.index.shape == (model.block_size, f.heads)
+        slots = model.block_size + (getattr(model, "par_tokens", None) or 1) - 1
+        assert objective.index.shape == (slots, f.heads)
 
 
 def test_encoders_are_as_wide_as_said() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mirai_ds.config import RunConfig, load
 from mirai_ds.engine.engine import parameter_groups
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import GPT, initialise
+from mirai_ds.train.session import Session
 from mirai_ds.train.teacher import build_teacher
 from tests.one_line import one_line
 from tests.train.conftest import SMALL, numbers, small_train
@@ -71,6 +73,40 @@ def test_the_engine_keeps_no_group_for_it() -> None:
         objective = MiraiObjective(config.model, config.foresight)
         owners.append({group["owner"] for group in parameter_groups(objective, config)})
     assert owners == [{"teacher", "gpt", "heads"}, {"gpt", "heads"}]
+
+
+def test_it_is_never_refreshed(gpt: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The engine is not even asked; the run's own average is gathered before each aligned step."""
+    write_llamagen(tmp_path / "a.pt", gpt)
+    asked: list[str] = []
+
+    class Engine:
+        def __getattr__(self, name: str) -> object:
+            asked.append(name)
+            raise AttributeError(name)
+
+    frozen, _, _ = teacher_of(tmp_path / "a.pt")
+    Session.refresh_teacher(SimpleNamespace(teacher=frozen, engine=Engine(), _teacher_version=-1))  # type: ignore
+    assert asked == []
+    own, digest, notes = build_teacher(tiny(), torch.device("cpu"))
+    assert (digest, notes) == ("", [])
+    with pytest.raises(AttributeError):
+        Session.refresh_teacher(SimpleNamespace(teacher=own, engine=Engine(), _teacher_version=-1))  # type: ignore
+    assert asked == ["ema"]
+
+
+def test_another_teacher_is_refused_at_a_resume() -> None:
+    config = tiny(f"{FIELD}=x.pt")
+    info = store.CheckpointInfo(
+        4, config.train.global_batch_size, config.seed, 0, 1, 2, "fp32", "mirai-e", "", 4, data="d", teacher="a" * 64
+    )
+    session = SimpleNamespace(config=config, data_digest="d", teacher_digest="a" * 64)
+    Session._check_same_data(session, info, "folder")  # type: ignore[arg-type]
+    session.teacher_digest = "b" * 64
+    one_line(
+        lambda: Session._check_same_data(session, info, "folder"),  # type: ignore[arg-type]
+        "folder: was trained with another teacher (digest aaaaaaaaaaaa)", f"{FIELD} = 'x.pt'", "(bbbbbbbbbbbb)",
+    )  # fmt: skip
 
 
 def test_mistakes(gpt: dict[str, torch.Tensor], tmp_path: Path) -> None:
