@@ -1,4 +1,4 @@
-"""The plan's memory against what real steps of the engine really hold; 10 % is the promise of docs/looking-inside.md."""
+"""The plan's memory against what real steps of the engine hold; 10 % is the promise of docs/looking-inside.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page about runs: what is on it, that nothing of a run's files can act on it, and that a browser shows it whole."""
+"""The page about runs: what is on it, that nothing of a run's files can act on it, that a browser shows it whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from mirai_ds.tools.looking import figures, page
 from tests.tools.run_records.fake import cli, curve, write_run
 
 HOSTILE = '</title><script>document.title="owned"</script><img src="http://example.org/x.png" onerror=alert(1)>$x_1$'
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
