@@ -74,7 +74,6 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 FAST = [
     ("none", "fp32", 2, NONE, 4), ("mirai-e", "bf16", 1, FULL, 4), ("mirai-e", "bf16-autocast", 3, EVERY, 16),
-    ("mirai-i", "fp32", 0, NONE, 16),
 ]  # fmt: skip
 
 
@@ -88,5 +87,7 @@ def test_within_ten_percent(
 @pytest.mark.matrix
 @pytest.mark.parametrize("world", [1, 2])
 def test_within_ten_percent_everywhere(ranks: dict[int, RankPool], world: int) -> None:
-    for config in covering(world)[:: 2 if world == 1 else 1]:
+    for config in covering(world)[
+        1 :: 4 if world == 1 else 2
+    ]:  # all of them: python -m mirai_ds.tools.looking.measured
         check(ranks[world].run(measured, config))
