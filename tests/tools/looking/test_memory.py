@@ -89,5 +89,5 @@ def test_within_ten_percent(
 def test_within_ten_percent_everywhere(ranks: dict[int, RankPool], world: int) -> None:
     for config in covering(world)[
         1 :: 4 if world == 1 else 2
-    ]:  # all of them: python -m mirai_ds.tools.looking.measured
+    ]:  # all: mirai_ds.tools.looking.measured
         check(ranks[world].run(measured, config))
