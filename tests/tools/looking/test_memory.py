@@ -87,7 +87,5 @@ def test_within_ten_percent(
 @pytest.mark.matrix
 @pytest.mark.parametrize("world", [1, 2])
 def test_within_ten_percent_everywhere(ranks: dict[int, RankPool], world: int) -> None:
-    for config in covering(world)[
-        1 :: 4 if world == 1 else 2
-    ]:  # all: mirai_ds.tools.looking.measured
+    for config in covering(world)[1 :: 4 if world == 1 else 2]:  # all: mirai_ds.tools.looking.measured
         check(ranks[world].run(measured, config))
