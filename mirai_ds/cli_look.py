@@ -1,4 +1,4 @@
-"""`mirai-ds map`, `flops`, `plan` and `report`: looking inside and ahead.  Heavy modules are imported inside the verbs."""
+"""`mirai-ds map`, `flops`, `plan`, `report`: looking inside and ahead.  Heavy modules are imported inside the verbs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 @click.command("map", context_settings=CONTEXT)
 @click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUN_OR_FILE...")
 @click.option("--image", "wanted", multiple=True, metavar="N|FILE",
-              help="A held-out sample, an .npz of tokens, or a picture; repeatable.  Default held-out 0 to 3.")  # fmt: skip
+              help="Held-out sample, .npz of tokens, or picture; repeatable.  Default held-out 0 to 3.")  # fmt: skip
 @click.option("--layer", type=click.IntRange(min=1), help="Block, 1-based; default two thirds of the depth (8 of 12).")
 @click.option("--method", type=click.Choice(["tsne", "pca"]), default="tsne", show_default=True)
 @click.option("--out", type=PATH, metavar="PNG", help="Default RUN/maps/layer-LL-METHOD.png; the JSON goes beside it.")

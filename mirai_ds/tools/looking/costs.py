@@ -26,15 +26,14 @@ def _described_by_timm(foresight: ForesightConfig, model: ModelConfig) -> ViT:
 
     encoder = foresight.encoder
     assert encoder is not None
-    plan, image = encoder_plan(encoder, model.grid)
-    depth = encoder.layer or len(plan.blocks)  # type: ignore[arg-type]
-    first = plan.blocks[0]  # type: ignore[index]
-    above = sum(p.numel() for block in plan.blocks[depth:] for p in block.parameters())  # type: ignore[index]
+    found, image = encoder_plan(encoder, model.grid)
+    plan: Any = found  # timm's attributes
+    depth = encoder.layer or len(plan.blocks)
+    above = sum(p.numel() for block in plan.blocks[depth:] for p in block.parameters())
     patches = model.grid**2
-    kernel = plan.patch_embed.proj.weight  # type: ignore[union-attr]
     return ViT(
-        int(plan.num_features), depth, int(first.mlp.fc1.out_features), int(kernel.shape[-1]),  # type: ignore[arg-type]
-        patches + int(plan.num_prefix_tokens), patches, image,  # type: ignore[arg-type]
+        int(plan.num_features), depth, int(plan.blocks[0].mlp.fc1.out_features),
+        int(plan.patch_embed.proj.weight.shape[-1]), patches + int(plan.num_prefix_tokens), patches, image,
         sum(p.numel() for p in plan.parameters()) - above,
     )  # fmt: skip
 
@@ -149,8 +148,9 @@ def costs_json(rows: Sequence[Costs]) -> dict[str, Any]:
 
 
 NOTES = (
-    "paper: 6 N S with all N parameters, embedding tables included, no encoder (Table 13's way); of rounded: from figures "
-    "rounded to three digits, which is how Table 13's 38.2 % arises (2.35 / 1.70); + encoder: its forward pass added",
+    "paper: 6 N S with all N parameters, embedding tables included, no encoder (Table 13's way); of rounded: from "
+    "figures rounded to three digits, which is how Table 13's 38.2 % arises (2.35 / 1.70); + encoder: its forward "
+    "pass added",
     "done: matrix products that are done, attention included, embedding look-ups not; recomputation left out; a "
     "multiply-add is two",
 )

@@ -174,7 +174,7 @@ _NO_HELD_OUT = "there are no held-out samples at hand; give --image FILE.npz wit
 
 def _held_out(config: RunConfig, tokenizer: Path | None, needed: bool) -> tuple[TokenSource | None, Decoder | None]:
     """The run's held-out samples, None where there are none, and what decodes tokens."""
-    decoder = None if tokenizer is None else open_tokenizer(tokenizer)
+    decoder: Decoder | None = None if tokenizer is None else open_tokenizer(tokenizer)
     try:
         data = load_dataset(config.data, config.model)
     except UserError as error:
@@ -251,9 +251,8 @@ def _joined(parts: list[Images]) -> Images:
     if len(parts) == 1:
         return parts[0]
     pixels = [part.pixels for part in parts]
-    whole = (
-        all(p is not None and p.shape[1:] == pixels[0].shape[1:] for p in pixels) if pixels[0] is not None else False
-    )
+    sizes = {None if p is None else p.shape[1:] for p in pixels}
+    whole = len(sizes) == 1 and None not in sizes
     return Images(
         torch.cat([p.tokens for p in parts]), torch.cat([p.labels for p in parts]),
         np.concatenate(pixels) if whole else None, [name for p in parts for name in p.names],  # type: ignore[arg-type]

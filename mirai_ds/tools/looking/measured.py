@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +35,7 @@ from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.session import build_session
 from mirai_ds.train.step import train_step
 
+_COLLECTIVES = distributed_c10d.__file__
 STEPS = 3  # AdamW's moments are there from the second on
 
 
@@ -47,7 +49,8 @@ class Measured:
 
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all tensor storages that operators of this thread made while it is active, each until its
-    last reference is gone, in whatever thread that happens.  What an operator uses inside for itself is not seen."""
+    last reference is gone, in whatever thread that happens.  Not seen: what an operator uses inside for itself, and the
+    copies that gloo makes of what it is to send (NCCL makes none)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +60,8 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, note new storages."""
         out = func(*args, **(kwargs or {}))
+        if sys._getframe(1).f_code.co_filename == _COLLECTIVES:
+            return out
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._note(leaf.untyped_storage())
@@ -124,6 +129,13 @@ class _AllocatorOfGpu:
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return torch.cuda.memory_allocated(self.device)
+
+
+def worst(mine: Measured) -> Measured:
+    """Collective: the rank with the highest peak.  On ZeRO-2 it is the one whose gradients come first."""
+    everyone: list[Measured] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return max(everyone, key=lambda one: one.peak)
 
 
 def _work(
@@ -223,7 +235,7 @@ def covering(world: int) -> list[RunConfig]:
     found += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
     found += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
     found.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
-    small = {"reduce_bucket_size": 1_500_000}
+    small: dict[str, Any] = {"reduce_bucket_size": 1_500_000}
     found += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
     found += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
     wide = {"size": "custom", "dim": 128, "n_layer": 4, "n_head": 4, "num_classes": 10, "block_size": 64}
@@ -231,13 +243,13 @@ def covering(world: int) -> list[RunConfig]:
 
 
 def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
-    """Collective: measured and planned, as a row without its command."""
+    """Collective: measured on the rank that needs most, and planned, as a row without its command."""
     from mirai_ds.kernels.foresight_cosine.op import choose
     from mirai_ds.runtime.environment import package_versions
     from mirai_ds.tools.looking.memory import predict
 
     compiled = choose(config.foresight.kernel, device.type) != "reference"
-    measured, memory = measure_step(config, world, device), predict(config, world.size, compiled)
+    measured, memory = worst(measure_step(config, world, device)), predict(config, world.size, compiled)
     resting, versions, train = sum(memory.resting.values()), package_versions(), config.train
     micro = train.micro_batch_size or train.global_batch_size // world.size
     return {
@@ -261,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--size", help="this LlamaGen size on 256 tokens instead of the small cases")
+    parser.add_argument("--cases", default=":", metavar="FROM:TO", help="some of them, as in a Python slice")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     world = read_world()
@@ -276,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         case(method, "bf16-autocast", 2, recompute, micro, world.size, model=shape)
         for method in ("none", "mirai-e") for recompute in (RECOMPUTE[0], RECOMPUTE[2]) for micro in (4, 16)
     ]  # fmt: skip
-    for config in cases:
+    for config in cases[slice(*(int(part) if part else None for part in args.cases.split(":")))]:
         row = compare(config, world, device) | {"command": " ".join([f"python -m {MODULE}", *argv])}
         if world.rank == 0:
             print(json.dumps(row), flush=True)

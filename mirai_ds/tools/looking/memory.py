@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mirai_ds.config import RunConfig
-from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.config import RunConfig, build
+from mirai_ds.config.deepspeed_file import read, resolve
 from mirai_ds.config.sizes import block_parameters
 from mirai_ds.observe.flops import ViT
 from mirai_ds.tools.looking.activations import FP32, Pass
@@ -56,6 +57,20 @@ def predict(config: RunConfig, world: int, compiled_loss: bool = True) -> Memory
     return Memory(resting, list(_moments(config, work, states, resting, vit)))
 
 
+def variant(config: RunConfig, stage: int, recompute: dict[str, Any], micro: int) -> RunConfig:
+    """The run on another stage, with another recompute policy and micro batch."""
+    data = config.model_dump(mode="json")
+    file = copy.deepcopy(read(config.deepspeed))
+    zero = file.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    for key, lowest in (("offload_param", 3), ("offload_optimizer", 1)):
+        if stage < lowest:
+            zero.pop(key, None)
+    data["deepspeed"] = file
+    data["train"] |= {"micro_batch_size": micro, "grad_accum_steps": None, "recompute": recompute}
+    return build(data)
+
+
 def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
     """Mirai-E: embeddings and the first blocks, in fp32 unless the model is bf16; Mirai-I: the encoder."""
     f = config.foresight
@@ -91,7 +106,10 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
     heads = {"heads": work.heads(), "heads' outputs": work.projected()} if config.foresight.active else {}
     logits = work.logits
     yield Moment("teacher", {**base, "teacher's pass": _teacher_pass(config, work, states, vit)})
-    yield Moment("loss", {**base, **kept, **heads, "logits": 2 * logits, "weights cast for blocks": cached})
+    fetched = {"fetched parameters": states.fetched()}  # the output layer is the last to be used, or the last head
+    before: Parts = {**base, **kept, "weights cast for blocks": cached}
+    yield Moment("output layer", {**before, **fetched})
+    yield Moment("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits})
     in_heads = _heads_backward(work, states)
     if heads:
         yield Moment("heads backward", {**base, **kept, "heads": work.heads(), "logits": logits, **in_heads})
@@ -133,8 +151,8 @@ def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: flo
     for index in reversed(range(m.depth)):
         again = work.recomputed(index)
         held = work.blocks(index + 1) + (work.block() + work.block_weights() if again else 0)
-        if again:
-            held -= work.rows * m.width * work.residual * (not work.residual == 2)  # its input is there once
+        if again and not states.bf16:
+            held -= work.rows * m.width * work.residual  # its input is in both, and there once
         hidden = work.rows * m.ffn_hidden * c
         # In the gate's backward: three gradients of the hidden width, of which one replaces the product.
         at_work = 2.0 * hidden + 2 * state

@@ -35,8 +35,10 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
 )
 MOST_SAMPLES = 8
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:1240px;margin:1.5rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin-bottom:.3rem}
+body{font:15px/1.45 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:1240px;margin:1.5rem auto;
+padding:0 1rem}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ccc}
+h3{font-size:1rem;margin-bottom:.3rem}
 table{border-collapse:collapse;margin:.5rem 0}th,td{border:1px solid #ccc;padding:.25rem .55rem;text-align:left;
 vertical-align:top;overflow-wrap:break-word;max-width:34rem}th{background:#f3f3f3}td.n{text-align:right;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:.6rem}.charts img{width:100%}
@@ -111,7 +113,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Numbers to the right; everything escaped."""
     lines = ["<table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in header), "</tr></thead><tbody>"]
     for row in rows:
-        lines.append("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>")
+        lines += ["<tr>", *map(_cell, row), "</tr>"]
     return "".join(lines) + "</tbody></table>"
 
 
@@ -196,7 +198,7 @@ def read_evaluations(run: Path) -> list[Evaluation]:
 
 
 def paper_numbers(name: str) -> list[tuple[str, dict[str, float], str]]:
-    """(epochs, numbers, source) in the `paper:` mapping of the shipped recipe of this name; none where there is none."""
+    """(epochs, numbers, source) in the `paper:` mapping of the shipped recipe of this name, if it has one."""
     own = _paper_mapping(name)
     found = []
     for epochs, entry in sorted(own.items(), key=lambda item: str(item[0])):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mirai_ds.config import ConfigError, RunConfig, UserError, build, load
-from mirai_ds.config.deepspeed_file import read, resolve
+from mirai_ds.config import RunConfig, UserError, load
+from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.observe.flops import recomputed_flops, training_parts
 from mirai_ds.tools.looking.activations import Pass
 from mirai_ds.tools.looking.costs import encoder_shape
@@ -24,7 +23,7 @@ from mirai_ds.tools.looking.devices import (
     step_time,
     traffic,
 )
-from mirai_ds.tools.looking.memory import Memory, as_dict, predict, teacher_bytes
+from mirai_ds.tools.looking.memory import Memory, as_dict, predict, teacher_bytes, variant
 from mirai_ds.tools.looking.states import States
 from mirai_ds.train.preflight import FP32_COPIES
 from mirai_ds.train.schedule import total_steps
@@ -208,20 +207,6 @@ def _choices(request: Request, config: RunConfig, device: Device) -> list[Choice
     return found
 
 
-def variant(config: RunConfig, stage: int, recompute: dict[str, Any], micro: int) -> RunConfig:
-    """The run on another stage, with another recompute policy and micro batch."""
-    data = config.model_dump(mode="json")
-    file = copy.deepcopy(read(config.deepspeed))
-    zero = file.setdefault("zero_optimization", {})
-    zero["stage"] = stage
-    for key, lowest in (("offload_param", 3), ("offload_optimizer", 1)):
-        if stage < lowest:
-            zero.pop(key, None)
-    data["deepspeed"] = file
-    data["train"] |= {"micro_batch_size": micro, "grad_accum_steps": None, "recompute": recompute}
-    return build(data)
-
-
 def suggest(choices: list[Choice]) -> Choice | None:
     """Least recomputation first, then the largest micro batch, then the lowest stage, which communicates least."""
     order = {name: i for i, (name, _) in enumerate(POLICIES)}
@@ -281,13 +266,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if 0 < value < float("inf") else None
-
-
-def check_counts(nodes: int, gpus: int, images: int | None) -> None:
-    """Raises ConfigError unless they are positive."""
-    for name, value in (("nodes", nodes), ("gpus", gpus), ("images", images)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}", value, "must be at least 1")
 
 
 # --- for people -----------------------------------------------------------------------------------------------------
@@ -399,8 +377,8 @@ def _notes(plan: Plan) -> list[str]:
             f"MFU {r.mfu:g} is assumed (--mfu), the range is {1 + MFU_SPREAD:g} and {1 - MFU_SPREAD:g} times it; peak "
             f"{d.peak(plan.work.precision) / 1e12:g} TFLOP/s; the fast end hides all communication, the slow end none; "
             "evaluation, samples and checkpoints come on top",
-            f"links: {d.link / 1e9:g} GB/s within a node, {d.network / 1e9:g} GB/s a GPU between nodes, one way, at 80 % "
-            "(the network is an assumption)",
+            f"links: {d.link / 1e9:g} GB/s within a node, {d.network / 1e9:g} GB/s a GPU between nodes, one way, at "
+            "80 % (the network is an assumption)",
         ]
     if plan.config.foresight.method == "mirai-i":
         notes.append("Mirai-I: the encoder's forward pass is in the time; reading images is not")

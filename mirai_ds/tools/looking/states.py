@@ -133,6 +133,14 @@ class States:
         whole = self.work.parameters - self._persistent()
         return float(self.work.parameter * min(whole, reuse / 2 + ahead + largest))
 
+    def fetched(self) -> float:
+        """Stage 3: the buffer of the last collective fetch, from which each parameter is copied when it is used; it
+        stays until the last one was."""
+        if self.stage < 3 or self.world == 1:
+            return 0.0
+        ahead = self.zero.get("stage3_prefetch_bucket_size", _DEFAULTS["stage3_prefetch_bucket_size"])
+        return float(self.work.parameter * min(self.work.parameters - self._persistent(), ahead))
+
     def carried(self) -> float:
         """Gradients of earlier micro-batches, there while a later one runs."""
         if self.accumulation == 1:
@@ -168,7 +176,6 @@ class States:
         return self._flattened(min(self.bucket, w.parameters))
 
     def _flattened(self, elements: float) -> float:
-        w = self.work
         casts = 2 * elements + FP32 * elements if self.bf16 and self.stage == 2 else FP32 * elements
         return float(casts)
 
@@ -186,9 +193,11 @@ class States:
             return copies
         held = self.buffers * w.parameter * self.bucket
         own = self._own_gradients()
+        if self.reduces_early and self.bf16:
+            return held + own + copies  # one fp32 buffer takes all micro-batches
         if self.reduces_early:
             # With one bucket for all, its flat copy is gone before the own part is copied out.
-            return held + self.carried() + (own + copies if several or self.bf16 else max(own, copies))
+            return held + self.carried() + (own + copies if several else max(own, copies))
         moved = w.parameter * min(self.bucket, w.parameters)
         return held + max(whole, whole - moved + (own + copies if several else max(own, copies)))
 

@@ -74,8 +74,8 @@ def test_encoders_by_formula_are_timms(name: str) -> None:
     assert vit is not None
     assert foresight.encoder is not None
     plan, side = encoder_plan(foresight.encoder, 16)
-    kept = [block for block in plan.blocks][: vit.depth]  # type: ignore[union-attr]
-    dropped = [block for block in plan.blocks][vit.depth :]  # type: ignore[union-attr]
+    kept = list(plan.blocks)[: vit.depth]  # type: ignore[union-attr]
+    dropped = list(plan.blocks)[vit.depth :]  # type: ignore[union-attr]
     exact = sum(p.numel() for p in plan.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
     assert vit.parameters == pytest.approx(exact, rel=2e-3)
     assert (vit.width, vit.depth, vit.image) == (plan.num_features, foresight.encoder.layer or len(kept), side)

@@ -1,4 +1,4 @@
-"""The plan's memory against what real steps of the engine really hold; 10 % is the promise of docs/looking-inside.md."""
+"""The plan's memory against what real steps of the engine hold; 10 % is the promise of docs/looking-inside.md."""
 
 from __future__ import annotations
 
@@ -74,7 +74,6 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 FAST = [
     ("none", "fp32", 2, NONE, 4), ("mirai-e", "bf16", 1, FULL, 4), ("mirai-e", "bf16-autocast", 3, EVERY, 16),
-    ("mirai-i", "fp32", 0, NONE, 16),
 ]  # fmt: skip
 
 
@@ -88,5 +87,5 @@ def test_within_ten_percent(
 @pytest.mark.matrix
 @pytest.mark.parametrize("world", [1, 2])
 def test_within_ten_percent_everywhere(ranks: dict[int, RankPool], world: int) -> None:
-    for config in covering(world)[:: 2 if world == 1 else 1]:
+    for config in covering(world)[1 :: 4 if world == 1 else 2]:  # all: mirai_ds.tools.looking.measured
         check(ranks[world].run(measured, config))

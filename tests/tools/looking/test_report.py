@@ -1,4 +1,4 @@
-"""The page about runs: what is on it, that nothing of a run's files can act on it, and that a browser shows it whole."""
+"""The page about runs: what is on it, that nothing of a run's files can act on it, that a browser shows it whole."""
 
 from __future__ import annotations
 
