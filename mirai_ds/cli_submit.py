@@ -41,6 +41,8 @@ TEMPLATES = ["train", "array", "extract", "sample_evaluate", "smoke"]
               help="Jobs one after the other, for sites that do not requeue; each resumes.")  # fmt: skip
 @click.option("--dependency", metavar="afterok:ID", help="Start after other jobs; cancelled when that cannot be.")
 @click.option("--at-once", type=click.IntRange(min=1), help="array: tasks that run at the same time.")
+@click.option("--reference", type=click.Path(path_type=Path), help="sample_evaluate: ADM's .npz to compare with.")
+@click.option("--inception", type=click.Path(path_type=Path), help="sample_evaluate: weights of its network.")
 @click.option("--dry-run", is_flag=True, help="Show the script and submit nothing; needs no Slurm.")
 @mistakes_in_one_line
 def submit(dry_run: bool, **options: Any) -> None:
@@ -50,7 +52,7 @@ def submit(dry_run: bool, **options: Any) -> None:
     Other templates:
       array            RECIPE is a list: a recipe with its --set options a line, one run each
       extract          RECIPE is codes or images; after -- the options of `mirai-ds extract`
-      sample_evaluate  RECIPE is a run; after -- the options of `mirai-ds sample`
+      sample_evaluate  RECIPE is a run; after -- the options of `mirai-ds sample`, with --num on all ranks
       smoke            a short run, killed, resumed and compared: the first thing on a new cluster
 
     \b

@@ -17,7 +17,8 @@ from torch import Tensor
 from mirai_ds.model.gpt import GPT, KVCache
 from mirai_ds.model.par_sampling import sample_par_tokens
 from mirai_ds.model.rope2d import apply_rope
-from mirai_ds.model.rules import SamplingRules, draw, filter_logits, guide, image_keys
+from mirai_ds.model.rules import SamplingRules, filter_logits, guide, image_keys, pick
+from mirai_ds.runtime.counter_random import uniform
 
 # A stretch is a run of steps over which the attended part of the cache keeps its length.  Eight a sequence read an
 # eighth more of the cache than is filled (a single one would read twice as much) and make eight graphs.
@@ -91,7 +92,7 @@ class Decoder:
         self.cache = new_cache(model, rows, weight.dtype)
         self.x = torch.zeros(rows, 1, config.width, dtype=weight.dtype, device=device)
         self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
-        self.keys = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(config.block_size, batch, device=device)  # what each place of each image draws with
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.slots = torch.arange(config.block_size, device=device)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -104,22 +105,40 @@ class Decoder:
     def draw(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
         """Tokens (n, N) int64 of n <= batch images with labels (n,) and global numbers `indices` (n,), int64 on the
         model's device.  Rows of a batch that is not full are computed and dropped: the shapes stay."""
-        config, n = self.model.config, labels.shape[0]
-        if n > self.batch:
-            raise ValueError(f"{n} images in a batch of {self.batch}")
+        n = labels.shape[0]
         if n == 0:
-            return labels.new_empty(0, config.block_size)
-        if config.par_tokens is not None:
+            return labels.new_empty(0, self.model.config.block_size)
+        if self.model.config.par_tokens is not None:
             return sample_par_tokens(self.model, labels, indices, self.rules, seed)
-        labels = F.pad(labels, (0, self.batch - n))
-        self.keys.copy_(image_keys(seed, F.pad(indices, (0, self.batch - n))))
-        both = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if self.guided else labels
+        self.begin(labels, indices, seed)
+        for place in range(self.model.config.block_size):
+            self.advance(place)
+        return self.tokens[:n].clone()
+
+    @torch.no_grad()
+    def begin(self, labels: Tensor, indices: Tensor, seed: int) -> None:
+        """A new batch: its random numbers, its first input, position 0."""
+        spare = self.batch - labels.shape[0]
+        if spare < 0:
+            raise ValueError(f"{labels.shape[0]} images in a batch of {self.batch}")
+        labels = F.pad(labels, (0, spare))
+        keys = image_keys(seed, F.pad(indices, (0, spare)))
+        self.numbers.copy_(uniform(keys.expand_as(self.numbers), self.slots[:, None]))
+        both = torch.cat([labels, torch.full_like(labels, self.model.config.num_classes)]) if self.guided else labels
         self.x.copy_(self.model.cls_embedding(both, None))
         self.position.zero_()
-        for place in range(config.block_size):
-            stop = min(config.block_size, (place // self.stretch + 1) * self.stretch)
-            self._advance(stop, self.guided and not self._unguided_from(place))
-        return self.tokens[:n].clone()
+
+    @torch.no_grad()
+    def advance(self, place: int) -> None:
+        """Draw the token at `place`, the one after the last drawn."""
+        span = min(self.model.config.block_size, (place // self.stretch + 1) * self.stretch)
+        guided = self.guided and not self._unguided_from(place)
+        if not self.speed.graphs:
+            self.step(span, guided)
+            return
+        if (span, guided) not in self._graphs:
+            self._graphs[span, guided] = self._capture(span, guided)
+        self._graphs[span, guided].replay()
 
     def _unguided_from(self, place: int) -> bool:
         """Decode steps are counted from 0, after the first token, which is always guided.  Once guidance is over nobody
@@ -145,17 +164,9 @@ class Decoder:
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, self.rules.cfg_scale)
-        chosen = draw(filter_logits(logits, self.rules), self.keys, self.position)
+        chosen = pick(filter_logits(logits, self.rules), self.numbers.index_select(0, self.position)[0])
         entered = self.model.tok_embeddings(chosen)[:, None]
         return chosen, entered.repeat(2, 1, 1) if guided else entered
-
-    def _advance(self, span: int, guided: bool) -> None:
-        if not self.speed.graphs:
-            self.step(span, guided)
-            return
-        if (span, guided) not in self._graphs:
-            self._graphs[span, guided] = self._capture(span, guided)
-        self._graphs[span, guided].replay()
 
     def _capture(self, span: int, guided: bool) -> torch.cuda.CUDAGraph:
         """Record a step.  It is run first, on a stream of its own as capturing demands, so that libraries and compiled

@@ -47,14 +47,16 @@ def filter_logits(logits: Tensor, rules: SamplingRules) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, keys: Tensor, step: int | Tensor) -> Tensor:
-    """One token (B,) int64 per row of logits (B, V): inverse of the cumulative distribution at the image's number.
+def draw(logits: Tensor, keys: Tensor, step: int) -> Tensor:
+    """One token (B,) int64 per row of logits (B, V), of images with `keys` (B,) int64 at their place `step`."""
+    return pick(logits, uniform(keys, step))
 
-    step: the token's place, as a number or (1,) int64 on the keys' device.
-    """
+
+def pick(logits: Tensor, u: Tensor) -> Tensor:
+    """Tokens (B,) int64: the inverse of the cumulative distribution of logits (B, V) at numbers u (B,) in [0, 1)."""
     mass = logits.softmax(-1).double().cumsum(-1)
-    u = uniform(keys, step).double()[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, u, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+    at = u.double()[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, at, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
 def image_keys(seed: int, indices: Tensor) -> Tensor:

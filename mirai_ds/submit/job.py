@@ -60,10 +60,12 @@ class Job(Section):
     submit_dir: Plain = "/"
     cluster_file: Plain = "a100"
     tasks: list[Task] = []  # noqa: RUF012
+    resumes: bool = Field(False, description="sample_evaluate: many images, gone on with after a requeue")
+    evaluate: list[Plain] = Field([], description="sample_evaluate: what one process runs afterwards")
 
     @model_validator(mode="after")
     def _check(self) -> Job:
-        warned = self.template in ("train", "array", "extract")
+        warned = self.template in ("train", "array", "extract") or self.resumes
         if warned and seconds(self.time) <= self.signal_seconds + 30:
             problem = (
                 f"must be more than {self.signal_seconds + 30} s (the cluster file's signal_seconds + 30): Slurm warns "

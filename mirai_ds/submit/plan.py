@@ -43,6 +43,8 @@ class Wish:
     chain: int = 1
     dependency: str | None = None
     at_once: int | None = None
+    reference: Path | None = None
+    inception: Path | None = None
     arguments: tuple[str, ...] = field(default=())
 
 
@@ -53,7 +55,8 @@ def interpreter(cluster: Cluster) -> str:
 
 def plan(wish: Wish, cluster: Cluster) -> Job:
     """Check everything that can be checked before a job is sent; raises UserError."""
-    for value in (wish.recipe, *wish.overrides, *wish.arguments, wish.deepspeed or "", str(wish.run_dir or "")):
+    paths = [str(path or "") for path in (wish.run_dir, wish.reference, wish.inception)]
+    for value in (wish.recipe, *wish.overrides, *wish.arguments, wish.deepspeed or "", *paths):
         one_line(value, "argument")
     _check_fit(wish)
     gpus = cluster.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
@@ -62,7 +65,8 @@ def plan(wish: Wish, cluster: Cluster) -> Job:
             f"--gpus-per-node {gpus}: nodes of {wish.cluster} have {cluster.gpus_per_node}; ask for as many or fewer"
         )
     ranks = gpus or cluster.ranks_per_node or 1
-    if wish.template == "sample_evaluate":
+    many = _draws_many(wish)
+    if wish.template == "sample_evaluate" and not many:
         ranks, gpus = 1, min(gpus, 1)
     tasks, name, folder = _tasks(wish, interpreter(cluster), wish.nodes * ranks)
     request = {
@@ -74,6 +78,7 @@ def plan(wish: Wish, cluster: Cluster) -> Job:
         "exclusive": cluster.exclusive and gpus == cluster.gpus_per_node, "dependency": wish.dependency,
         "chain": wish.chain, "at_once": wish.at_once, "folder": str(folder), "submit_dir": os.getcwd(),
         "cluster_file": wish.cluster, "tasks": [task.model_dump() for task in tasks],
+        "resumes": many, "evaluate": _evaluation(wish, interpreter(cluster)),
     }  # fmt: skip
     try:
         return Job.model_validate(request)
@@ -89,14 +94,48 @@ def _check_fit(wish: Wish) -> None:
         "--deepspeed": wish.deepspeed is not None and not trains,
         "--chain": wish.chain > 1 and wish.template != "train",
         "--at-once": wish.at_once is not None and wish.template != "array",
-        "--nodes": wish.nodes > 1 and wish.template == "sample_evaluate",
+        "--reference": wish.reference is not None and wish.template != "sample_evaluate",
+        "--inception": wish.inception is not None and wish.template != "sample_evaluate",
     }
     for option, wrong in given.items():
         if wrong:
             raise UserError(f"{option}: has no meaning with --template {wish.template}; remove it")
+    if wish.template == "sample_evaluate" and not _draws_many(wish):
+        of_many = {"--nodes": wish.nodes > 1, "--reference": bool(wish.reference), "--inception": bool(wish.inception)}
+        for option, used in of_many.items():
+            if used:
+                raise UserError(f"{option}: a grid is drawn by one rank and not judged; give -- --num N, or remove it")
     if wish.arguments and wish.template not in ("extract", "sample_evaluate"):
         more = shlex.join(wish.arguments)
         raise UserError(f"{more}: --template {wish.template} takes one recipe; change fields with --set")
+
+
+def _draws_many(wish: Wish) -> bool:
+    return wish.template == "sample_evaluate" and _argument(wish, "--num") is not None
+
+
+def _argument(wish: Wish, option: str) -> str | None:
+    """The value of an option after --; None where it is not given."""
+    words = [*wish.arguments, ""]
+    for number, word in enumerate(wish.arguments):
+        if word == option:
+            return words[number + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _evaluation(wish: Wish, python: str) -> list[str]:
+    """The command that compares what was drawn with a reference; raises UserError where a file's name is missing."""
+    if wish.reference is None and wish.inception is None:
+        return []
+    if wish.reference is None or wish.inception is None:
+        raise UserError("--reference, --inception: an evaluation needs both, what to compare with and the network")
+    drawn = _argument(wish, "--out")
+    if drawn is None:
+        raise UserError("--reference: say where the images go, -- --num N --out FILE.npz, so that they are found")
+    start = [python, "-m", "mirai_ds", "evaluate", drawn, str(wish.reference)]
+    return [*start, "--weights", str(wish.inception), "--json", str(Path(drawn).with_suffix(".scores.json"))]
 
 
 def _tasks(wish: Wish, python: str, world_size: int) -> tuple[list[Task], str, Path]:

@@ -58,6 +58,8 @@ def render(job: Job, cluster: Cluster, python: str, script: Path) -> str:
         "path": f"export PATH={shlex.quote(str(Path(python).parent))}:$PATH" if "/" in python else "",
         "run_dir": shlex.quote(first.run_dir),
         "command": shlex.join(first.command),
+        "resumes": f"#SBATCH --signal=B:USR1@{job.signal_seconds}\n#SBATCH --requeue" if job.resumes else "",
+        "evaluate": shlex.join(job.evaluate),
         "compare": shlex.join([python, "-m", "mirai_ds", "compare"]),
         "array": f"0-{len(job.tasks) - 1}" + (f"%{job.at_once}" if job.at_once else ""),
         "tasks": "\n".join(_case(number, task) for number, task in enumerate(job.tasks)),

@@ -170,3 +170,25 @@ def test_extraction_is_requeued_at_the_warning(slurm: FakeSlurm, tmp_path: Path)
     slurm.set("exit 2")
     ran = slurm.run(text)
     assert (ran.code, ran.requeued) == (2, [])
+
+
+@pytest.mark.parametrize(("ranks", "code", "steps"), [("exit 0", 0, 2), ("exit 2", 2, 1)])
+def test_many_images_are_judged_when_they_are_there(
+    ranks: str, code: int, steps: int, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
+    arguments = ("--num", "10", "--out", "x.npz")
+    judged = {"reference": Path("ref.npz"), "inception": Path("i.pth")}
+    job = plan(Wish("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
+    slurm.set(ranks)
+    ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
+    drawing = ["python", "-m", "mirai_ds", "sample", "runs/x", *arguments]
+    judging = ["--ntasks=1", "--nodes=1", "python", "-m", "mirai_ds", "evaluate", "x.npz", "ref.npz", "--weights", "i.pth",
+               "--json", "x.scores.json"]  # fmt: skip
+    assert ran.code == code, ran.out
+    assert ran.ranks == [drawing, judging][:steps]
+    slurm.set(
+        ': >"$STUB/running"; sleep 1; for i in 1 2 3 4 5 6; do [ -e "$STUB/scontrol.calls" ] && exit 0; sleep 1; done'
+    )
+    ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"), send=(signal.SIGUSR1,))
+    assert ran.requeued == ["requeue 7"], ran.out

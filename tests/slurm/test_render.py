@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,22 @@ def test_every_template(template: Any, nodes: int, tmp_path: Path) -> None:
     assert f"--ntasks-per-node={1 if template == 'sample_evaluate' else 8}" in found
     assert len(found) == text.count("\n#SBATCH ")  # none comes too late to be read
     assert ("--requeue" in found) == (template in ("train", "array", "extract"))
+
+
+@pytest.mark.parametrize("option", [("--num", "50000"), ("--num=50000",)])
+def test_many_images_take_all_ranks_and_are_judged(option: tuple[str, ...]) -> None:
+    wish = {"template": "sample_evaluate", "recipe": "runs/my run", "nodes": 2}
+    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **wish)
+    assert_is_bash(text)
+    found = directives(text)
+    assert {"--nodes=2", "--ntasks-per-node=8", "--requeue", "--signal=B:USR1@300"} <= set(found)
+    assert len(found) == text.count("\n#SBATCH ")
+    assert f"mirai_ds sample 'runs/my run' {shlex.join(option)} --out 'a b.npz')" in text
+    assert "evaluate=()" in text
+    judged = {"reference": Path("VIRTUAL ref.npz"), "inception": Path("inception.pth")}
+    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **wish, **judged)
+    command = "evaluate 'a b.npz' 'VIRTUAL ref.npz' --weights inception.pth --json 'a b.scores.json')"
+    assert f"-m mirai_ds {command}" in text
 
 
 @pytest.mark.parametrize("field", PATTERNED)
@@ -233,7 +250,27 @@ def test_shipped_clusters_are_valid() -> None:
         ({"template": "smoke", "chain": 2}, ["--chain", "smoke"]),
         ({"at_once": 2}, ["--at-once", "train"]),
         ({"arguments": ("--fresh",)}, ["--fresh", "takes one recipe"]),
-        ({"template": "sample_evaluate", "recipe": "runs/x", "nodes": 2}, ["--nodes"]),
+        ({"template": "sample_evaluate", "recipe": "runs/x", "nodes": 2}, ["--nodes", "--num"]),
+        (
+            {"template": "sample_evaluate", "recipe": "x", "nodes": 1, "reference": Path("r.npz")},
+            ["--reference", "--num"],
+        ),
+        (
+            {"template": "sample_evaluate", "recipe": "x", "reference": Path("r"), "arguments": ("--num", "5")},
+            ["--inception"],
+        ),
+        (
+            {
+                "template": "sample_evaluate",
+                "recipe": "x",
+                "reference": Path("r"),
+                "inception": Path("i"),
+                "arguments": ("--num=5",),
+            },
+            ["--out"],
+        ),
+        ({"template": "sample_evaluate", "recipe": "x", "time": "0:05:00", "arguments": ("--num", "5")}, ["330 s"]),
+        ({"reference": Path("r.npz")}, ["--reference", "train"]),
         ({"template": "array", "recipe": "/none.txt"}, ["/none.txt"]),
     ],
 )

@@ -4,6 +4,7 @@ extraction do, so that any of them may die at any instant and the same command g
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import shutil
@@ -46,6 +47,7 @@ class Files:
         self.sheet = out.with_name(f"{out.stem}.sheet.png")
         self.pictures = out.with_name(out.stem)
         self.work = out.with_name(f"{out.name}.work")
+        self.written = (self.archive, self.tokens, self.sheet, self.record)
 
 
 def draw_archive(request: Request, world: World) -> str | None:
@@ -63,7 +65,7 @@ def draw_archive(request: Request, world: World) -> str | None:
             _work(job, files, plan, request, world)
         if world.rank != 0:
             return None
-        shutil.rmtree(files.work, ignore_errors=True)
+        _tidy(files)
     return f"{files.archive}: {request.num} images of {drawing.size} pixels from {request.source}; {files.record.name}"
 
 
@@ -101,7 +103,7 @@ def _agree(files: Files, plan: Plan, world: World, needed: int) -> bool:
 
 
 def _begin(files: Files, plan: Plan, needed: int) -> None:
-    for path in (files.archive, files.tokens, files.sheet):
+    for path in files.written:
         if path.exists():
             raise UserError(f"{path}: is in the way and not this command's; remove it or give another --out")
     (files.work / PARTS).mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,16 @@ def _write(files: Files, labels: Array, tokens: Array, first: Array) -> None:
     picture = io.BytesIO()
     Image.fromarray(labelled_grid(first, columns=10)).save(picture, format="PNG")
     write_aside(files.sheet, picture.getvalue())
+
+
+def _tidy(files: Files) -> None:
+    """Remove what only unfinished samples need, and files that a kill left half written."""
+    shutil.rmtree(files.work, ignore_errors=True)
+    folder, pictures = files.archive.parent, files.pictures
+    strays = [path for own in files.written for path in folder.glob(f"{glob.escape(own.name)}.*.tmp")]
+    strays += folder.glob(f".{glob.escape(files.archive.name)}.*.part")
+    for path in [*strays, *pictures.glob(".*.png.*.part")]:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

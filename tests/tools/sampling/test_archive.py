@@ -72,8 +72,8 @@ def test_the_record_says_the_protocol(tiny: Path, drawn: Path) -> None:
     record = json.loads(drawn.with_name("x.npz.json").read_text())
     wanted = {
         "source": str(tiny / "weights.pt"), "weights": "raw", "num": 21, "policy": "random", "seed": 0,
-        "cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "image_size": 8, "image_size_eval": 8,
-        "precision": "fp32", "batch": 4, "tokenizer": "patch-codebook",
+        "cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "image_size": 8,
+        "image_size_eval": 8, "precision": "fp32", "batch": 4, "tokenizer": "patch-codebook",
         "tokenizer_digest": PatchCodebook.load(tiny / "book.npz").digest, "samples_sha256": digest_of_file(drawn),
     }  # fmt: skip
     assert {name: record[name] for name in wanted} == wanted
