@@ -10,8 +10,8 @@ from mirai_ds.config.sizes import block_parameters, parameter_count, projector_p
 
 
 def student_slots(model: ModelConfig) -> int:
-    """Slots of a training sequence: the class and x_1..x_{N-1}."""
-    return model.block_size
+    """Slots of a training sequence: the class and x_1..x_{N-1}; PAR's learnable tokens beside them."""
+    return model.slots
 
 
 def block_linear(model: ModelConfig) -> int:
@@ -22,7 +22,7 @@ def block_linear(model: ModelConfig) -> int:
 def forward_flops(model: ModelConfig, slots: int, blocks: int, logits: bool) -> float:
     """One forward pass of one sequence: linear layers, attention scores and values (full, not causal half), logits."""
     flops = blocks * (2.0 * block_linear(model) * slots + 4.0 * slots**2 * model.width)
-    return flops + (2.0 * model.vocab_size * model.width * slots if logits else 0.0)
+    return flops + (2.0 * model.vocab_size * model.width * min(slots, model.block_size) if logits else 0.0)
 
 
 def head_flops(model: ModelConfig, foresight: ForesightConfig, feature_dim: int, slots: int) -> float:
