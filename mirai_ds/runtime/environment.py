@@ -14,7 +14,10 @@ import torch
 
 from mirai_ds.version import __version__
 
-PACKAGES = ("torch", "deepspeed", "timm", "pydantic", "tensorboard", "numpy", "ninja", "scikit-learn", "safetensors")
+PACKAGES = (
+    "torch", "deepspeed", "timm", "pydantic", "tensorboard", "numpy", "ninja", "scikit-learn", "safetensors",
+    "torch-fidelity",
+)  # fmt: skip
 
 
 def package_versions() -> dict[str, str]:
