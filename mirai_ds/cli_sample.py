@@ -84,7 +84,7 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
       mirai-ds sample runs/digits-mirai-e --cfg 1.5 --per-class 4 --out /tmp/digits
       mirai-ds sample runs/mine --num 50000 --cfg 2.0 --tokenizer vq_ds16_c2i.pt --out mine.npz
       srun --ntasks-per-node 8 mirai-ds sample runs/mine --num 50000 ...        on several nodes
-      torchrun --nproc-per-node 8 -m mirai_ds sample runs/mine --num-images 50000 ...
+      torchrun --nproc-per-node 8 -m mirai_ds.tools.sampling runs/mine --num-images 50000 ...
     """
     _check_mode(num is not None)
     if num is None:
