@@ -39,7 +39,9 @@ def _many(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--image-size", type=click.IntRange(min=1), help="Pixels the tokens decode to; e.g. 384."),
         click.option("--policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
                      help="random: each class as likely; balanced: each as often."),
-        click.option("--num", type=click.IntRange(min=1), help="Draw so many into one .npz, on all ranks."),
+        # torchrun and deepspeed take `--num` for the beginning of an option of theirs, wherever it stands.
+        click.option("--num", "--num-images", "num", type=click.IntRange(min=1),
+                     help="Draw so many into one .npz, on all ranks."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -82,6 +84,7 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
       mirai-ds sample runs/digits-mirai-e --cfg 1.5 --per-class 4 --out /tmp/digits
       mirai-ds sample runs/mine --num 50000 --cfg 2.0 --tokenizer vq_ds16_c2i.pt --out mine.npz
       srun --ntasks-per-node 8 mirai-ds sample runs/mine --num 50000 ...        on several nodes
+      torchrun --nproc-per-node 8 -m mirai_ds.tools.sampling runs/mine --num-images 50000 ...
     """
     _check_mode(num is not None)
     if num is None:

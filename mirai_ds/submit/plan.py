@@ -111,7 +111,8 @@ def _check_fit(wish: Wish) -> None:
 
 
 def _draws_many(wish: Wish) -> bool:
-    return wish.template == "sample_evaluate" and _argument(wish, "--num") is not None
+    asked = any(_argument(wish, option) is not None for option in ("--num", "--num-images"))
+    return wish.template == "sample_evaluate" and asked
 
 
 def _argument(wish: Wish, option: str) -> str | None:

@@ -33,8 +33,7 @@ OWNED = {
 }
 ENTRY_POINTS = {
     "cli.py", "cli_evaluate.py", "cli_extract.py", "cli_frame.py", "cli_recipes.py", "cli_runs.py", "cli_submit.py",
-    "__main__.py",
-    "train/__main__.py", "extract/__main__.py",
+    "__main__.py", "train/__main__.py", "extract/__main__.py", "tools/sampling/__main__.py",
 }  # fmt: skip
 
 

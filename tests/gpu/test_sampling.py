@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mirai_ds.config import ModelConfig
 from mirai_ds.model import Decoder, SamplingRules, Speed, gpt_from_weights, sample_tokens
+from mirai_ds.model.decoding import block_step
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tools.sampling import draw_archive
 from tests.gpu.test_gpu import TINY, tiny_gpt
@@ -29,11 +31,9 @@ RULES = {
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("rules", RULES)
 def test_the_same_tokens(speed: str, rules: str) -> None:
-    """fp32 without TF32.  Other kernels sum in another order, which can flip a draw and what follows it; graphs alone run
-    the same kernels but attend to a stretch behind a mask.  Three batches: the graphs are captured in the first."""
+    """fp32 without TF32.  Other kernels sum in another order, which can flip a draw and what follows it, as can a
+    stretch behind a mask.  Three batches: the graphs are captured in the first."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    from mirai_ds.config import ModelConfig
-
     weights = {name: p.detach().cuda() for name, p in tiny_gpt().named_parameters()}
     gpt = gpt_from_weights(ModelConfig(**TINY), weights)
     decoder = Decoder(gpt, 16, RULES[rules], SPEEDS[speed])
@@ -47,8 +47,6 @@ def test_the_same_tokens(speed: str, rules: str) -> None:
 
 def test_graphs_do_not_change_what_is_captured() -> None:
     """Compiled with and without graphs: the same kernels, so the same bits in bf16 too."""
-    from mirai_ds.config import ModelConfig
-
     weights = {name: p.detach().cuda().bfloat16() for name, p in tiny_gpt().named_parameters()}
     gpt = gpt_from_weights(ModelConfig(**TINY), weights)
     labels, indices = torch.arange(16, device="cuda") % 5, torch.arange(16, device="cuda")
@@ -64,8 +62,6 @@ def test_cached_logits_equal_teacher_forced_ones() -> None:
     tokens = decoder.draw(labels, labels, 0)
     forced = gpt(tokens[:, :-1], labels).logits
     x = gpt.embed(tokens[:, -2:-1], labels, None)[:, 1:]
-    from mirai_ds.model.decoding import block_step
-
     position = torch.tensor([63], device="cuda")
     for block, (key, value) in zip(gpt.layers, decoder.cache, strict=True):
         x = block_step(block, x, gpt.rope[63:64], key, value, position, 64, None)

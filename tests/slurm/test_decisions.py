@@ -183,12 +183,10 @@ def test_many_images_are_judged_when_they_are_there(
     slurm.set(ranks)
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
     drawing = ["python", "-m", "mirai_ds", "sample", "runs/x", *arguments]
-    judging = ["--ntasks=1", "--nodes=1", "python", "-m", "mirai_ds", "evaluate", "x.npz", "ref.npz", "--weights", "i.pth",
-               "--json", "x.scores.json"]  # fmt: skip
+    judging = ["--ntasks=1", "--nodes=1", "python", "-m", "mirai_ds", "evaluate", "x.npz", "ref.npz"]
+    judging += ["--weights", "i.pth", "--json", "x.scores.json"]
     assert ran.code == code, ran.out
     assert ran.ranks == [drawing, judging][:steps]
-    slurm.set(
-        ': >"$STUB/running"; sleep 1; for i in 1 2 3 4 5 6; do [ -e "$STUB/scontrol.calls" ] && exit 0; sleep 1; done'
-    )
+    slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do sleep 1; done')
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"), send=(signal.SIGUSR1,))
     assert ran.requeued == ["requeue 7"], ran.out

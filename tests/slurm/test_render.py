@@ -108,7 +108,7 @@ def test_every_template(template: Any, nodes: int, tmp_path: Path) -> None:
     assert ("--requeue" in found) == (template in ("train", "array", "extract"))
 
 
-@pytest.mark.parametrize("option", [("--num", "50000"), ("--num=50000",)])
+@pytest.mark.parametrize("option", [("--num", "50000"), ("--num-images=50000",)])
 def test_many_images_take_all_ranks_and_are_judged(option: tuple[str, ...]) -> None:
     wish = {"template": "sample_evaluate", "recipe": "runs/my run", "nodes": 2}
     text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **wish)

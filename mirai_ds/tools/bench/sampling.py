@@ -37,6 +37,7 @@ FIELDS = ("date", "device", "python", "torch", "cuda", "command", "model", "batc
           "ms_step", "images_per_s", "times_as_long")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CFG = 2.0
+WARM_UP = 8  # steps on a CPU; on a GPU a batch, in which everything is compiled and captured
 LENGTHS = 8  # intervals between the lengths at which a step without a cache is measured
 Row = dict[str, str]
 
@@ -114,7 +115,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device: str) -> dict[str, float]:
-    """Seconds a batch of each variant that keeps a cache, over `batches`, after one to warm up."""
+    """Seconds a batch of each variant that keeps a cache, over `batches`, when all are warm."""
     n, count = gpt.config.block_size, len(labels)
     rules, indices = SamplingRules(CFG), torch.arange(count, device=device)
     decoders = {"static buffers": Decoder(gpt, count, rules)}
@@ -126,7 +127,7 @@ def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device:
         loops: dict[str, Any] = dict(decoders)
         spent = {name: seconds(lambda d=d: d.begin(labels, indices, 0), device) for name, d in decoders.items()}  # type: ignore[misc]
         spent["plain cache"] = seconds(lambda: loops.update({"plain cache": PlainCache(gpt, labels)}), device)  # noqa: B023
-        for start in range(0, n, turn):
+        for start in range(0, WARM_UP if number < 0 and turn == 1 else n, turn):
             for name, loop in loops.items():
 
                 def steps(loop: Any = loop, start: int = start) -> None:
@@ -209,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     args.batch = args.batch or (64 if args.device == "cuda" else 8)
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measure(args, " ".join([f"python -m {MODULE}", *argv]))
+    told = [word for word in argv if word not in ("--out", str(args.out))]
+    found = measure(args, " ".join([f"python -m {MODULE}", *told]))
     print(table(found), flush=True)
     new = not args.out.exists()
     with args.out.open("a", newline="", encoding="utf-8") as file:
