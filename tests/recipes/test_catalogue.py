@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mirai_ds.cli import main
-from mirai_ds.config import ModelConfig, UserError, load, recipe_names, recipe_text
+from mirai_ds.config import UserError, load, recipe_names, recipe_text
 from mirai_ds.config.load import TWIN, paper_entry, read_recipe
 from mirai_ds.config.paper_rows import TABLES, read_entry
 from mirai_ds.tools.tables import catalogue
@@ -20,10 +20,8 @@ from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mirai_ds" / "config" / "recipes"
-HAS_PAR = "par_tokens" in ModelConfig.model_fields
 PAPER = [name for name in recipe_names() if paper_entry(name) is not None]
-LOADABLE = [name for name in PAPER if HAS_PAR or "par_tokens" not in read_recipe(name)["model"]]
-ALIGNED = [name for name in LOADABLE if load(name).foresight.active]
+ALIGNED = [name for name in PAPER if load(name).foresight.active]
 COSINE = {"kind": "cosine", "start_epoch": 0.0, "final": 0.0}
 STEP = {"kind": "step", "at_epochs": [150.0], "multipliers": [1.0, 0.5]}
 THREE = {"kind": "step", "at_epochs": [100.0, 200.0], "multipliers": [1.0, 0.5, 0.25]}
@@ -97,8 +95,6 @@ def test_every_recipe_is_about_something() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_what_a_recipe_is_about(name: str) -> None:
-    if name not in LOADABLE:
-        pytest.skip("model.par_tokens is not there yet")
     values = load(name).model_dump(mode="json")
     for path, wanted in ABOUT[name].items():
         value: Any = values
@@ -120,9 +116,9 @@ def test_every_table_has_rows_and_no_two_recipes_are_one() -> None:
         assert len(rows) >= 2, table
         for places in ({(row.recipe, row.epochs) for row in rows}, {(row.row, row.epochs) for row in rows}):
             assert len(places) == len(rows)
-    configs = {name: essence(load(name), load(name).train.epochs) for name in LOADABLE}
-    for i, one in enumerate(LOADABLE):
-        for other in LOADABLE[i + 1 :]:
+    configs = {name: essence(load(name), load(name).train.epochs) for name in PAPER}
+    for i, one in enumerate(PAPER):
+        for other in PAPER[i + 1 :]:
             if load(one).train.epochs == load(other).train.epochs:
                 assert differences(configs[one], configs[other]), f"{one} and {other} are the same run"
 
@@ -130,7 +126,7 @@ def test_every_table_has_rows_and_no_two_recipes_are_one() -> None:
 def test_numbers_that_two_recipes_share_are_of_one_run() -> None:
     """`80: mirai-e-b-80` in a recipe's numbers: up to epoch 80 the two are the same."""
     shared = 0
-    for name in LOADABLE:
+    for name in PAPER:
         for epochs, numbers in paper_entry(name).numbers.items():  # type: ignore[union-attr]
             if numbers.of is not None:
                 shared += 1

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mirai_ds.checkpoint.foreign import write_llamagen
 from mirai_ds.config import RunConfig, load
-from mirai_ds.config.load import TWIN
 from mirai_ds.config.sizes import heads_parameters, parameter_count
 from mirai_ds.data import DataOrder, load_dataset
 from mirai_ds.foresight import (
@@ -30,7 +29,7 @@ from mirai_ds.foresight import (
 from mirai_ds.foresight.heads import TransformerHead
 from mirai_ds.model import GPT, initialise
 from mirai_ds.train.teacher import build_teacher
-from tests.recipes.test_catalogue import ALIGNED, LOADABLE, PAPER
+from tests.recipes.test_catalogue import ALIGNED, PAPER
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
 
@@ -51,8 +50,6 @@ WIDTHS = {"dinov2-b": 768, "dinov2-l": 1024, "dinov3-b": 768, "mae-b": 768, "mae
 
 @pytest.mark.parametrize("name", PAPER)
 def test_full_size(name: str) -> None:
-    if name not in LOADABLE:
-        pytest.skip("model.par_tokens is not there yet")
     config = load(name)
     f, model = config.foresight, config.model
     width = WIDTHS[f.encoder.name] if f.encoder else model.width
@@ -60,12 +57,11 @@ def test_full_size(name: str) -> None:
         objective = MiraiObjective(model, f, width)
     count = sum(p.numel() for p in objective.parameters())
     one = 0 if not f.active else TRANSFORMER if f.head == "transformer" else MLP[model.width, width]
-    par = PAR_EXTRA if getattr(model, "par_tokens", None) else 0
+    par = PAR_EXTRA if model.par_tokens else 0
     assert count == GPT_SIZES[model.size] + par + f.heads * one
     assert count == parameter_count(model) + heads_parameters(f, model.width, width)
     if f.active:
-        slots = model.block_size + (getattr(model, "par_tokens", None) or 1) - 1
-        assert objective.index.shape == (slots, f.heads)
+        assert objective.index.shape == (model.slots, f.heads)
 
 
 def test_encoders_are_as_wide_as_said() -> None:
@@ -174,8 +170,6 @@ def in_turn(names: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize("name", in_turn([*PAPER, *TWINS]))
 def test_two_steps(name: str, place: Path) -> None:
-    if name.removesuffix(TWIN) not in LOADABLE:
-        pytest.skip("model.par_tokens is not there yet")
     config = reduced(name, place)
     f, run = config.foresight, Steps(config)
     # While the output matrix is zero every token costs ln V.

@@ -131,7 +131,7 @@ def header(name: str) -> str:
         lines.append(
             ("Expect", f"after {mark:g} epochs, cfg {cfg:g}, 50,000 images of the EMA: {number_text(numbers)}")
         )
-    if _method(name) != "none" and "par_tokens" not in data["model"]:
+    if _method(name) != "none":
         lines.append(("Twin", _twin_text(name)))
     named = [(key if i == 0 or lines[i - 1][0] != key else "", value) for i, (key, value) in enumerate(lines)]
     return "\n".join([first, "#", *(f"# {key + ':' if key else '':10} {value}" for key, value in named)])
