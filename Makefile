@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench-kernels bench-data \
-	bench-safety gpu-check gpu-tests gpu-sanitize gpu-bench clean
+	bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,8 @@ install: $(STAMP) ## make .venv and install mirai_ds with its development tools
 demo: $(STAMP) ## train Mirai-E on real digits with 2 ranks, draw, judge: under 5 minutes on 2 cores
 	$(BIN)/mirai-ds train digits-mirai-e --fresh
 
-test: $(STAMP) ## the whole fast suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the whole fast suite, two tests at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout
 	$(BIN)/python -m pytest -m matrix
@@ -64,6 +64,12 @@ bench-data: $(STAMP) ## speed of extraction and of loading codes and images, aga
 bench-safety: $(STAMP) ## what guards, saves and digests cost, in steps
 	$(BIN)/python -m mirai_ds.tools.bench.safety
 
+bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
+	$(BIN)/python -m mirai_ds.tools.bench.sampling
+
+bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
+	$(BIN)/python -m mirai_ds.tools.looking.measured --ranks 2
+
 gpu-check: gpu-tests gpu-sanitize gpu-bench ## on a machine with a GPU, without a venv: the three below
 
 gpu-tests: # kernels, ZeRO steps of GPT-B, sampling; reference vectors
@@ -82,6 +88,8 @@ gpu-bench: # rows for kernels/results.csv
 	$(PYTHON) -m mirai_ds.tools.traffic --device cuda
 	$(PYTHON) -m mirai_ds.extract.bench --device cuda
 	$(PYTHON) -m mirai_ds.tools.bench.safety --ranks 1
+	$(PYTHON) -m mirai_ds.tools.bench.sampling --device cuda
+	$(PYTHON) -m mirai_ds.tools.looking.measured --size GPT-B --ranks 1
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
