@@ -95,7 +95,7 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
         return
     from mirai_ds.tools.sampling import Request, draw_archive
 
-    if _given("block_size") is False:
+    if not _given("block_size"):
         options["block_size"] = None
     del options["per_class"]
     said = draw_archive(Request(source, num, **options), world)
@@ -142,4 +142,5 @@ def _world(ranks: int | None) -> World | None:
     count = ranks or max(gpus, 1)
     if count == 1:
         return World(0, 0, 1, 1)
-    sys.exit(launch("mirai_ds", sys.argv[1:], count, gpus))
+    arguments = sys.argv[1:]
+    sys.exit(launch("mirai_ds.tools.sampling", arguments[arguments[:1] == ["sample"] :], count, gpus))

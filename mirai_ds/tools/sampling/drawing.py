@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mirai_ds.config import UserError
 from mirai_ds.extract.parts import Part
@@ -52,7 +53,7 @@ class DrawJob:
         labels = image_labels(self.request.policy, d.classes, self.request.seed, indices)
         try:
             tokens = self.sampler.draw(labels.to(self.device), indices.to(self.device), self.request.seed)
-            images = d.decoder.decode(tokens, d.size)[:n]
+            images = self._pixels(tokens, n)
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"--batch {d.batch}: does not fit into the GPU's memory; give a smaller one and a new --out"
@@ -62,6 +63,19 @@ class DrawJob:
         dtype = np.uint16 if d.config.model.vocab_size <= 65536 else np.int32
         arrays = {"images": images, "tokens": tokens[:n].cpu().numpy().astype(dtype), "labels": labels[:n].numpy()}
         return Part(np.arange(prepared.start, prepared.stop), arrays, [])
+
+    def _pixels(self, tokens: Tensor, n: int) -> Array:
+        """uint8 (n, size, size, 3) of the first n.  On a CPU each image alone on one thread: a convolution's last bits
+        depend on the images and the threads that share it, and ranks share the cores."""
+        d = self.drawing
+        if self.device.type != "cpu":
+            return d.decoder.decode(tokens, d.size)[:n]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return np.concatenate([d.decoder.decode(one, d.size) for one in tokens[:n].split(1)])
+        finally:
+            torch.set_num_threads(threads)
 
     def whole(self, part: Part) -> bool:
         """Whether a finished part is of this plan and its PNGs are there."""

@@ -158,6 +158,20 @@ def test_vq_images_are_resized_before_the_clamp() -> None:
     assert np.array_equal(tokenizer.decode(tokens, 24), tokenizer.decode(tokens))
 
 
+def test_neither_threads_nor_batch_decide_a_networks_pixels(tiny: Path, tmp_path: Path) -> None:
+    """A VQ network on one and on two threads, its images in batches of 4 and 5."""
+    sizes = {"channels": 64, "z_channels": 64, "codebook_size": 48, "encoder_blocks": 1, "decoder_blocks": 2}
+    network = VQTokenizer.random(VQConfig(multipliers=(1, 1, 2, 2), **sizes))
+    torch.save({"model": network.model.state_dict()}, tmp_path / "vq.pt")
+    seen = []
+    for number, (batch, world) in enumerate([(4, ALONE), (5, ALONE), (4, World(0, 0, 1, 1))]):
+        out = tmp_path / f"{number}.npz"
+        draw_archive(request_of(tiny, out, num=10, batch=batch, tokenizer=tmp_path / "vq.pt"), world)
+        seen.append(out.read_bytes())
+    assert seen[0] == seen[1]
+    assert seen[0] == seen[2]
+
+
 def test_a_released_file(tiny: Path, drawn: Path, tmp_path: Path) -> None:
     """{"model", "optimizer", "steps", "args"} with an argparse.Namespace: the same images."""
     weights = read_gpt_weights(tiny / "weights.pt")
