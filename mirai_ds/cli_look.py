@@ -71,7 +71,8 @@ def map_(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 @click.command(context_settings=CONTEXT)
 @click.argument("recipes", nargs=-1)
 @click.option("--size", "sizes", multiple=True, help="A LlamaGen size instead of recipes, e.g. GPT-L; repeatable.")
-@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="With --size; default all three.")
+@click.option("--method", "methods", multiple=True, type=click.Choice([*METHODS, "mtp"]),
+              help="With --size; default the first three.")  # fmt: skip
 @click.option("--block-size", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens; with --size.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images; with --size.")
 @JSON

@@ -23,14 +23,16 @@ def projector_parameters(dim: int, hidden: int, target: int) -> int:
     return dim * hidden + hidden + hidden * hidden + hidden + hidden * target + target
 
 
-def transformer_head_parameters(dim: int, target: int) -> int:
-    """Parameters of one transformer head: two LayerNorms 4 D, attention 4 D^2 + 4 D, MLP of ratio 4, a linear D -> C
-    (7,678,464 for D = C = 768)."""
-    return 4 * dim + 4 * dim**2 + 4 * dim + 8 * dim**2 + 5 * dim + dim * target + target
+def head_tensors(foresight: ForesightConfig, dim: int, target: int) -> list[int]:
+    """Sizes of the tensors of one head D -> C: the MLP of `projector_parameters`; or a transformer block (two
+    LayerNorms, attention, MLP of ratio 4, all biased) and a linear layer, together 7,678,464 for D = C = 768."""
+    if foresight.head == "transformer":
+        layers = [(dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim), (dim, target)]
+        return [dim] * 4 + [size for into, out in layers for size in (into * out, out)]
+    hidden = foresight.projector_dim
+    return [dim * hidden, hidden, hidden**2, hidden, hidden * target, target]
 
 
 def heads_parameters(foresight: ForesightConfig, dim: int, target: int) -> int:
     """Parameters of all heads of a run."""
-    if foresight.head == "transformer":
-        return foresight.heads * transformer_head_parameters(dim, target)
-    return foresight.heads * projector_parameters(dim, foresight.projector_dim, target)
+    return foresight.heads * sum(head_tensors(foresight, dim, target))

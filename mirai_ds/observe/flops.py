@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mirai_ds.config import ForesightConfig, ModelConfig
-from mirai_ds.config.sizes import block_parameters, parameter_count, projector_parameters
+from mirai_ds.config.sizes import block_parameters, heads_parameters, parameter_count
 
 
 def student_slots(model: ModelConfig) -> int:
@@ -110,10 +110,12 @@ def training_parts(
 
 def paper_parts(model: ModelConfig, foresight: ForesightConfig, feature_dim: int) -> dict[str, float]:
     """Table 13's way, per image: 6 N S with *all* N parameters, embedding tables too; heads likewise; Mirai-E's teacher
-    2 P S + 4 S^2 D a block, P the block's matrices; no encoder."""
-    slots = model.block_size
-    head = projector_parameters(model.width, foresight.projector_dim, feature_dim)
-    parts = {"gpt": 6.0 * parameter_count(model) * slots, "heads": 6.0 * foresight.heads * head * slots}
+    2 P S + 4 S^2 D a block, P the block's matrices; no encoder.  S: slots, of PAR its learnable tokens too."""
+    slots = student_slots(model)
+    heads = heads_parameters(foresight, model.width, feature_dim)
+    parts = {"gpt": 6.0 * parameter_count(model) * slots, "heads": 6.0 * heads * slots}
+    if foresight.method == "mtp":  # each head runs through the shared unembedding once more
+        parts["heads"] += 6.0 * foresight.heads * model.vocab_size * model.width * slots
     if foresight.method == "mirai-e" and foresight.teacher_layer is not None:
         block = 2.0 * block_linear(model) * slots + 4.0 * slots**2 * model.width
         parts["teacher"] = foresight.teacher_layer * block

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mirai_ds.config import ForesightConfig, ModelConfig, RecomputeConfig
-from mirai_ds.config.sizes import block_parameters, parameter_count, projector_parameters
+from mirai_ds.config.foresight_config import HEAD_ATTENTION_HEADS
+from mirai_ds.config.sizes import block_parameters, heads_parameters, parameter_count
 from mirai_ds.observe.flops import student_slots
 
 FP32 = 4
@@ -32,6 +33,21 @@ class Pass:
     def rows(self) -> int:
         """Slots of all sequences."""
         return self.micro * student_slots(self.model)
+
+    @property
+    def predicting(self) -> int:
+        """Slots that predict the next token: PAR's learnable ones among them, but not the last ones."""
+        return self.micro * self.model.block_size
+
+    @property
+    def mtp(self) -> bool:
+        """Whether heads end in logits of their own."""
+        return self.foresight.method == "mtp"
+
+    @property
+    def heads_again(self) -> bool:
+        """Whether the backward pass runs mtp's heads again, as the engine decides."""
+        return self.mtp and self.recompute.policy != "none"
 
     @property
     def low(self) -> bool:
@@ -63,8 +79,7 @@ class Pass:
     @property
     def head_parameters(self) -> int:
         """All alignment heads."""
-        f = self.foresight
-        return f.heads * projector_parameters(self.model.width, f.projector_dim, self.feature_dim)
+        return heads_parameters(self.foresight, self.model.width, self.feature_dim)
 
     @property
     def parameters(self) -> int:
@@ -83,21 +98,26 @@ class Pass:
 
     @property
     def embedding_parameters(self) -> int:
-        """The token and class tables."""
-        return (self.model.vocab_size + self.model.num_classes + 1) * self.model.width
+        """The token and class tables, and PAR's learnable tokens."""
+        m = self.model
+        return (m.vocab_size + m.num_classes + (m.par_tokens or 1)) * m.width
 
     # --- kept for backward ------------------------------------------------------------------------------------------
 
     @property
     def logits(self) -> int:
         """(B, N, V) in fp32, once."""
+        return self.predicting * self.model.vocab_size * FP32
+
+    @property
+    def head_logits(self) -> int:
+        """The same of one head of mtp, which predicts at all slots."""
         return self.rows * self.model.vocab_size * FP32
 
-    def norm(self) -> int:
-        """RMSNorm: the fp32 input (in bf16 a copy of its own), 1/rms, the normed value, and its output, which the next
-        linear layer reads: in autocast as a bf16 copy."""
-        width = self.rows * self.model.width
-        return width * (FP32 + self.residual + self.compute) + self.rows * FP32
+    def norm(self, rows: int, number: int) -> int:
+        """RMSNorm of `rows` vectors with `number` bytes an element: the input in fp32 (in bf16 a copy of its own),
+        1/rms, the normed value, and the output, which the next linear layer reads: in autocast as a bf16 copy."""
+        return rows * self.model.width * (FP32 + number + self.compute) + rows * FP32
 
     def mask(self, rate: float) -> int:
         """A keyed dropout's mask, one byte an element."""
@@ -108,11 +128,12 @@ class Pass:
         m, rows, c = self.model, self.rows, self.compute
         width, hidden = rows * m.width, rows * m.ffn_hidden
         attention = width * c * (3 + 2 + 1) + rows * m.heads * FP32  # qkv (v is a view of it); rotated q, k; output
+        attention += m.slots**2 * c if m.par_tokens else 0  # PAR's mask, which each block turns into numbers to add
         feed_forward = 4 * hidden * c  # w1 x, silu of it, w3 x, their product
         shared_input = width * c if self.autocast else 0  # w1 and w3 each cast the same fp32 input
         rates = (0.0, 0.0) if m.drop_path else (m.resid_dropout, m.ffn_dropout)
         masks = sum(self.mask(rate) for rate in rates)
-        return 2 * self.norm() + attention + feed_forward + shared_input + masks
+        return 2 * self.norm(rows, self.residual) + attention + feed_forward + shared_input + masks
 
     def block_weights(self) -> int:
         """bf16 copies of one block's matrices, in autocast."""
@@ -132,29 +153,49 @@ class Pass:
     def ends(self) -> int:
         """Token dropout's mask, the last norm, and the output matrix's bf16 copy in autocast."""
         copies = 2 * self.model.vocab_size * self.model.width if self.autocast else 0
-        return self.mask(self.model.token_dropout) + self.norm() + copies
+        return self.mask(self.model.token_dropout) + self.norm(self.predicting, self.residual) + copies
 
-    def heads(self, aligned: bool = True) -> int:
-        """What the alignment heads keep: inputs, four hidden tensors each, and the loss's ready gradient."""
-        f, rows, c = self.foresight, self.rows, self.compute
-        if not f.heads or not aligned:
+    def heads(self) -> int:
+        """What the heads keep: inputs, what is between, and for the loss; in autocast copies of their weights."""
+        f = self.foresight
+        if not f.heads:
             return 0
-        # In autocast each head casts the hidden state; in bf16 nobody else keeps it, but a recomputed block above.
+        weights = 2 * self.head_parameters if self.autocast and not self.heads_again else 0
+        return self.states_for_heads() + f.heads * (0 if self.heads_again else self.head()) + weights
+
+    def states_for_heads(self) -> int:
+        """The heads' input.  In autocast each MLP casts the hidden state (a transformer's norm keeps it as it is); in
+        bf16 nobody else keeps it, but a recomputed block above."""
+        f = self.foresight
         own = 1 - self.recomputed(f.layer or 0) if (f.layer or 0) < self.model.depth else 1
-        inputs = {"bf16-autocast": f.heads, "bf16": own, "fp32": 0}[self.precision] * rows * self.model.width * 2
-        kept = f.heads * rows * (4 * f.projector_dim * c + self.loss_of_a_head())
-        return inputs + kept + (2 * self.head_parameters if self.autocast else 0)
+        casts = f.heads if f.head == "mlp" and not self.heads_again else 0
+        return {"bf16-autocast": casts, "bf16": own, "fp32": 0}[self.precision] * self.rows * self.model.width * 2
+
+    def head(self) -> int:
+        """What one head keeps beside its input: an MLP four hidden tensors; then the loss."""
+        f, rows, c = self.foresight, self.rows, self.compute
+        if f.head == "mlp":
+            return rows * (4 * f.projector_dim * c) + self.loss_of_a_head()
+        # Two norms' outputs, qkv, attention's output, the MLP's two wide tensors, the last layer's input; and the
+        # residual stream within the head.  Attention's sums and the norms' means and deviations are fp32.
+        inside = self.model.width * ((1 + 1 + 3 + 1 + 4 + 4 + 1) * c + self.residual)
+        return rows * (inside + (HEAD_ATTENTION_HEADS + 4) * FP32) + self.loss_of_a_head()
 
     def loss_of_a_head(self) -> int:
-        """Bytes a slot that the cosine keeps: the kernel the gradient; the reference (in fp32) a gathered copy and its
-        wide one, the normed and the gathered target."""
-        if self.compiled_loss:
-            return self.feature_dim * self.compute
-        return self.feature_dim * FP32 * 3
+        """What one head's loss keeps.  The cosine: the kernel the gradient; the reference (in fp32) a gathered copy and
+        its wide one, the normed and the gathered target.  mtp: norm, logarithms of probabilities, wanted tokens."""
+        if self.mtp:
+            return self.norm(self.rows, self.compute) + self.head_logits + 8 * self.rows
+        return self.rows * self.feature_dim * (self.compute if self.compiled_loss else 3 * FP32)
+
+    @property
+    def widest_in_head(self) -> int:
+        """Width of a head's hidden tensors."""
+        return 4 * self.model.width if self.foresight.head == "transformer" else self.foresight.projector_dim
 
     def projected(self) -> int:
-        """The heads' outputs, alive until the loss is computed."""
-        return self.foresight.heads * self.rows * self.feature_dim * self.compute
+        """The heads' outputs, alive until the loss is computed; mtp goes on with each at once."""
+        return 0 if self.mtp else self.foresight.heads * self.rows * self.feature_dim * self.compute
 
     def blocks(self, up_to: int | None = None) -> int:
         """What blocks 0 .. up_to - 1 (default all) keep."""

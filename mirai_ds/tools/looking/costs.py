@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mirai_ds.config import ForesightConfig, ModelConfig, RunConfig, build
-from mirai_ds.config.sizes import parameter_count, projector_parameters
+from mirai_ds.config.sizes import heads_parameters, parameter_count
 from mirai_ds.observe.flops import ViT, known_encoder, paper_parts, training_parts
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def costs_of(config: RunConfig, name: str | None = None) -> Costs:
     model, foresight = config.model, config.foresight
     vit = encoder_shape(foresight, model)
     feature_dim = vit.width if vit else model.width
-    heads = foresight.heads * projector_parameters(model.width, foresight.projector_dim, feature_dim)
+    heads = heads_parameters(foresight, model.width, feature_dim)
     return Costs(
         name or config.name, model.size, foresight.method, parameter_count(model) + heads,
         config.train.global_batch_size, paper_parts(model, foresight, feature_dim),

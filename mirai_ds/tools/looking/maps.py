@@ -19,6 +19,7 @@ from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import Decoder, TokenSource
 from mirai_ds.model import GPT, gpt_from_weights
+from mirai_ds.model.par import cell_order
 from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tools.weights import load_weights
 from mirai_ds.train.run_folder import read_run_config
@@ -80,13 +81,14 @@ class RunMap:
 @torch.no_grad()
 def token_features(gpt: GPT, tokens: Tensor, labels: Tensor, layer: int, slots: str = "input") -> Tensor:
     """tokens (n, N), labels (n,) -> (n, N, D) fp32 on CPU: the residual stream after block `layer` (1-based), without
-    dropout, of the slot that holds (`input`) or predicts (`predict`) each token."""
-    device, start, parts = gpt.norm.weight.device, 1 if slots == "input" else 0, []
-    cells = tokens.shape[1]
+    dropout, of the slot that holds (`input`) or predicts (`predict`) each token, tokens in raster order also of PAR."""
+    device, parts = gpt.norm.weight.device, []
+    order = cell_order(gpt.config.grid, gpt.config.par_tokens)
+    chosen = [order.input_slot[q] if slots == "input" else q for q in order.number]
     for chunk, label in zip(tokens.split(_BATCH), labels.split(_BATCH), strict=True):
         x = gpt.embed(chunk.to(device), label.to(device), None)
         _, hidden = gpt.blocks(x, None, (layer,))
-        parts.append(hidden[layer][:, start : start + cells].float().cpu())
+        parts.append(hidden[layer][:, chosen].float().cpu())
     return torch.cat(parts)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._dynamo import eval_frame
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import RunConfig, build
 from mirai_ds.engine.start import forget_autocast
+from mirai_ds.model import GPT
 from mirai_ds.runtime.distributed import World, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
 from mirai_ds.runtime.signals import StopRequests
@@ -36,6 +38,7 @@ from mirai_ds.train.session import build_session
 from mirai_ds.train.step import train_step
 
 _COLLECTIVES = distributed_c10d.__file__
+_WRAPPERS = (torch._compile.__file__, eval_frame.__file__)  # what waiting for a collective goes through
 STEPS = 3  # AdamW's moments are there from the second on
 
 
@@ -60,7 +63,10 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, note new storages."""
         out = func(*args, **(kwargs or {}))
-        if sys._getframe(1).f_code.co_filename == _COLLECTIVES:
+        caller = sys._getframe(1)
+        while caller.f_code.co_filename in _WRAPPERS and caller.f_back is not None:
+            caller = caller.f_back
+        if caller.f_code.co_filename == _COLLECTIVES:
             return out
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
@@ -87,19 +93,23 @@ class LiveStorages(TorchDispatchMode):
 def measure_step(config: RunConfig, world: World, device: torch.device) -> Measured:
     """Collective: build the run on random codes, take `STEPS` steps.  The process group must exist.
 
-    The configuration's data is replaced, and an encoder without a weights file gets random ones.  One engine a call; it
-    is destroyed.
+    The configuration's data is replaced; a frozen teacher, and an encoder without a weights file, get random weights.
+    One engine a call; it is destroyed.
     """
     names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
     dist.broadcast_object_list(names, src=0)
     folder = Path(names[0])
     given = config.model_dump(mode="json")
+    if config.foresight.teacher_weights is not None:
+        given["foresight"]["teacher_weights"] = str(folder / "teacher.pt")
     if config.foresight.encoder is not None and config.foresight.encoder.weights is None:
         given["foresight"]["encoder"] |= {"weights": str(folder / "encoder.safetensors"), "pretrained": False}
     if world.rank == 0:
         _write_data(config, folder / "data.npz")
         if config.foresight.encoder is not None:
             _write_encoder(config, folder / "encoder.safetensors")
+        if config.foresight.teacher_weights is not None:
+            torch.save({"model": GPT(config.model).state_dict()}, folder / "teacher.pt")
     dist.barrier()
     config = build(given | {
         "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0},
@@ -193,17 +203,19 @@ FIELDS = (
     "deepspeed", "command",
 )  # fmt: skip
 PRECISIONS, METHODS = ("fp32", "bf16", "bf16-autocast"), ("none", "mirai-e", "mirai-i")
+WIDE = {"size": "custom", "dim": 128, "n_layer": 4, "n_head": 4, "num_classes": 10, "block_size": 64}  # 16,384 codes
 RECOMPUTE = ({"policy": "none"}, {"policy": "every-n", "every": 2}, {"policy": "full"})
 
 
 def case(
     method: str, precision: str, stage: int, recompute: dict[str, Any], micro: int, world: int, accumulation: int = 1,
-    model: dict[str, Any] | None = None, **zero: Any,
+    model: dict[str, Any] | None = None, head: str | None = None, par_tokens: int | None = None,
+    teacher_weights: str | None = None, **zero: Any,
 ) -> RunConfig:  # fmt: skip
     """A run whose states and activations are both large; dropout on, heads from the first step."""
     foresight: dict[str, Any] = {"method": method}
     if method != "none":
-        foresight |= {"warmup_epochs": 0, "projector_dim": 512}
+        foresight |= {"warmup_epochs": 0, "projector_dim": 512, "head": head, "teacher_weights": teacher_weights}
     if method == "mirai-i":
         foresight["encoder"] = {"name": "test_vit"}
     small = {
@@ -211,7 +223,7 @@ def case(
         "block_size": 64,
     }  # fmt: skip
     return build({
-        "model": model or small, "foresight": foresight,
+        "model": {**(model or small), "par_tokens": par_tokens}, "foresight": foresight,
         "train": {
             "global_batch_size": micro * accumulation * world, "micro_batch_size": micro, "precision": precision,
             "recompute": recompute,
@@ -238,8 +250,26 @@ def covering(world: int) -> list[RunConfig]:
     small: dict[str, Any] = {"reduce_bucket_size": 1_500_000}
     found += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
     found += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
-    wide = {"size": "custom", "dim": 128, "n_layer": 4, "n_head": 4, "num_classes": 10, "block_size": 64}
-    return [*found, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=wide)]
+    return [*found, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=WIDE)]
+
+
+def variants(world: int, micro: int = 8) -> list[RunConfig]:
+    """What other objectives and PAR add: fp32 and bf16-autocast on stages 2 and 3, without and with recomputation; a
+    frozen teacher; bf16; a large vocabulary."""
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("mtp", {}), ("mtp", {"head": "mlp"}), ("mirai-e", {"head": "transformer"}), ("mirai-e", {"par_tokens": 4}),
+        ("mtp", {"par_tokens": 16}),
+    ]  # fmt: skip
+    none, _, full = RECOMPUTE
+    found = [
+        case(method, precision, stage, recompute, micro, world, **kind)
+        for method, kind in kinds for precision in ("fp32", "bf16-autocast") for stage in (2, 3)
+        for recompute in (none, full)
+    ]  # fmt: skip
+    frozen = {"teacher_weights": "random"}
+    found += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
+    found += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
+    return found + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
 
 
 def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
@@ -256,7 +286,7 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "ranks": world.size,
         "model": f"{config.model.width}x{config.model.depth}, {config.model.vocab_size} codes, "
         f"{config.model.block_size} tokens",
-        "method": config.foresight.method, "precision": train.precision,
+        "method": described(config), "precision": train.precision,
         "zero_stage": config.deepspeed["zero_optimization"]["stage"],  # type: ignore[index]
         "recompute": train.recompute.policy, "micro_batch": micro,
         "accumulation": train.global_batch_size // (micro * world.size),
@@ -265,6 +295,16 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
         "resting_measured_mb": round(measured.resting / 1e6, 2), "resting_planned_mb": round(resting / 1e6, 2),
         "torch": versions["torch"], "deepspeed": versions["deepspeed"],
     }  # fmt: skip
+
+
+def described(config: RunConfig) -> str:
+    """The method, and what of it is not the default."""
+    f, more = config.foresight, []
+    if f.active and f.head != ("transformer" if f.method == "mtp" else "mlp"):
+        more.append(f"{f.head} heads")
+    more += ["frozen teacher"] if f.teacher_weights else []
+    more += [f"PAR {config.model.par_tokens}"] if config.model.par_tokens else []
+    return ", ".join([f.method, *more])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     start_process_group(world, 10)
     shape = {"size": args.size} if args.size else None
-    cases = covering(world.size) if shape is None else [
+    cases = [*covering(world.size), *variants(world.size)] if shape is None else [
         case(method, "bf16-autocast", 2, recompute, micro, world.size, model=shape)
         for method in ("none", "mirai-e") for recompute in (RECOMPUTE[0], RECOMPUTE[2]) for micro in (4, 16)
     ]  # fmt: skip

@@ -80,8 +80,14 @@ def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
     if f.method != "mirai-e":
         return 0.0
     m = config.model
-    trunk = (m.vocab_size + m.num_classes + 1) * m.width + (f.teacher_layer or 0) * block_parameters(m)
-    return float(_teacher_number(config) * trunk)
+    tables = (m.vocab_size + m.num_classes + (m.par_tokens or 1)) * m.width
+    return float(_teacher_number(config) * (tables + (f.teacher_layer or 0) * block_parameters(m)))
+
+
+def refreshed_bytes(config: RunConfig) -> float:
+    """What of the teacher comes anew from the average before each step: nothing of a frozen one, or of an encoder."""
+    f = config.foresight
+    return teacher_bytes(config, None) if f.method == "mirai-e" and f.teacher_weights is None else 0.0
 
 
 def _teacher_number(config: RunConfig) -> int:
@@ -91,12 +97,15 @@ def _teacher_number(config: RunConfig) -> int:
 
 
 def _target(config: RunConfig, work: Pass, vit: ViT | None) -> float:
-    """The teacher's features, alive for the whole step."""
-    f = config.foresight
-    if not f.active:
+    """The teacher's features, alive for the whole step; mtp's are the tokens."""
+    f, m = config.foresight, config.model
+    if vit is not None:
+        number = 2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32
+        return float(work.micro * m.block_size * work.feature_dim * number)
+    if f.method != "mirai-e":
         return 0.0
-    number = (2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32) if vit else _teacher_number(config)
-    return float(work.rows * work.feature_dim * number)
+    slots = m.slots + (1 if f.teacher_sees_last_token else 0)
+    return float(work.micro * slots * work.feature_dim * _teacher_number(config))
 
 
 def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit: ViT | None) -> Iterator[Moment]:
@@ -109,13 +118,16 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
     fetched = {"fetched parameters": states.fetched()}  # the output layer is the last to be used, or the last head
     before: Parts = {**base, **kept, "weights cast for blocks": cached}
     yield Moment("output layer", {**before, **fetched})
-    yield Moment("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits})
-    in_heads = _heads_backward(work, states)
+    own = work.head_logits * (1 + work.heads_again) if work.mtp else 0  # the last head's, beside what it keeps
+    yield Moment("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits + own})
     if heads:
-        yield Moment("heads backward", {**base, **kept, "heads": work.heads(), "logits": logits, **in_heads})
+        parts = {**base, **kept, "logits": logits}
+        yield from _mtp_backward(work, states, parts) if work.mtp else [_heads_backward(work, states, parts)]
     done = float(work.head_parameters)
     state = work.rows * work.model.width * work.residual
     aligned = {"hidden state's gradient": float(state)} if heads else {}
+    if work.mtp:
+        aligned["unembedding's gradient"] = unembedding_gradient(work)
     gradients = {"gradients": base["gradients"] + states.gradients(done)}
     yield Moment("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits})
     yield from _backward(work, states, base, aligned, done)
@@ -124,12 +136,40 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
     yield Moment("update", {**ended, "gradients": base["gradients"] + states.update()})
 
 
-def _heads_backward(work: Pass, states: States) -> Parts:
+def _heads_backward(work: Pass, states: States, parts: Parts) -> Moment:
     """In the last head: two hidden gradients, one head's weight gradient; the others' are done."""
-    f = work.foresight
-    each = work.head_parameters / max(1, f.heads)
-    wide = work.rows * f.projector_dim * work.compute
-    return {"at work": 2.0 * wide + _weight_gradient(work, each), "new gradients": states.gradients(each)}
+    each = work.head_parameters / max(1, work.foresight.heads)
+    wide = work.rows * work.widest_in_head * work.compute
+    at_work = {"at work": 2.0 * wide + _weight_gradient(work, each), "new gradients": states.gradients(each)}
+    return Moment("heads backward", {**parts, "heads": work.heads(), **at_work})
+
+
+def unembedding_gradient(work: Pass) -> float:
+    """mtp: the shared matrix's gradient is added up from the first head on to the next token's logits: in autocast of
+    the one bf16 copy, but where heads are run again each has its own."""
+    return work.output_parameters * (2.0 if work.autocast and not work.heads_again else work.parameter)
+
+
+def _mtp_backward(work: Pass, states: States, parts: Parts) -> Iterator[Moment]:
+    """Head by head from the last: its cross-entropy, its part of the shared matrix's gradient, its own layers."""
+    f, each = work.foresight, work.head_parameters / work.foresight.heads
+    again = work.head() + (2 * (each + work.output_parameters) if work.autocast else 0) if work.heads_again else 0
+    wide = 2.0 * work.rows * work.widest_in_head * work.compute
+    for gone in range(f.heads):
+        held = {
+            **parts, "heads": work.heads() + again - (0 if work.heads_again else gone * work.head()),
+            "gradients": parts["gradients"] + states.gradients(gone * each),
+        }  # fmt: skip
+        shared, name = (unembedding_gradient(work) if gone else 0.0), f"head {f.heads - gone} backward"
+        if gone:
+            held["hidden state's gradient"] = float(work.rows * work.model.width * work.residual)
+        yield Moment(f"{name}, entropy", {**held, "at work": 2.0 * work.head_logits + shared})
+        held["heads"] -= work.head_logits
+        logits = work.head_logits * (1.5 if work.low else 1.0)  # the fp32 gradient and its bf16 copy
+        new = _weight_gradient(work, work.output_parameters) if work.heads_again else unembedding_gradient(work)
+        yield Moment(f"{name}, logits", {**held, "at work": logits + new + shared})
+        own = wide + _weight_gradient(work, each) + unembedding_gradient(work)
+        yield Moment(f"{name}, layers", {**held, "at work": own})
 
 
 def _weight_gradient(work: Pass, parameters: float) -> float:
@@ -178,7 +218,7 @@ def _teacher_pass(config: RunConfig, work: Pass, states: States, vit: ViT | None
         return float(pixels + work.micro * vit.tokens * vit.width * number * 11)
     if f.method != "mirai-e":
         return 0.0
-    incoming = teacher_bytes(config, None) if states.stage else 0.0
+    incoming = refreshed_bytes(config) if states.stage else 0.0
     wide = work.rows * (2 * m.width * FP32 + 3 * m.ffn_hidden * work.compute)
     return float(max(incoming * (1 if states.world > 1 else 0), wide))
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.config import UserError, recipe_names, recipe_text
+from mirai_ds.config import UserError, load, recipe_names
 from mirai_ds.config.errors import shown
-from mirai_ds.config.yaml_text import parse
+from mirai_ds.config.load import TWIN, paper_entry
 from mirai_ds.tools.looking import figures
 from mirai_ds.tools.run_records.inspect_run import RunReport, inspect_run, last_values
 from mirai_ds.tools.run_records.records import Json, count_text, flatten, read_json, time_text
+from mirai_ds.tools.tables.catalogue import numbers_of
+from mirai_ds.tools.tables.essence import differences, essence
+from mirai_ds.tools.tables.evaluations import Evaluation, read_evaluations
 from mirai_ds.version import __version__
 
 METRICS = {
@@ -34,6 +36,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("evaluation", "", ("evaluation/", "score/"), False),
 )
 MOST_SAMPLES = 8
+MOST_DEPARTURES = 5
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:1240px;margin:1.5rem auto;
 padding:0 1rem}
@@ -48,15 +51,6 @@ vertical-align:top;overflow-wrap:break-word;max-width:34rem}th{background:#f3f3f
 """
 # Nothing may be loaded and nothing may run, whatever a run's files say.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A file of RUN/evaluations."""
-
-    name: str
-    values: dict[str, float]
-    about: str
 
 
 def write_report(runs: Sequence[Path], out: Path) -> str:
@@ -155,17 +149,26 @@ def _ends(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]:
 
 def _scores(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]:
     rows: list[tuple[Any, ...]] = []
+    notes = []
     for report, name in zip(reports, names, strict=True):
+        evaluations, problems = read_evaluations(report.path)
         rows += [
-            (name, one.name, *(one.values.get(metric, "") for metric in METRICS), one.about)
-            for one in read_evaluations(report.path)
+            (name, one.path.stem, *(one.values.get(metric, "") for metric in METRICS), _about(one))
+            for one in evaluations
         ]
+        notes += problems
+        recipe = recipe_of(report.name)
+        printed = paper_numbers(recipe) if recipe else []
         rows += [
             (f"{name}: the paper's", f"{epochs} epochs", *(values.get(metric, "") for metric in METRICS), source)
-            for epochs, values, source in paper_numbers(report.name)
+            for epochs, values, source in printed
         ]
+        if recipe and printed:
+            notes += [f"{name} is not the paper's run: {one}" for one in _departures(report, recipe)[:MOST_DEPARTURES]]
     if rows:
         yield _table(("run", "evaluation", *METRICS.values(), "protocol"), rows)
+    for note in notes:
+        yield f'<p class="note">{escape(note)}</p>'
     plain = []
     for report, name in zip(reports, names, strict=True):
         last = last_values(report.curve)
@@ -179,46 +182,34 @@ def _scores(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]
         yield _table(("run", "metric", "value", "step"), plain)
 
 
-def read_evaluations(run: Path) -> list[Evaluation]:
-    """What lies in RUN/evaluations/*.json; files that hold no score are left out."""
-    found = []
-    for path in sorted(run.glob("evaluations/*.json")):
-        data = read_json(path) or {}
-        values = {
-            metric: float(data[metric])
-            for metric in METRICS
-            if isinstance(data.get(metric), (int, float)) and not isinstance(data.get(metric), bool)
-        }
-        if values:
-            about = {"num_samples": data.get("num_samples")}
-            about |= {k: data.get(k) for k in ("reference", "protocol") if isinstance(data.get(k), dict)}
-            text = ", ".join(f"{key} {shown(value)}" for key, value in flatten(about).items() if value is not None)
-            found.append(Evaluation(path.stem, values, text))
-    return found
+def _about(one: Evaluation) -> str:
+    """Under which protocol, as far as the file says."""
+    told = {"num_samples": one.num_samples, "reference": one.reference, "protocol": one.protocol}
+    return ", ".join(f"{key} {shown(value)}" for key, value in flatten(told).items() if value is not None)
 
 
-def paper_numbers(name: str) -> list[tuple[str, dict[str, float], str]]:
-    """(epochs, numbers, source) in the `paper:` mapping of the shipped recipe of this name, if it has one."""
-    own = _paper_mapping(name)
-    found = []
-    for epochs, entry in sorted(own.items(), key=lambda item: str(item[0])):
-        if isinstance(entry, str) or (isinstance(entry, dict) and "of" in entry):  # another recipe's, the same run
-            other = entry if isinstance(entry, str) else str(entry["of"])
-            entry = _paper_mapping(other).get(epochs)
-        if isinstance(entry, dict):
-            values = {m: float(entry[m]) for m in METRICS if isinstance(entry.get(m), (int, float))}
-            if values:
-                found.append((str(epochs), values, str(entry.get("source", ""))))
-    return found
+def recipe_of(name: str) -> str | None:
+    """The shipped recipe that a run's name is of, a twin's too; None for another name."""
+    for recipe in (name, name.removesuffix("-paper")):
+        if recipe in recipe_names():
+            return recipe
+    return None
 
 
-def _paper_mapping(name: str) -> Json:
-    if name not in recipe_names():
-        return {}
-    data = parse(recipe_text(name), name)
-    paper = data.get("paper") if isinstance(data, dict) else None
-    numbers = paper.get("numbers") if isinstance(paper, dict) else None
-    return numbers if isinstance(numbers, dict) else {}
+def paper_numbers(recipe: str) -> list[tuple[int, dict[str, float], str]]:
+    """(epochs, numbers, source) that the paper has of a shipped recipe, also where another recipe carries them."""
+    entry = paper_entry(recipe)
+    found = [(epochs, numbers_of(entry, epochs)) for epochs in sorted(entry.numbers)] if entry else []
+    return [(epochs, one.values(), one.source) for epochs, one in found if one is not None]
+
+
+def _departures(report: RunReport, recipe: str) -> list[str]:
+    """In what a run is not the recipe whose numbers stand beside it."""
+    if report.config is None:
+        return ["its configuration cannot be read whole"]
+    theirs = load(recipe + TWIN if report.name != recipe else recipe)
+    epochs = report.config.train.epochs
+    return differences(essence(report.config, epochs), essence(theirs, epochs))
 
 
 _MAIN = (

@@ -23,7 +23,7 @@ from mirai_ds.tools.looking.devices import (
     step_time,
     traffic,
 )
-from mirai_ds.tools.looking.memory import Memory, as_dict, predict, teacher_bytes, variant
+from mirai_ds.tools.looking.memory import Memory, as_dict, predict, refreshed_bytes, variant
 from mirai_ds.tools.looking.states import States
 from mirai_ds.train.preflight import FP32_COPIES
 from mirai_ds.train.schedule import total_steps
@@ -142,7 +142,8 @@ def make_plan(request: Request) -> Plan:
     flops = {name: images * value for name, value in parts.items()}
     again = sum(work.recomputed(i) for i in range(config.model.depth))
     recomputed = images * recomputed_flops(config.model, again)
-    sent = traffic(states, teacher_bytes(config, vit) if config.foresight.method == "mirai-e" else 0.0)
+    recomputed += flops["heads forward"] if work.heads_again else 0.0
+    sent = traffic(states, refreshed_bytes(config))
     times = _times(request, device, work, sum(flops.values()) + recomputed, sum(sent.values()))
     per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
     steps = total_steps(config.train, per_epoch)
@@ -222,7 +223,7 @@ def _scaling(
 ) -> list[dict[str, float]]:
     """Weak scaling: every rank keeps its batch, the global batch grows with the ranks."""
     rows = []
-    teacher = teacher_bytes(config, None) if config.foresight.method == "mirai-e" else 0.0
+    teacher = refreshed_bytes(config)
     for count in sorted({request.world, *SCALES}):
         gpus = min(count, request.gpus)
         nodes = -(-count // gpus)

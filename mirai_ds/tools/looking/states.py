@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mirai_ds.config.sizes import head_tensors
 from mirai_ds.tools.looking.activations import FP32, Pass
 
 _FLATTENED_AT_ONCE = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, stage 0 and BF16_Optimizer
@@ -107,10 +108,11 @@ class States:
         """Elements of parameters too small to be cut on stage 3."""
         most = self.zero.get("stage3_param_persistence_threshold", _DEFAULTS["stage3_param_persistence_threshold"])
         m, f = self.work.model, self.work.foresight
-        width, hidden = m.width, f.projector_dim
+        width = m.width
         in_block = [3 * width**2, width**2, *[width * m.ffn_hidden] * 3, width, width]
-        in_head = [width * hidden, hidden, hidden**2, hidden, hidden * self.work.feature_dim, self.work.feature_dim]
+        in_head = head_tensors(f, width, self.work.feature_dim)
         tables = [m.vocab_size * width, (m.num_classes + 1) * width, m.vocab_size * width, width]
+        tables += [(m.par_tokens - 1) * width] if m.par_tokens else []
         every = in_block * m.depth + in_head * f.heads + tables
         return sum(size for size in every if size < most)
 

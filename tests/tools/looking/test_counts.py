@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirai_ds.cli import main
-from mirai_ds.config import ForesightConfig, ModelConfig
+from mirai_ds.config import ForesightConfig, ModelConfig, load
 from mirai_ds.config.foresight_config import ENCODERS, EncoderConfig
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.foresight.encoders import encoder_plan
@@ -26,7 +26,7 @@ from mirai_ds.observe.flops import (
     training_flops,
     training_parts,
 )
-from mirai_ds.tools.looking.costs import Costs, costs_of_sizes
+from mirai_ds.tools.looking.costs import Costs, costs_of, costs_of_sizes
 
 
 def paper(size: str, method: str) -> Costs:
@@ -101,12 +101,14 @@ def foresight(method: str, **fields: Any) -> ForesightConfig:
     return config
 
 
-def objective_flops(config: ForesightConfig, aligned: bool, feature_dim: int) -> int:
+def objective_flops(config: ForesightConfig, aligned: bool, feature_dim: int, model: ModelConfig = TINY) -> int:
     torch.manual_seed(0)
-    objective = MiraiObjective(TINY, config.model_copy(update={"kernel": "reference"}), feature_dim)
+    objective = MiraiObjective(model, config.model_copy(update={"kernel": "reference"}), feature_dim)
     tokens, labels = torch.randint(0, 50, (1, 16)), torch.tensor([2])
-    rows = 16 + (config.method == "mirai-e")
+    rows = model.slots + (config.method == "mirai-e")
     target = torch.randn(1, rows, feature_dim) if aligned else None
+    if config.method == "mtp":
+        target = tokens
     return counted(lambda: objective(tokens, labels, None, target, 1.0)[0].backward())
 
 
@@ -118,6 +120,39 @@ def test_a_step_is_what_pytorch_counts(method: str, dim: int) -> None:
     parts = training_parts(TINY, config, dim, aligned)
     parts.pop("teacher forward", None)
     assert objective_flops(config, aligned, dim) == sum(parts.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("mtp", {}), ("mtp", {"head": "mlp"}), ("mirai-e", {"head": "transformer"})]
+)
+@pytest.mark.parametrize("par_tokens", [None, 4])
+def test_other_heads_and_par_are_what_pytorch_counts(
+    method: str, fields: dict[str, Any], par_tokens: int | None
+) -> None:
+    """mtp's logits at every slot; PAR's 3 learnable tokens among 19 slots, of which 16 have logits."""
+    model = ModelConfig(**{**TINY.model_dump(), "par_tokens": par_tokens})
+    config = foresight(method, **fields)
+    parts = training_parts(model, config, 32, True)
+    teacher = parts.pop("teacher forward", None)
+    assert objective_flops(config, True, 32, model) == sum(parts.values())
+    if teacher is not None:
+        with torch.no_grad():
+            trunk = GPTTrunk(model, config.teacher_layer)
+            found = counted(lambda: trunk.features(torch.randint(0, 50, (1, 15)), torch.tensor([1])))
+        assert teacher == found
+
+
+@pytest.mark.parametrize("recipe", ["mtp-2d-k9", "mirai-e-transformer-head", "mirai-e-par-b"])
+def test_recipes_by_the_papers_way(recipe: str) -> None:
+    """6 N S with the heads there are; mtp's eight run through the unembedding once more each; PAR has 259 slots."""
+    heads, slots = {
+        "mtp-2d-k9": (8 * (7_678_464 + 16384 * 768), 256), "mirai-e-transformer-head": (3 * 7_678_464, 256),
+        "mirai-e-par-b": (3 * 7_344_896, 259),
+    }[recipe]  # fmt: skip
+    row = costs_of(load(recipe))
+    assert row.paper["heads"] == 6 * heads * slots
+    assert row.paper["gpt"] == 6 * (110_888_448 + (3 * 768 if slots == 259 else 0)) * slots
+    assert row.parameters == row.paper["gpt"] / 6 / slots + (8 * 7_678_464 if recipe == "mtp-2d-k9" else heads)
 
 
 def test_the_teacher_is_what_pytorch_counts() -> None:

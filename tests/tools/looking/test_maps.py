@@ -50,6 +50,36 @@ def test_features_are_the_residual_stream_of_the_slot_that_holds_the_token() -> 
     assert changed.tolist() == [False] * 9 + [True] * 7
 
 
+@pytest.mark.parametrize("slots", ["input", "predict"])
+def test_par_features_stand_at_their_cells(slots: str) -> None:
+    """PAR on a 4x4 grid, 2x2 regions: the sequence goes by place in a region, then by region.  One token changes: the
+    features that change are those of the slots that see it, PAR's rule written out for cells."""
+    gpt = gpt_from_weights(ModelConfig(**MODEL, par_tokens=4), par_weights())  # type: ignore[arg-type]
+    tokens, labels = torch.randint(0, 20, (2, 16), generator=torch.Generator().manual_seed(3)), torch.tensor([0, 5])
+    before = token_features(gpt, tokens, labels, 2, slots)
+    sequence = [8 * (p // 2) // 2 + p % 2 + 8 * (r // 2) + 2 * (r % 2) for p in range(4) for r in range(4)]
+    assert sequence == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]
+
+    def sees(q: int, other: int) -> bool:
+        """Whether the slot that holds (predicts) the q-th token has the other-th before it."""
+        if slots == "input":  # the first four one by one, then the whole group of four
+            return other <= q if q < 4 else other // 4 <= q // 4
+        return other < q if q < 4 else other // 4 < q // 4
+
+    for changed in range(16):
+        later = tokens.clone()
+        later[:, sequence[changed]] = (later[:, sequence[changed]] + 1) % 20
+        moved = (token_features(gpt, later, labels, 2, slots) - before).abs().amax((0, 2)) > 0
+        wanted = [sees(sequence.index(cell), changed) for cell in range(16)]
+        assert moved.tolist() == wanted, changed
+
+
+def par_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    gpt = GPT(ModelConfig(**MODEL, par_tokens=4))  # type: ignore[arg-type]
+    return {name: torch.randn_like(p) * (0.1 if p.dim() > 1 else 1.0) for name, p in gpt.named_parameters()}
+
+
 def test_smoothness_is_its_definition() -> None:
     """Neighbours and all pairs, written out."""
     features = torch.randn(5, 9, 4, generator=torch.Generator().manual_seed(1))

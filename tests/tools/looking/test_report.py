@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mirai_ds.config import dump, load
 from mirai_ds.observe.pictures import save_png
 from mirai_ds.tools.looking import figures, page
 from tests.tools.run_records.fake import cli, curve, write_run
@@ -121,20 +122,42 @@ def test_a_hostile_run_changes_nothing(tmp_path: Path) -> None:
     assert "<b>" not in html.replace("&lt;b&gt;", "")
 
 
-def test_the_papers_numbers_stand_beside(monkeypatch: pytest.MonkeyPatch, runs: list[Path], tmp_path: Path) -> None:
-    """A shipped recipe of the run's name that carries a `paper:` mapping; another recipe's numbers by reference."""
-    recipes = {
-        "mirai": "paper: {numbers: {300: {fid: 4.77, source: Table 6}, 80: other}}",
-        "other": "paper: {numbers: {80: {fid: 6.5, recall: 0.5, source: Fig. 7}}}",
-    }
-    monkeypatch.setattr(page, "recipe_names", lambda: list(recipes))
-    monkeypatch.setattr(page, "recipe_text", recipes.__getitem__)
-    assert page.paper_numbers("mirai") == [
-        ("300", {"fid": 4.77}, "Table 6"), ("80", {"fid": 6.5, "recall": 0.5}, "Fig. 7")
+def rows_of(out: Path) -> list[list[str]]:
+    """Every table row of a page as its cells' texts."""
+    html = out.read_text(encoding="utf-8")
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+
+
+def test_the_papers_numbers_stand_beside(tmp_path: Path) -> None:
+    """A run of a shipped recipe, evaluated: the paper's FID and IS of Mirai-E on LlamaGen-B after 80 epochs below."""
+    run = write_run(tmp_path / "run", records=[])
+    (run / "config.yaml").write_text(dump(load("mirai-e-b-80")))
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "epoch-80.json").write_text(json.dumps({
+        "fid": 5.31, "sfid": 6.7, "inception_score": 195.5, "precision": 0.84, "recall": 0.46, "num_samples": 50000,
+        "reference": {"name": "VIRTUAL_imagenet256_labeled"}, "protocol": {"cfg_scale": 2.0},
+    }))  # fmt: skip
+    out, seen = written(tmp_path, run)
+    found = rows_of(out)
+    ours = next(i for i, row in enumerate(found) if row[1:2] == ["epoch-80"])
+    assert found[ours][2:7] == ["5.31", "6.7", "195.5", "0.84", "0.46"]
+    assert found[ours + 1] == [
+        "mirai-e-b-80: the paper&#x27;s", "80 epochs", "5.22", "", "197.14", "", "", "arXiv 2601.14671"
     ]  # fmt: skip
-    assert page.paper_numbers("unknown") == []
-    _, seen = written(tmp_path, *runs)
-    assert "mirai: the paper's300 epochs4.77" in seen.text
+    assert "is not the paper's run" not in seen.text
+
+    (run / "config.yaml").write_text(dump(load("mirai-e-b-80", ["foresight.layer=6"])))
+    _, seen = written(tmp_path, run)
+    assert "mirai-e-b-80 is not the paper's run: foresight.layer: 6, the recipe has 8" in seen.text
+
+
+def test_numbers_of_the_same_run_under_another_name_and_of_twins() -> None:
+    """Mirai-E's 300-epoch run is the 80-epoch one up to there; a twin's name leads to its recipe."""
+    numbers = {epochs: values for epochs, values, _ in page.paper_numbers("mirai-e-b")}
+    assert numbers[80] == page.paper_numbers("mirai-e-b-80")[0][1]
+    assert page.recipe_of("mirai-e-b-80-paper") == "mirai-e-b-80"
+    assert page.recipe_of("mine") is None
+    assert page.paper_numbers("digits-baseline") == []
 
 
 def test_torn_and_empty_runs_are_no_error(tmp_path: Path) -> None:
