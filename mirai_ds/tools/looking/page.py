@@ -22,6 +22,7 @@ from mirai_ds.version import __version__
 
 METRICS = {
     "fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall",
+    "frechet_distance": "Frechet distance",
 }  # fmt: skip
 # Title, unit, the metrics drawn (a name that ends in / stands for all that begin so), logarithmic.
 CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
@@ -33,8 +34,10 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("lambda", "", ("foresight/lambda",), False),
     ("gradient norm before clipping", "", ("optimizer/grad_norm",), True),
     ("speed", "images/s", ("speed/images_per_s",), False),
-    ("evaluation", "", ("evaluation/", "score/"), False),
+    ("generated and real images", "", ("quality/", "score/"), False),
 )
+# Of how samples were drawn, what a reader asks first.
+_SHORT = ("checkpoint_step", "weights", "cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "policy", "seed")
 MOST_SAMPLES = 8
 MOST_DEPARTURES = 5
 _STYLE = """
@@ -111,7 +114,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "".join(lines) + "</tbody></table>"
 
 
+class Html(str):
+    """A cell that is markup already; its author has escaped what is in it."""
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, Html):
+        return f"<td>{value}</td>"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f'<td class="n">{_number(value)}</td>'
     return f"<td>{escape(str(value))}</td>"
@@ -148,25 +157,21 @@ def _ends(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]:
 
 
 def _scores(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]:
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[str, str, dict[str, float], str]] = []
     notes = []
     for report, name in zip(reports, names, strict=True):
         evaluations, problems = read_evaluations(report.path)
-        rows += [
-            (name, one.path.stem, *(one.values.get(metric, "") for metric in METRICS), _about(one))
-            for one in evaluations
-        ]
+        rows += [(name, one.path.stem, one.values, _about(one)) for one in evaluations]
         notes += problems
         recipe = recipe_of(report.name)
         printed = paper_numbers(recipe) if recipe else []
-        rows += [
-            (f"{name}: the paper's", f"{epochs} epochs", *(values.get(metric, "") for metric in METRICS), source)
-            for epochs, values, source in printed
-        ]
+        rows += [(f"{name}: the paper's", f"{epochs} epochs", values, source) for epochs, values, source in printed]
         if recipe and printed:
             notes += [f"{name} is not the paper's run: {one}" for one in _departures(report, recipe)[:MOST_DEPARTURES]]
+    told = [metric for metric in METRICS if any(metric in values for _, _, values, _ in rows)]
     if rows:
-        yield _table(("run", "evaluation", *METRICS.values(), "protocol"), rows)
+        cells = [(run, title, *(values.get(m, "") for m in told), about) for run, title, values, about in rows]
+        yield _table(("run", "evaluation", *(METRICS[metric] for metric in told), "protocol"), cells)
     for note in notes:
         yield f'<p class="note">{escape(note)}</p>'
     plain = []
@@ -175,17 +180,23 @@ def _scores(reports: Sequence[RunReport], names: Sequence[str]) -> Iterator[str]
         plain += [
             (name, metric, last[metric][1], last[metric][0])
             for metric in sorted(last)
-            if metric.startswith(("held_out/", "score/", "evaluation/"))
+            if metric.startswith(("held_out/", "score/", "quality/"))
         ]
     if plain:
         yield "<h3>Last values in the run</h3>"
         yield _table(("run", "metric", "value", "step"), plain)
 
 
-def _about(one: Evaluation) -> str:
-    """Under which protocol, as far as the file says."""
+def _about(one: Evaluation) -> Html:
+    """Under which protocol: in short, and folded away all that the file says."""
+    named = one.reference.get("name")
+    standard = "" if one.reference.get("standard") else " (not the published one)"
+    short = [f"{one.num_samples} images", f"reference {named}{standard}"]
+    short += [f"{key} {shown(one.sampling[key])}" for key in _SHORT if one.sampling.get(key) is not None]
     told = {"num_samples": one.num_samples, "reference": one.reference, "protocol": one.protocol}
-    return ", ".join(f"{key} {shown(value)}" for key, value in flatten(told).items() if value is not None)
+    everything = ", ".join(f"{key} {shown(value)}" for key, value in flatten(told).items() if value is not None)
+    summary = escape(", ".join(short))
+    return Html(f"<details><summary>{summary}</summary>{escape(everything)}</details>")
 
 
 def recipe_of(name: str) -> str | None:

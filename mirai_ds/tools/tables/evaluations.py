@@ -12,6 +12,7 @@ from mirai_ds.config import RunConfig, SamplingConfig, UserError
 from mirai_ds.config.paper_rows import METRICS
 
 FOLDER = "evaluations"
+SCORES = (*METRICS, "frechet_distance")  # the last: of another network than Inception
 NUM_SAMPLES = 50_000
 LABELS = "random"  # LlamaGen's; as many of each class give another FID
 
@@ -52,9 +53,9 @@ def _read(path: Path) -> Evaluation:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: is not what `mirai-ds evaluate --json` writes")
-    values = {name: float(data[name]) for name in METRICS if _is_number(data.get(name))}
+    values = {name: float(data[name]) for name in SCORES if _is_number(data.get(name))}
     if not values:
-        raise UserError(f"{path}: holds none of {', '.join(METRICS)}")
+        raise UserError(f"{path}: holds none of {', '.join(SCORES)}")
     protocol, reference = _section(data, "protocol"), _section(data, "reference")
     sampling = {**protocol, **_section(protocol, "sampling")}
     step = next((sampling[name] for name in ("checkpoint_step", "step") if name in sampling), None)
