@@ -34,7 +34,9 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("lambda", "", ("foresight/lambda",), False),
     ("gradient norm before clipping", "", ("optimizer/grad_norm",), True),
     ("speed", "images/s", ("speed/images_per_s",), False),
-    ("generated and real images", "", ("quality/", "score/"), False),
+    ("distance from real images", "", ("quality/fid", "quality/sfid", "quality/frechet_distance"), True),
+    ("Inception Score", "", ("quality/inception_score",), False),
+    ("precision, recall, recognised", "", ("quality/precision", "quality/recall", "score/"), False),
 )
 # Of how samples were drawn, what a reader asks first.
 _SHORT = ("checkpoint_step", "weights", "cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "policy", "seed")
