@@ -69,6 +69,37 @@ def test_bytes_a_parameter(tmp_path: Path, stage: int, precision: str, parameter
     assert others == pytest.approx(rest * P_B)
 
 
+def test_multi_token_prediction_by_hand() -> None:
+    """mtp-2d-k9, 32 images a rank: beside the next token's, logits of eight heads are kept, of one when they are run
+    again; recomputation then costs the heads' forward pass too."""
+    once = 32 * 256 * 16384 * 4
+    peaks = {}
+    for policy, kept in (("none", 8), ("full", 0)):
+        found = make_plan(Request("mtp-2d-k9", 1, 8, "a100-80g", overrides=(f"train.recompute.policy={policy}",)))
+        loss = next(moment.parts for moment in found.memory.moments if moment.name == "loss")
+        assert loss["logits"] == (2 + 1 + (kept == 0)) * once
+        assert kept * once <= loss["heads"] < (kept + 5) * once
+        assert (found.recomputed > found.flops["heads forward"]) == (policy == "full")
+        peaks[policy] = found.memory.peak.total
+    assert peaks["none"] - peaks["full"] > 7 * once
+    assert found.work.head_parameters == 8 * 7_678_464
+
+
+def test_a_frozen_teacher_is_there_but_does_not_travel() -> None:
+    frozen, own = (make_plan(Request(name, 1, 8, "a100-80g")) for name in ("mirai-e-static-k3", "mirai-e-b-80"))
+    assert frozen.memory.resting["teacher"] == own.memory.resting["teacher"] > 0
+    assert "teacher, all-gather" in own.sent
+    assert "teacher, all-gather" not in frozen.sent
+
+
+def test_par_has_more_slots_and_a_mask() -> None:
+    """259 slots; a block's kept tensors by slot, and its mask in bf16; logits are of 256."""
+    par, plain = (make_plan(Request(name, 1, 8, "a100-80g")).work for name in ("mirai-e-par-b", "mirai-e-b"))
+    assert par.rows == 32 * 259
+    assert par.logits == plain.logits == 32 * 256 * 16384 * 4
+    assert par.block() == plain.block() * 259 / 256 + 2 * 259**2
+
+
 def test_recomputation_trades_activations(tmp_path: Path) -> None:
     """Full: each block keeps its input alone."""
     sizes = {}
