@@ -266,7 +266,7 @@ def variants(world: int, micro: int = 8) -> list[RunConfig]:
         for method, kind in kinds for precision in ("fp32", "bf16-autocast") for stage in (2, 3)
         for recompute in (none, full)
     ]  # fmt: skip
-    frozen = {"teacher_weights": "random"}
+    frozen: dict[str, Any] = {"teacher_weights": "random"}
     found += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
     found += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
     return found + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
