@@ -112,7 +112,7 @@ def measure_step(config: RunConfig, world: World, device: torch.device) -> Measu
             torch.save({"model": GPT(config.model).state_dict()}, folder / "teacher.pt")
     dist.barrier()
     config = build(given | {
-        "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0},
+        "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0, "workers": 0},
         "evaluate": {"at_end": False}, "score": {"enabled": False}, "sampling": {"classes": 1},
     })  # fmt: skip
 

@@ -30,6 +30,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("next-token loss, held out", "nats a token", ("held_out/",), False),
     ("alignment loss", "weighted, before lambda", ("loss/alignment",), False),
     ("cosine with the teacher", "cosine", ("cosine/",), False),
+    ("cross-entropy of later tokens", "nats a token", ("entropy/",), False),
     ("learning rate", "", ("optimizer/lr",), False),
     ("lambda", "", ("foresight/lambda",), False),
     ("gradient norm before clipping", "", ("optimizer/grad_norm",), True),
