@@ -12,6 +12,7 @@ import argparse
 import csv
 import gc
 import json
+import shutil
 import sys
 import tempfile
 import weakref
@@ -117,10 +118,14 @@ def measure_step(config: RunConfig, world: World, device: torch.device) -> Measu
     })  # fmt: skip
 
     forget_autocast()
-    if device.type == "cuda":
-        return _work(config, folder, world, device, _AllocatorOfGpu(device))
-    with LiveStorages() as counter:
-        return _work(config, folder, world, device, counter)
+    try:
+        if device.type == "cuda":
+            return _work(config, folder, world, device, _AllocatorOfGpu(device))
+        with LiveStorages() as counter:
+            return _work(config, folder, world, device, counter)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _AllocatorOfGpu:
