@@ -39,11 +39,14 @@ def test_applied_gradient_is_the_average(ranks: Any, arm: str, stage: int, accum
     assert worst(ranks[2], arm, stage, accumulation, policy) <= BOUND
 
 
+# How often gradients are accumulated does not touch what a head is made of: other heads need not take every number.
+OFTEN = [(arm, count) for arm in ARMS for count in ([2] if arm.startswith(("mtp", "transformer")) else [1, 2, 3])]
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(("arm", "accumulation"), OFTEN)
 def test_applied_gradient_everywhere(ranks: Any, arm: str, stage: int, accumulation: int, policy: str) -> None:
     assert worst(ranks[2], arm, stage, accumulation, policy) <= BOUND
 
