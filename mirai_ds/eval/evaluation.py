@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from mirai_ds.eval.metrics.distances import frechet_distance, gaussian_statistic
 from mirai_ds.eval.metrics.inception import InceptionFeatures
 from mirai_ds.eval.metrics.manifold import Arithmetic
 from mirai_ds.eval.reference_file import ReferenceFile, open_reference
+from mirai_ds.runtime.environment import package_versions
 from mirai_ds.version import __version__
 
 PUBLISHED_SAMPLES = 50_000
@@ -154,18 +154,8 @@ def _protocol(
         "batch_size": request.batch_size,
         "origin": dict(kept.origins),
         "device": f"{device.type} ({name})",
-        "versions": {"mirai_ds": __version__, "python": platform.python_version()} | _versions(),
+        "versions": {"mirai_ds": __version__, "python": platform.python_version()} | package_versions(PACKAGES),
     }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def departures(
