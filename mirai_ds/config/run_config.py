@@ -76,8 +76,16 @@ class OptimizerConfig(Section):
 class RecomputeConfig(Section):
     """Activation checkpointing.  Dropout is a function of the sample, so every policy replays it exactly."""
 
-    policy: Literal["none", "full", "every-n"] = "none"
+    policy: Literal["none", "full", "every-n", "mlp", "budget"] = Field(
+        "none", description="mlp: keep attention, recompute each feed-forward half; budget: see `budget`"
+    )
     every: int = Field(2, ge=1, description="every-n: recompute blocks 0, n, 2n, ...")
+    budget: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="budget: share of a compiled block's activations to keep, by what is dearest",
+    )
     implementation: Literal["torch", "deepspeed"] = "torch"
     partition_activations: bool = False
     cpu_checkpointing: bool = False
@@ -89,6 +97,9 @@ class RecomputeConfig(Section):
                 raise ConfigError(
                     f"train.recompute.{name}", True, "needs implementation: deepspeed and a policy other than none"
                 )
+        if self.policy in ("mlp", "budget") and self.implementation == "deepspeed":
+            problem = f"recomputes whole blocks; with policy: {self.policy} leave it at torch"
+            raise ConfigError("train.recompute.implementation", "deepspeed", problem)
         return self
 
 
@@ -102,11 +113,17 @@ class TrainConfig(Section):
     grad_accum_steps: int | None = Field(None, ge=1)
     precision: Literal["fp32", "bf16", "bf16-autocast"] = "bf16-autocast"
     recompute: RecomputeConfig = RecomputeConfig()
+    compile: Literal["none", "blocks"] = Field("none", description="blocks: torch.compile of one block for all of them")
+    cross_entropy: Literal["chunked", "whole"] = Field(
+        "chunked", description="whole: all logits in memory, and in fp32"
+    )
     init_from: str | None = Field(None, description="weights to start from: a LlamaGen file, an export or a run")
     deterministic: bool = Field(True, description="deterministic kernels where torch has them")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.recompute.policy == "budget" and self.compile != "blocks":
+            raise ConfigError("train.recompute.policy", "budget", "is the compiler's; set train.compile: blocks")
         for name in ("micro_batch_size", "grad_accum_steps"):
             value = getattr(self, name)
             if value is not None and self.global_batch_size % value:

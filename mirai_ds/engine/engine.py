@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mirai_ds.config import RunConfig, UserError, Weights
+from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.layout import StateLayout
-from mirai_ds.engine.recompute import block_runner
+from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
 from mirai_ds.engine.start import quiet
 from mirai_ds.foresight import MiraiObjective
@@ -62,6 +63,10 @@ class TrainEngine:
         self.stage: int = ds_config["zero_optimization"]["stage"]
         objective.gpt.run_block = block_runner(config.train.recompute)
         objective.recompute_heads = config.train.recompute.policy != "none"
+        objective.chunked_loss = config.train.cross_entropy == "chunked"
+        recompute_halves(objective.gpt.layers, config.train.recompute)
+        if config.train.compile == "blocks":
+            compile_blocks(objective.gpt.layers, config.train.recompute)
         groups = parameter_groups(objective, config)
         make = optimizer_factory or self._adamw
         self.ds = _initialize(deepspeed, objective, make(groups), ds_config)

@@ -1,12 +1,15 @@
-"""Activation checkpointing of blocks: none, full, every n-th; torch's implementation or DeepSpeed's."""
+"""Activation checkpointing: whole blocks, their feed-forward halves, or what the compiler chooses within a budget.
+
+Whole blocks (full, every n-th) by torch's implementation or DeepSpeed's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mirai_ds.config import RecomputeConfig
@@ -19,7 +22,7 @@ def block_runner(config: RecomputeConfig) -> BlockCall | None:
     Dropout is a function of the sample's key, so no random state is stored or restored.  DeepSpeed's implementation is
     there for its options (activations partitioned or in host memory); torch's is the default.
     """
-    if config.policy == "none":
+    if config.policy not in ("full", "every-n"):
         return None
     every = config.every if config.policy == "every-n" else 1
     call = _deepspeed_call(config) if config.implementation == "deepspeed" else _torch_call
@@ -30,6 +33,17 @@ def block_runner(config: RecomputeConfig) -> BlockCall | None:
         return call(block, *arguments)
 
     return run
+
+
+def recompute_halves(blocks: Iterable[nn.Module], config: RecomputeConfig) -> None:
+    """Let the backward pass run each feed-forward half again (policy `mlp`): two thirds of a block's activations for a
+    fifth of its work twice.  Attention, which is dearer to repeat for what it keeps, is kept."""
+    for block in blocks:
+        block.run_feed_forward = _again if config.policy == "mlp" else None  # type: ignore[assignment]
+
+
+def _again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return _torch_call(function, x) if torch.is_grad_enabled() else function(x)
 
 
 def _torch_call(block: Callable[..., Tensor], *arguments: Any) -> Tensor:

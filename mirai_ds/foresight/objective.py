@@ -39,6 +39,7 @@ class MiraiObjective(nn.Module):
         self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
         self.projectors = heads(foresight, model.width, feature_dim or model.width)
+        self.chunked_loss = False  # set by the engine: never all logits at once
         self.recompute_heads = False  # mtp: whether the backward pass computes each head's logits again
         if foresight.active:
             table = index_table(foresight, model.grid, model.par_tokens)
@@ -57,17 +58,25 @@ class MiraiObjective(nn.Module):
         """
         layer = self.foresight.layer
         tap = (layer,) if target is not None and layer is not None else ()
-        out = self.gpt(tokens[:, :-1], labels, keys, tap)
-        ntp = next_token_loss(out.logits, tokens)
+        if self.chunked_loss:
+            ntp, hidden = self.gpt.loss(tokens, labels, keys, tap)
+        else:
+            logits, hidden = self.gpt(tokens[:, :-1], labels, keys, tap)
+            ntp = next_token_loss(logits, tokens)
+            del logits
         metrics = {"ntp": ntp.detach()}
         if target is None:
             return ntp, metrics
         assert layer is not None
-        states = out.hidden[layer]
-        name, align = ("entropy", self._predict) if self.foresight.method == "mtp" else ("cosine", self._match)
-        alignment, per_head = align(states, target, multiplier)
+        states = hidden[layer]
+        alignment, per_head = self._align(states, target, multiplier)
+        name = "entropy" if self.foresight.method == "mtp" else "cosine"
         metrics |= {"alignment": alignment.detach(), name: per_head}
         return ntp + multiplier * alignment, metrics
+
+    def _align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        rule = self._predict if self.foresight.method == "mtp" else self._match
+        return rule(states, target, multiplier)
 
     def _match(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         return foresight_cosine(

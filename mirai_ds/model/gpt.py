@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirai_ds.config import ModelConfig
+from mirai_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from mirai_ds.model.keyed_dropout import drop_path, dropout
 from mirai_ds.model.par import LearnableTokens, arrange_slots, par_rope, to_raster, to_sequence, visible_slots
 from mirai_ds.model.rope2d import apply_rope, rope_table
-from mirai_ds.runtime.counter_random import uniform
+from mirai_ds.runtime.counter_random import derive_keys, uniform
 
 # Sites of randomness: 0 label, 1 tokens, then four a block (attention, feed-forward, and their drop paths).
 _LABEL_SITE, _TOKEN_SITE, _BLOCK_SITE, _SITES_PER_BLOCK = 0, 1, 2, 4
@@ -108,7 +109,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.site = _BLOCK_SITE + _SITES_PER_BLOCK * index
+        # Set by the engine to keep or recompute the feed-forward half by itself; (function, argument) -> its output.
+        self.run_feed_forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
         self.path_rate = config.drop_path * index / max(1, config.depth - 1)
         # LlamaGen's scripts switch both off where stochastic depth is used.
         self.resid_rate = 0.0 if config.drop_path else config.resid_dropout
@@ -118,11 +120,20 @@ class Block(nn.Module):
         self, x: Tensor, rope: Tensor, keys: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, S, D) -> (B, S, D); `keys` (B,) int64 turn dropout on; the others are `Attention.forward`'s."""
-        a = dropout(self.attention(self.attention_norm(x), rope, cache, start, mask), self.resid_rate, keys, self.site)
-        h = x + drop_path(a, self.path_rate, keys, self.site + 2)
-        f = dropout(self.feed_forward(self.ffn_norm(h)), self.ffn_rate, keys, self.site + 1)
-        return h + drop_path(f, self.path_rate, keys, self.site + 3)
+        """x (B, S, D) -> (B, S, D); `keys` (4, B) int64, one for each use, turn dropout on; the others are
+        `Attention.forward`'s.
+
+        Nothing here depends on the block's number, so that one compiled graph serves all blocks.
+        """
+        key: tuple[Tensor | None, ...] = (None,) * _SITES_PER_BLOCK if keys is None else keys.unbind(0)
+        a = dropout(self.attention(self.attention_norm(x), rope, cache, start, mask), self.resid_rate, key[0])
+        h = x + drop_path(a, self.path_rate, key[2])
+
+        def feed_forward(h: Tensor) -> Tensor:
+            return dropout(self.feed_forward(self.ffn_norm(h)), self.ffn_rate, key[1])
+
+        f = feed_forward(h) if self.run_feed_forward is None else self.run_feed_forward(feed_forward, h)
+        return h + drop_path(f, self.path_rate, key[3])
 
 
 class LabelEmbedding(nn.Module):
@@ -145,6 +156,7 @@ class GPTTrunk(nn.Module):
 
     rope: Tensor
     mask: Tensor | None
+    sites: Tensor
 
     def __init__(self, config: ModelConfig, n_blocks: int | None = None) -> None:
         super().__init__()
@@ -167,7 +179,7 @@ class GPTTrunk(nn.Module):
         x = torch.cat([self.cls_embedding(labels, keys), self.tok_embeddings(tokens)], dim=1)
         if n is not None:
             x = arrange_slots(x, self.spe_tok_embeddings(len(x)), n)
-        return dropout(x, self.config.token_dropout, keys, _TOKEN_SITE)
+        return dropout(x, self.config.token_dropout, None if keys is None else derive_keys(keys, _TOKEN_SITE))
 
     def _par_sequence(self, tokens: Tensor, n: int) -> Tensor:
         """Raster order -> PAR's.  The last cell is the last of both, so that a sequence without it is one too."""
@@ -183,9 +195,11 @@ class GPTTrunk(nn.Module):
         """
         slots = x.shape[1]
         rope, hidden = self.rope[:slots], {}
+        block_keys = [None] * len(self.layers) if keys is None else list(derive_keys(keys, self.sites))  # (4, B) each
         for index, layer in enumerate(self.layers):
             block = layer if self.mask is None else partial(layer, mask=self.mask[:slots, :slots])
-            x = block(x, rope, keys) if self.run_block is None else self.run_block(index, block, (x, rope, keys))
+            given = (x, rope, block_keys[index])
+            x = block(*given) if self.run_block is None else self.run_block(index, block, given)
             if index + 1 in tap:
                 hidden[index + 1] = x
         return x, hidden
@@ -195,13 +209,24 @@ class GPTTrunk(nn.Module):
         return self.blocks(self.embed(tokens, labels, None), None)[0]
 
 
+class Unembedding(nn.Linear):
+    """Logits, or with targets their mean cross-entropy without all logits: within the module, where ZeRO-3 gathers the
+    weight."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (B, S, D) -> logits (B, S, V) in the products' dtype; with targets (B, S) int64 a scalar float32."""
+        if targets is None:
+            return F.linear(x, self.weight)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten())
+
+
 class GPT(GPTTrunk):
     """The whole network; `forward` gives next-token logits at every slot."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.output = Unembedding(config.width, config.vocab_size, bias=False)
 
     def head(self, x: Tensor) -> Tensor:
         """Residual stream (B, S, D) -> logits (B, S, V) float32."""
@@ -215,18 +240,37 @@ class GPT(GPTTrunk):
         Returns logits (B, 1 + T, V) float32 and the hidden states after the blocks in `tap` (1-based).  PAR takes T =
         N - 1 or N tokens and returns logits (B, N, V).  Either way logits[:, c] are for the token of raster cell c.
         """
+        x, hidden = self._trunk(tokens, labels, keys, tap)
+        return GPTOutput(self.head(x), hidden)
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, keys: Tensor | None = None, tap: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`next_token_loss` of `forward` on tokens (B, N) without their last, a few rows of logits at a time; and the
+        tapped hidden states."""
+        x, hidden = self._trunk(tokens[:, :-1], labels, keys, tap)
+        return self.output(self.norm(x), tokens), hidden
+
+    def _trunk(
+        self, tokens: Tensor, labels: Tensor, keys: Tensor | None, tap: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last block's output by raster cell, and what was tapped."""
         x, hidden = self.blocks(self.embed(tokens, labels, keys), keys, tap)
         if self.config.par_tokens is not None:
             x = to_raster(x[:, : self.config.block_size], self.config.par_tokens)
-        return GPTOutput(self.head(x), hidden)
+        return x, hidden
 
 
 def slot_tables(config: ModelConfig) -> dict[str, Tensor | None]:
-    """`rope` (1 + N, head_dim/2, 2) float32 and `mask`, None: causal.  PAR: both by slot, for its N + n slots."""
+    """`rope` (1 + N, head_dim/2, 2) float32; `mask`, None: causal; `sites` (L, 4, 1) int64, each block's of randomness.
+
+    PAR: the first two by slot, for its N + n slots.
+    """
     rope, n = rope_table(config.grid, config.width // config.heads, config.rope_base), config.par_tokens
+    sites = _BLOCK_SITE + torch.arange(config.depth * _SITES_PER_BLOCK).view(-1, _SITES_PER_BLOCK, 1)
     if n is None:
-        return {"rope": rope, "mask": None}
-    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n)}
+        return {"rope": rope, "mask": None, "sites": sites}
+    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n), "sites": sites}
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

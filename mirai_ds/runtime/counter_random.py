@@ -41,6 +41,11 @@ def root_key(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
     return key
 
 
+def to_unit(keys: Tensor) -> Tensor:
+    """One number in [0, 1) of each key: (...) int64 -> (...) float32 (24 bits)."""
+    return shift_right(keys, 40).to(torch.float32) * 2.0**-24
+
+
 def uniform(keys: Tensor, site: int | Tensor) -> Tensor:
-    """One number in [0, 1) per key: (B,) int64 -> (B,) float32 (24 bits)."""
-    return shift_right(derive_keys(keys, site), 40).to(torch.float32) * 2.0**-24
+    """One number in [0, 1) per key and site: (B,) int64 -> (B,) float32 (24 bits)."""
+    return to_unit(derive_keys(keys, site))

@@ -34,9 +34,9 @@ def free_port() -> int:
 
 
 PARENT = "MIRAI_DS_PARENT"  # set for ranks that `launch` started
-# glibc gives large blocks back to the system at every free: thousands of page faults a step.  Blocks above 32 MiB, the
-# most it can be told, still are.
-CPU_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
+# glibc maps large blocks anew at each malloc and gives them back at each free: thousands of page faults a step.
+# Without mappings all come from the heap, which is not trimmed below 4 GiB of free space at its end.
+CPU_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
 
 
 def launch_environment(ranks: int, gpus: int) -> dict[str, str]:

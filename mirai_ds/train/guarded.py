@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mirai_ds.config import UserError
+from mirai_ds.engine.compiled import eager
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, train_step
 
@@ -86,7 +87,7 @@ def _examine(session: Session, step: int) -> tuple[StepRecord, list[Finding]]:
     session.beat("examining a step that was not finite")
     finding = Finding(session.world.rank)
     bad = [name for name, fine in _weights(session) if not fine]
-    with instruments(session, step, finding):
+    with eager(), instruments(session, step, finding):  # hooks are no part of compiled graphs
         record = train_step(session, step)
     if bad:
         finding.order, finding.what, finding.module, finding.samples = 0, "weight", bad[0], []

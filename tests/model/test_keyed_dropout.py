@@ -42,7 +42,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("elements", [4096, 4097, 4099])
 def test_rate(rate: float, elements: int) -> None:
-    mask = keep_mask(sample_keys(64), 3, elements, rate)
+    mask = keep_mask(derive_keys(sample_keys(64), 3), elements, rate)
     assert mask.shape == (64, elements)
     n = mask.numel()
     assert float(mask.float().mean()) == pytest.approx(1 - rate, abs=5 * math.sqrt(rate * (1 - rate) / n))
@@ -61,16 +61,16 @@ def test_mask_is_the_documented_hash() -> None:
             bits = (number >> (16 * part)) & 0xFFFF
             signed = bits - 65536 if bits >= 32768 else bits
             kept.append(signed >= round(0.3 * 65536) - 32768)
-    assert keep_mask(key, 7, 11, 0.3)[0].tolist() == kept[:11]
+    assert keep_mask(derive_keys(key, 7), 11, 0.3)[0].tolist() == kept[:11]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_survivors_are_scaled_without_bias(dtype: torch.dtype) -> None:
     x = torch.randn(32, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = dropout(x, 0.1, sample_keys(32), 5)
+    out = dropout(x, 0.1, derive_keys(sample_keys(32), 5))
     assert out.dtype == dtype
     kept = out != 0
-    assert torch.equal(kept, keep_mask(sample_keys(32), 5, 4096, 0.1))
+    assert torch.equal(kept, keep_mask(derive_keys(sample_keys(32), 5), 4096, 0.1))
     wanted = x[kept].double() * (65536 / (65536 - round(0.1 * 65536)))
     bias = float((out[kept].double() / wanted).mean()) - 1.0
     # In bf16 one rounding is up to 2e-3 either way, but not on average: a scale rounded to bf16 would be off by 1.6e-3.
@@ -79,7 +79,7 @@ def test_survivors_are_scaled_without_bias(dtype: torch.dtype) -> None:
 
 def test_expectation_and_gradient() -> None:
     x = torch.full((64, 8192), 3.0, requires_grad=True)
-    out = dropout(x, 0.25, sample_keys(64), 1)
+    out = dropout(x, 0.25, derive_keys(sample_keys(64), 1))
     assert float(out.detach().mean()) == pytest.approx(3.0, abs=5 * 3 * math.sqrt(0.25 / 0.75 / x.numel()))
     out.sum().backward()
     assert x.grad is not None
@@ -89,7 +89,7 @@ def test_expectation_and_gradient() -> None:
 def test_sites_samples_and_elements_are_independent() -> None:
     keys, n = sample_keys(256), 256 * 1024
     bound = 5 / math.sqrt(n)
-    masks = [keep_mask(keys, site, 1024, 0.5) for site in range(5)]
+    masks = [keep_mask(derive_keys(keys, site), 1024, 0.5) for site in range(5)]
     for i in range(5):
         for j in range(i):
             assert abs(correlation(masks[i], masks[j])) < bound, (i, j)
@@ -103,7 +103,7 @@ def test_sites_samples_and_elements_are_independent() -> None:
 
 
 def test_every_element_is_dropped_sometimes() -> None:
-    kept = keep_mask(sample_keys(4096), 2, 12, 0.5).float().mean(0)
+    kept = keep_mask(derive_keys(sample_keys(4096), 2), 12, 0.5).float().mean(0)
     assert float((kept - 0.5).abs().max()) < 5 * 0.5 / math.sqrt(4096)
 
 
@@ -112,20 +112,24 @@ def test_same_mask_whatever_the_split(split: tuple[int, ...]) -> None:
     x = torch.randn(8, 6, 10, generator=torch.Generator().manual_seed(0))
     keys = sample_keys(8)
     parts = zip(x.split(split), keys.split(split), strict=True)
-    assert torch.equal(torch.cat([dropout(a, 0.3, k, 4) for a, k in parts]), dropout(x, 0.3, keys, 4))
+    assert torch.equal(
+        torch.cat([dropout(a, 0.3, derive_keys(k, 4)) for a, k in parts]), dropout(x, 0.3, derive_keys(keys, 4))
+    )
     parts = zip(x.split(split), keys.split(split), strict=True)
-    assert torch.equal(torch.cat([drop_path(a, 0.3, k, 4) for a, k in parts]), drop_path(x, 0.3, keys, 4))
+    assert torch.equal(
+        torch.cat([drop_path(a, 0.3, derive_keys(k, 4)) for a, k in parts]), drop_path(x, 0.3, derive_keys(keys, 4))
+    )
 
 
 def test_drop_path_drops_whole_samples() -> None:
     x = torch.ones(4096, 3, 2)
-    out = drop_path(x, 0.25, sample_keys(4096), 9)
+    out = drop_path(x, 0.25, derive_keys(sample_keys(4096), 9))
     kept = out[:, 0, 0] != 0
     assert torch.equal(out, (kept.float() / 0.75)[:, None, None].expand_as(x))
     assert float(kept.float().mean()) == pytest.approx(0.75, abs=5 * math.sqrt(0.25 * 0.75 / 4096))
-    narrow = drop_path(torch.ones(4096, 1).bfloat16(), 0.1, sample_keys(4096), 9)
+    narrow = drop_path(torch.ones(4096, 1).bfloat16(), 0.1, derive_keys(sample_keys(4096), 9))
     assert float(narrow.max()) == float(torch.tensor(1 / 0.9).bfloat16())
-    big = drop_path(torch.full((4096, 1), 300.0).bfloat16(), 0.1, sample_keys(4096), 9)
+    big = drop_path(torch.full((4096, 1), 300.0).bfloat16(), 0.1, derive_keys(sample_keys(4096), 9))
     assert float(big.max()) == 334.0  # 333.3 to the nearest bf16; with a scale rounded to bf16 first it would be 332
 
 
@@ -177,10 +181,10 @@ def outputs(config: ModelConfig, keys: Tensor | None) -> Tensor:
 
 def test_identity_when_off() -> None:
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    assert dropout(x, 0.0, sample_keys(4), 0) is x
-    assert dropout(x, 0.5, None, 0) is x
-    assert drop_path(x, 0.0, sample_keys(4), 0) is x
-    assert drop_path(x, 0.5, None, 0) is x
+    assert dropout(x, 0.0, derive_keys(sample_keys(4), 0)) is x
+    assert dropout(x, 0.5, None) is x
+    assert drop_path(x, 0.0, derive_keys(sample_keys(4), 0)) is x
+    assert drop_path(x, 0.5, None) is x
     assert torch.equal(outputs(small(), sample_keys(8)), outputs(small(), None))
 
 
@@ -214,14 +218,17 @@ def test_every_use_of_randomness_has_a_site_of_its_own(monkeypatch: pytest.Monke
     """Two uses with one site would share their mask."""
     from mirai_ds.model import gpt as module
 
-    sites: list[int] = []
+    seen: list[tuple[int, ...]] = []
+    keys = sample_keys(8)
     for name in ("dropout", "drop_path", "uniform"):
         right = getattr(module, name)
 
         def spy(*arguments: Any, right: Any = right) -> Any:
-            sites.append(arguments[-1])
+            at_site = derive_keys(*arguments) if right is uniform else arguments[-1]
+            seen.append(tuple(at_site.tolist()))
             return right(*arguments)
 
         monkeypatch.setattr(module, name, spy)
-    outputs(small(class_dropout=0.5), sample_keys(8))
-    assert sorted(sites) == list(range(2 + 4 * 3))  # label, tokens, and four in each of three blocks
+    outputs(small(class_dropout=0.5), keys)
+    wanted = [tuple(derive_keys(keys, site).tolist()) for site in range(2 + 4 * 3)]
+    assert sorted(seen) == sorted(wanted)  # label, tokens, and four in each of three blocks

@@ -12,15 +12,13 @@ import argparse
 import csv
 import gc
 import json
-import shutil
 import sys
-import tempfile
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._dynamo import eval_frame
@@ -28,14 +26,10 @@ from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import RunConfig, build
-from mirai_ds.engine.start import forget_autocast
-from mirai_ds.model import GPT
 from mirai_ds.runtime.distributed import World, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
-from mirai_ds.runtime.signals import StopRequests
-from mirai_ds.train.session import build_session
+from mirai_ds.tools.bench.sessions import random_session
 from mirai_ds.train.step import train_step
 
 _COLLECTIVES = distributed_c10d.__file__
@@ -97,35 +91,13 @@ def measure_step(config: RunConfig, world: World, device: torch.device) -> Measu
     The configuration's data is replaced; a frozen teacher, and an encoder without a weights file, get random weights.
     One engine a call; it is destroyed.
     """
-    names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
-    dist.broadcast_object_list(names, src=0)
-    folder = Path(names[0])
-    given = config.model_dump(mode="json")
-    if config.foresight.teacher_weights is not None:
-        given["foresight"]["teacher_weights"] = str(folder / "teacher.pt")
-    if config.foresight.encoder is not None and config.foresight.encoder.weights is None:
-        given["foresight"]["encoder"] |= {"weights": str(folder / "encoder.safetensors"), "pretrained": False}
-    if world.rank == 0:
-        _write_data(config, folder / "data.npz")
-        if config.foresight.encoder is not None:
-            _write_encoder(config, folder / "encoder.safetensors")
-        if config.foresight.teacher_weights is not None:
-            torch.save({"model": GPT(config.model).state_dict()}, folder / "teacher.pt")
-    dist.barrier()
-    config = build(given | {
-        "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0, "workers": 0},
-        "evaluate": {"at_end": False}, "score": {"enabled": False}, "sampling": {"classes": 1},
-    })  # fmt: skip
+    with counter_of(device) as counter:
+        return _work(config, world, device, counter)
 
-    forget_autocast()
-    try:
-        if device.type == "cuda":
-            return _work(config, folder, world, device, _AllocatorOfGpu(device))
-        with LiveStorages() as counter:
-            return _work(config, folder, world, device, counter)
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+
+def counter_of(device: torch.device) -> AbstractContextManager[LiveStorages | _AllocatorOfGpu]:
+    """What counts bytes there while it is entered."""
+    return nullcontext(_AllocatorOfGpu(device)) if device.type == "cuda" else LiveStorages()
 
 
 class _AllocatorOfGpu:
@@ -153,49 +125,17 @@ def worst(mine: Measured) -> Measured:
     return max(everyone, key=lambda one: one.peak)
 
 
-def _work(
-    config: RunConfig, folder: Path, world: World, device: torch.device, counter: LiveStorages | _AllocatorOfGpu
-) -> Measured:
-    mine = [Fence.take(folder).mine if world.rank == 0 else None]
-    dist.broadcast_object_list(mine, src=0)
-    fence = Fence(folder, mine[0], main=world.rank == 0)  # type: ignore[arg-type]
-    session = build_session(config, folder, world, device, fence, StopRequests())
+def _work(config: RunConfig, world: World, device: torch.device, counter: LiveStorages | _AllocatorOfGpu) -> Measured:
     resting = 0
-    for step in range(STEPS):
-        resting = counter.restart()
-        train_step(session, step)
-        session.step += 1
-    peak = counter.peak
-    fence.release("finished")
-    session.engine.destroy()
-    del session
+    with random_session(config, world, device, STEPS) as session:
+        for step in range(STEPS):
+            resting = counter.restart()
+            train_step(session, step)
+            session.step += 1
+        peak = counter.peak
+        del session
     gc.collect()
     return Measured(peak, resting)
-
-
-def _write_data(config: RunConfig, path: Path) -> None:
-    """Random codes, and pixels where an encoder watches, enough for the steps."""
-    count = max(config.train.global_batch_size * (STEPS + 1), config.model.num_classes)
-    generator = np.random.default_rng(0)
-    arrays = {
-        "codes": generator.integers(0, config.model.vocab_size, (count, config.model.block_size)),
-        "labels": np.arange(count) % config.model.num_classes,
-    }
-    if config.foresight.method == "mirai-i":
-        side = 16 * config.model.grid
-        arrays["images"] = np.zeros((count, side, side, 3), np.uint8)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-
-
-def _write_encoder(config: RunConfig, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from mirai_ds.foresight.encoders import encoder_plan
-
-    assert config.foresight.encoder is not None
-    plan, _ = encoder_plan(config.foresight.encoder, config.model.grid)
-    generator = torch.Generator().manual_seed(0)
-    save_file({n: 0.02 * torch.randn(t.shape, generator=generator) for n, t in plan.state_dict().items()}, path)
 
 
 # --- against the plan -----------------------------------------------------------------------------------------------

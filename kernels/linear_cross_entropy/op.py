@@ -1,0 +1,87 @@
+"""Cross-entropy of linear logits without ever holding all logits: their gradients are made in the forward pass.
+
+A loss is a scalar, so its gradients are known up to a factor as soon as a chunk's logits are: rows of logits are made,
+turned into their gradient on the spot, multiplied into both gradients and dropped.  As many matrix products as the
+plain way, a fraction of its memory and of its passes over memory.  torch.nn.functional.linear_cross_entropy does the
+same from PyTorch 2.12 on; this one works from 2.8 on, under autocast, and for weights that ZeRO-3 gathers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits alive at a time, in bytes of float32.  On a CPU a chunk that stays near the caches; on a GPU one that fills it.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+
+def linear_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Mean cross-entropy of the logits `states @ weight.T`.
+
+    states (R, D), weight (V, D): float32, bfloat16 or float64, under autocast in its dtype; targets (R,) int64.
+    rows: of logits at a time; default as many as `CHUNK_BYTES` hold.
+    Returns a scalar, float32 (float64 of float64).  Logits, their softmax and the sum are float32; the products are of
+    the inputs' dtype, the gradient of `weight` is summed over chunks in float32.  First derivatives only.
+    Raises ValueError on shapes that do not fit.
+    """
+    if (
+        states.dim() != 2
+        or weight.dim() != 2
+        or targets.shape != states.shape[:1]
+        or states.shape[1] != weight.shape[1]
+    ):
+        raise ValueError(
+            f"states {tuple(states.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: expected "
+            "(R, D), (V, D), (R,)"
+        )
+    if rows is None:
+        rows = CHUNK_BYTES.get(states.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight))
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    loss: Tensor = _Chunked.apply(states, weight, targets, max(1, rows), dtype)
+    return loss
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Loss, and both gradients but for the factor 1/R times the gradient of the loss."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for_states, for_weight = ctx.needs_input_grad[:2]
+        loss = states.new_zeros((), dtype=wide)
+        with torch.autocast(states.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            grad_states = states.new_empty(states.shape, dtype=dtype) if for_states else None
+            grad_weight: Tensor | None = None
+            for start in range(0, len(states), rows):
+                x, wanted = states[start : start + rows].to(dtype), targets[start : start + rows, None]
+                logits = torch.log_softmax(F.linear(x, matrix), -1, dtype=wide)
+                picked = logits.gather(1, wanted)
+                loss -= picked.sum()
+                if not (for_states or for_weight):
+                    continue
+                grad = logits.exp_().scatter_(1, wanted, picked.exp() - 1).to(dtype)
+                if grad_states is not None:
+                    torch.mm(grad, matrix, out=grad_states[start : start + rows])
+                if for_weight:
+                    part = grad.T @ x
+                    grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
+                del logits, grad
+        ctx.rows, ctx.dtypes = len(states), (states.dtype, weight.dtype)
+        ctx.save_for_backward(grad_states, grad_weight)
+        return loss / len(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The factor.  Nothing is changed in place, so that a kept graph can be asked twice."""
+        factor = upstream / ctx.rows
+        found = [
+            None if grad is None else (grad * factor.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return found[0], found[1], None, None, None

@@ -1,0 +1,283 @@
+"""One variant of a training step as a process of its own, stepped by its parent.
+
+Variants take turns step by step, so that a slow moment of the machine meets all of them; each is a process (one a
+rank), because memory allocators, thread counts and DeepSpeed's state belong to processes.  The parent writes a command
+a line, the worker answers with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODULE = "mirai_ds.tools.bench.arms"
+MAX_STEPS = 200  # that there is data for
+
+
+@dataclass
+class Arm:
+    """What to run: the plain baseline or the trainer, on a recipe with overrides, in an environment."""
+
+    name: str
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    plain: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    threads: int = 1
+    gpus: int = 0
+
+
+class Workers:
+    """The processes of one arm."""
+
+    def __init__(self, arm: Arm, count_memory: bool = False) -> None:
+        from mirai_ds.runtime.launch import free_port
+
+        self.arm, port = arm, free_port()
+        self.processes = []
+        for rank in range(arm.ranks):
+            environment = {**os.environ, **arm.environment}
+            environment.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(arm.ranks), LOCAL_WORLD_SIZE=str(arm.ranks),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(arm.threads),
+            )  # fmt: skip
+            if not arm.gpus:
+                environment["DS_ACCELERATOR"] = "cpu"
+            job = json.dumps({**vars(arm), "count_memory": count_memory})
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", MODULE, job],
+                    env=environment,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+
+    def ask(self, command: str) -> list[dict[str, Any]]:
+        """Send a command to all ranks; their answers.  Raises RuntimeError when one has ended."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(command + "\n")
+            process.stdin.flush()
+        return [self._answer(process) for process in self.processes]
+
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self.close()
+        raise RuntimeError(f"{self.arm.name}: a process ended with {process.wait()}; what it said is above")
+
+    def close(self) -> None:
+        """End them."""
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+# --- in the worker --------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds in named parts, each without the parts inside it; the device is waited for at every border."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.seconds, self._stack = device, {}, []  # type: ignore[var-annotated]
+        self._since = 0.0
+
+    def _pass(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            name = self._stack[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time spent inside belongs to `name`."""
+        self._pass()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._pass()
+            self._stack.pop()
+
+    @contextmanager
+    def watching(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
+        """Calls of a function or method belong to `name` meanwhile."""
+        original = getattr(owner, attribute)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self.part(name):
+                return original(*arguments, **named)
+
+        own = attribute in vars(owner)
+        setattr(owner, attribute, timed)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(owner, attribute, original)
+            else:
+                delattr(owner, attribute)
+
+
+class _Trainer:
+    """The real step."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.device = session, session.device
+
+    def step(self) -> float:
+        from mirai_ds.train.step import train_step
+
+        record = train_step(self.session, self.session.step)
+        self.session.step += 1
+        return float(record.metrics["loss"])
+
+    def parts(self) -> list[tuple[Any, str, str]]:
+        s = self.session
+        found: list[tuple[Any, str, str]] = [
+            (s, "refresh_teacher", "teacher refresh"), (s.loader, "_read", "data"), (s.engine, "forward", "forward"),
+            (s.engine, "backward", "backward"), (s.engine, "step", "optimizer"), (s.engine.ema, "update", "EMA"),
+        ]  # fmt: skip
+        if s.teacher is not None:
+            objective = s.engine.ds.module
+            found += [(s.teacher, "features", "teacher forward"), (objective, "_align", "heads and alignment")]
+        return found
+
+
+class _Plain:
+    """The baseline's."""
+
+    def __init__(self, config: Any, world: Any, device: Any) -> None:
+        from mirai_ds.config.deepspeed_file import batch_arithmetic
+        from mirai_ds.data import BatchLoader, DataOrder, load_dataset
+        from mirai_ds.tools.bench.plain import PlainTrainer
+        from mirai_ds.train.session import seed_everything
+        from mirai_ds.train.teacher import build_teacher
+
+        seed_everything(config.seed)
+        dataset = load_dataset(config.data, config.model, str(device))
+        order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
+        micro, accumulation = batch_arithmetic(config, world.size)
+        assert accumulation == 1, "the plain baseline has no accumulation"
+        watches = config.foresight.method == "mirai-i"
+        self.loader = BatchLoader(dataset.train, order, micro, world.rank, world.size, device, images=watches,
+                                  prefetch=2, workers=0)  # fmt: skip
+        encoder = build_teacher(config, device)[0] if watches else None
+        self.trainer, self.config, self.device, self.done = PlainTrainer(config, device, encoder), config, device, 0
+
+    def step(self) -> float:
+        from mirai_ds.foresight import alignment_multiplier
+
+        multiplier = alignment_multiplier(self.config.foresight, 0.0, self.config.train.epochs)
+        batch = next(iter(self.loader.micro_batches(self.done)))
+        self.done += 1
+        return self.trainer.step(batch.tokens, batch.labels, batch.images, multiplier)["loss"]
+
+    def parts(self) -> list[tuple[Any, str, str]]:
+        t = self.trainer
+        return [
+            (self.loader, "_read", "data"), (t, "features", "teacher forward"), (t, "forward", "forward"),
+            (t, "alignment", "heads and alignment"), (t, "backward", "backward"), (t, "update", "optimizer"),
+            (t, "average", "EMA"), (t, "refresh", "teacher refresh"),
+        ]  # fmt: skip
+
+
+def _timed(run: Callable[[], float], device: Any) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    dist.barrier()
+    began = time.perf_counter()
+    loss = run()  # read from the device: the step is over
+    return {"seconds": time.perf_counter() - began, "loss": loss}
+
+
+def _parts(what: _Trainer | _Plain) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    watch = Stopwatch(what.device)
+    with ExitStack() as stack:
+        for owner, attribute, name in what.parts():
+            stack.enter_context(watch.watching(owner, attribute, name))
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+            stack.enter_context(watch.watching(dist, name, "communication"))
+        with watch.part("rest"):
+            what.step()
+    return {"parts": watch.seconds}
+
+
+def _resident() -> dict[str, int]:
+    """Bytes of this process now and at most since it began or `clear_refs`."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
+
+
+def _memory(what: _Trainer | _Plain, counter: Any) -> dict[str, Any]:
+    """Peak of live tensors within a step, and the process's resident peak."""
+    resting = counter.restart() if counter is not None else 0
+    what.step()
+    return {"tensors": counter.peak if counter is not None else 0, "resting": resting, **_resident()}
+
+
+def serve(job: dict[str, Any]) -> None:
+    """One rank: build, then obey until the parent closes the line."""
+    import torch
+
+    from mirai_ds.config import load
+    from mirai_ds.engine.start import start_process_group
+    from mirai_ds.runtime.distributed import local_device, read_world
+    from mirai_ds.tools.bench.sessions import on_random_data, random_session
+    from mirai_ds.tools.looking.measured import counter_of
+
+    world = read_world()
+    assert world is not None
+    device = local_device(world)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    start_process_group(world, 10)
+    config = load(job["recipe"], job["overrides"])
+    with ExitStack() as stack:
+        counter = stack.enter_context(counter_of(device)) if job["count_memory"] else None
+        if job["plain"]:
+            import tempfile
+
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            what: _Trainer | _Plain = _Plain(on_random_data(config, folder, world, MAX_STEPS), world, device)
+        else:
+            what = _Trainer(stack.enter_context(random_session(config, world, device, MAX_STEPS)))
+        commands: dict[str, Callable[[], dict[str, Any]]] = {
+            "step": lambda: _timed(what.step, device), "parts": lambda: _parts(what),
+            "memory": lambda: _memory(what, counter),
+        }  # fmt: skip
+        for line in sys.stdin:
+            print(json.dumps(commands[line.strip()]()), flush=True)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # a group whose other ranks are gone must not be waited for
