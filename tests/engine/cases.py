@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mirai_ds.config import RunConfig, build
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource
+from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import initialise
@@ -50,7 +51,7 @@ def toy_config(
         "optimizer": {"lr": 1e-2, "grad_clip": 0.0, **sections.pop("optimizer", {})},
         "train": {
             "epochs": 100, "global_batch_size": 12, "precision": precision, "grad_accum_steps": accumulation,
-            "micro_batch_size": micro, "recompute": recompute or {},
+            "micro_batch_size": micro, "recompute": recompute or {}, **sections.pop("train", {}),
         },
         "ema": {"decay": 0.9},
         "deepspeed": {
@@ -184,16 +185,19 @@ def losses_case(
     steps: int = 20,
     convention: str = "official",
     par_tokens: int | None = None,
+    train: dict[str, Any] | None = None,
 ) -> list[float]:
     """Global-batch losses of `steps` AdamW steps with dropout, the real EMA teacher and clipping."""
     foresight = {"convention": convention} if method != "none" else {}
     config = toy_config(
         method, stage, precision, accumulation, recompute=recompute, foresight=foresight, par_tokens=par_tokens,
-        optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6},
+        optimizer={"lr": 3e-3, "grad_clip": 0.5, "eps": 1e-6}, train=train or {},
     )  # fmt: skip
     engine = toy_engine(config)
     teacher = EmaTeacher(config.model, config.foresight, torch.float32, torch.device("cpu"), False) \
         if method == "mirai-e" else None  # fmt: skip
+    if teacher is not None and config.train.compile == "blocks":
+        compile_blocks(teacher.trunk.layers)
     loader = toy_loader(config, dist.get_rank(), dist.get_world_size(), accumulation)
     losses = []
     for step in range(steps):

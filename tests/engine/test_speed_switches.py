@@ -1,0 +1,74 @@
+"""What makes a step faster or smaller leaves its losses alone: chunked loss, compiled blocks, recomputed halves.
+
+Bounds as in test_trajectories: fp32 1e-5 over 20 steps against plain PyTorch; the compiler fuses and so sums in another
+order, no more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.engine import cases
+from tests.engine.test_trajectories import BF16_ROUNDINGS, FP32_BOUND
+
+COMPILED = {"compile": "blocks"}
+POLICIES = ({}, {"policy": "mlp"}, {"policy": "every-n"}, {"policy": "full"},
+            {"policy": "full", "implementation": "deepspeed"}, {"policy": "budget", "budget": 0.3})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The runs written out in plain PyTorch: all logits at once, nothing compiled, everything kept."""
+    return {m: np.array(ranks[1].run(cases.plain_losses, m)[0]) for m in ("none", "mirai-e", "mirai-i", "mtp")}
+
+
+def off(losses: Any, wanted: Any) -> float:
+    return float(np.abs(np.array(losses) - wanted).max())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_all_logits_at_once(ranks: Any, plain: Any, stage: int) -> None:
+    """`whole`; every other test of trajectories runs `chunked`, the default."""
+    losses = ranks[2].run(cases.losses_case, "mirai-e", stage, train={"cross_entropy": "whole"})[0]
+    assert off(losses, plain["mirai-e"]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_recomputed_halves_replay_dropout_bit_for_bit(ranks: Any, stage: int) -> None:
+    kept, replayed = (ranks[2].run(cases.losses_case, "mirai-e", stage, 1, p)[0] for p in ({}, {"policy": "mlp"}))
+    assert kept == replayed
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_compiled_blocks(ranks: Any, plain: Any, stage: int) -> None:
+    losses = ranks[2].run(cases.losses_case, "mirai-e", stage, train=COMPILED)
+    assert losses[0] == losses[1]
+    assert off(losses[0], plain["mirai-e"]) <= FP32_BOUND
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_compiled_blocks_in_every_layout(ranks: Any, plain: Any, stage: int, policy: dict[str, Any]) -> None:
+    losses = ranks[2].run(cases.losses_case, "mirai-e", stage, 2, policy, train=COMPILED)[0]
+    assert off(losses, plain["mirai-e"]) <= FP32_BOUND
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ["none", "mirai-i", "mtp"])
+def test_compiled_blocks_with_other_methods(ranks: Any, plain: Any, method: str) -> None:
+    assert off(ranks[2].run(cases.losses_case, method, 2, train=COMPILED)[0], plain[method]) <= FP32_BOUND
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("bf16", 3), ("bf16-autocast", 0), ("bf16-autocast", 2)])
+@pytest.mark.parametrize("switch", [{"cross_entropy": "whole"}, COMPILED])
+def test_switches_in_low_precision(ranks: Any, precision: str, stage: int, switch: dict[str, Any]) -> None:
+    usual, switched = (
+        np.array(ranks[2].run(cases.losses_case, "mirai-e", stage, 1, None, precision, train=train)[0])
+        for train in ({}, switch)
+    )
+    assert off(switched, usual) <= BF16_ROUNDINGS * np.abs(usual).max()
