@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from mirai_ds.cli_bench import bench
 from mirai_ds.cli_evaluate import evaluate
 from mirai_ds.cli_extract import extract
 from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
@@ -147,6 +148,7 @@ def doctor() -> None:
     sys.exit(0 if healthy else 1)
 
 
+main.add_command(bench)
 main.add_command(evaluate)
 main.add_command(extract)
 main.add_command(compare)

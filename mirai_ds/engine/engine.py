@@ -110,21 +110,23 @@ class TrainEngine:
         """Once a micro-batch, of the total loss (two calls are wrong on ZeRO-1 and 2)."""
         self.ds.backward(loss)
 
-    def step(self) -> tuple[bool, float]:
+    def step(self) -> tuple[bool, float | Tensor]:
         """After every `backward`.  At the accumulation boundary: (whether an update was applied, gradient norm before
-        clipping); between boundaries (False, nan).  Non-finite gradients are never applied."""
+        clipping, a number or () on the device); between boundaries (False, nan).  Non-finite gradients are never
+        applied, which is the one thing that a step reads from the device (DeepSpeed does on stages 1 to 3)."""
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()
             return False, math.nan
+        norm: float | Tensor | None
         norm, finite = self._stage0_norm() if self.stage == 0 else (None, True)
         with contextlib.nullcontext() if finite else self._without_clipping():
             self.ds.step()
         if norm is None:
-            norm = float(self.ds.get_global_grad_norm() or 0.0)
+            norm = self.ds.get_global_grad_norm()
         applied = bool(self.ds.was_step_applied()) and finite
         if applied:
             self.ema.update()
-        return applied, norm
+        return applied, 0.0 if norm is None else norm
 
     def _stage0_norm(self) -> tuple[float, bool]:
         """Stage 0 reports no norm and applies NaN: measure it here and drop non-finite gradients."""

@@ -128,7 +128,7 @@ class LogHook(Hook):
         values |= {
             "foresight/lambda": record.multiplier,
             "optimizer/lr": record.lr,
-            "optimizer/grad_norm": record.grad_norm,
+            "optimizer/grad_norm": float(record.grad_norm),
             "optimizer/skipped_steps": float(self._skipped),
             "speed/images_per_s": images / seconds,
             "speed/tokens_per_s": images * session.config.model.block_size / seconds,

@@ -183,7 +183,7 @@ def _save(session: Session, step: int, record: StepRecord, findings: list[Findin
             metrics = {name: value.double().flatten().tolist() for name, value in record.metrics.items()}
             report = {
                 "step": step + 1, "summary": _first(findings), "findings": [asdict(f) for f in findings],
-                "lr": record.lr, "lambda": record.multiplier, "grad_norm": record.grad_norm,
+                "lr": record.lr, "lambda": record.multiplier, "grad_norm": float(record.grad_norm),
                 "metrics_of_rank_0": metrics, "batch_offset": session.batch_offset,
             }  # fmt: skip
             text = json.dumps(_named_numbers(report), indent=1)

@@ -22,7 +22,7 @@ class StepRecord:
     multiplier: float
     aligned: bool
     applied: bool
-    grad_norm: float
+    grad_norm: float | Tensor
     metrics: dict[str, Tensor]
 
 
@@ -41,7 +41,8 @@ def train_step(session: Session, step: int) -> StepRecord:
             engine.wake_heads()
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
-    applied, grad_norm = False, float("nan")
+    applied = False
+    grad_norm: float | Tensor = float("nan")
     for batch in session.loader.micro_batches(step + session.batch_offset):
         target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
         loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)

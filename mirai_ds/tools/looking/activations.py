@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from mirai_ds.config import ForesightConfig, ModelConfig, RecomputeConfig
 from mirai_ds.config.foresight_config import HEAD_ATTENTION_HEADS
 from mirai_ds.config.sizes import block_parameters, heads_parameters, parameter_count
+from mirai_ds.kernels.linear_cross_entropy.op import CHUNK_BYTES
 from mirai_ds.observe.flops import student_slots
 
 FP32 = 4
@@ -28,6 +29,8 @@ class Pass:
     micro: int
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     compiled_loss: bool = True  # mirai::foresight_cosine's kernel, not its reference in plain PyTorch
+    chunked: bool = True  # the next-token loss, a few rows of logits at a time
+    device: str = "cuda"  # whose chunks
 
     @property
     def rows(self) -> int:
@@ -110,6 +113,23 @@ class Pass:
         return self.predicting * self.model.vocab_size * FP32
 
     @property
+    def chunk(self) -> int:
+        """A chunk of logits in fp32."""
+        rows = max(1, CHUNK_BYTES[self.device] // (FP32 * self.model.vocab_size))
+        return min(self.predicting, rows) * self.model.vocab_size * FP32
+
+    def chunked_gradients(self) -> float:
+        """What the chunked loss keeps from the forward to the backward pass: gradients of the states and, summed in
+        fp32, of the output matrix."""
+        return float(self.predicting * self.model.width * self.compute + FP32 * self.output_parameters)
+
+    def chunk_at_work(self) -> float:
+        """Beside them while a chunk is at work: its logits, in low precision the gradient's copy, the chunk's part of
+        the matrix's gradient, and in autocast the matrix's copy."""
+        matrix = 2.0 * self.output_parameters if self.autocast else 0.0
+        return self.chunk * (1.5 if self.low else 2.0) + self.compute * self.output_parameters + matrix
+
+    @property
     def head_logits(self) -> int:
         """The same of one head of mtp, which predicts at all slots."""
         return self.rows * self.model.vocab_size * FP32
@@ -125,35 +145,66 @@ class Pass:
 
     def block(self) -> int:
         """All that one block keeps, its fp32 input included (in bf16 nothing keeps the input, but the norm's copy)."""
+        return self.attention() + self.feed_forward()
+
+    def attention(self) -> int:
+        """The first half's part of it."""
         m, rows, c = self.model, self.rows, self.compute
-        width, hidden = rows * m.width, rows * m.ffn_hidden
-        attention = width * c * (3 + 2 + 1) + rows * m.heads * FP32  # qkv (v is a view of it); rotated q, k; output
-        attention += m.slots**2 * c if m.par_tokens else 0  # PAR's mask, which each block turns into numbers to add
-        feed_forward = 4 * hidden * c  # w1 x, silu of it, w3 x, their product
-        shared_input = width * c if self.autocast else 0  # w1 and w3 each cast the same fp32 input
-        rates = (0.0, 0.0) if m.drop_path else (m.resid_dropout, m.ffn_dropout)
-        masks = sum(self.mask(rate) for rate in rates)
-        return 2 * self.norm(rows, self.residual) + attention + feed_forward + shared_input + masks
+        inside = rows * m.width * c * (3 + 2 + 1) + rows * m.heads * FP32  # qkv (v is a view); rotated q, k; output
+        inside += m.slots**2 * c if m.par_tokens else 0  # PAR's mask, which each block turns into numbers to add
+        return self.norm(rows, self.residual) + inside + self.mask(0.0 if m.drop_path else m.resid_dropout)
+
+    def feed_forward(self) -> int:
+        """The second half's."""
+        m, rows, c = self.model, self.rows, self.compute
+        inside = 4 * rows * m.ffn_hidden * c  # w1 x, silu of it, w3 x, their product
+        shared_input = rows * m.width * c if self.autocast else 0  # w1 and w3 each cast the same fp32 input
+        return self.norm(rows, self.residual) + inside + shared_input + self.mask(0.0 if m.drop_path else m.ffn_dropout)
 
     def block_weights(self) -> int:
         """bf16 copies of one block's matrices, in autocast."""
         return 2 * self.block_linear if self.autocast else 0
 
+    def feed_forward_weights(self) -> int:
+        """Of its second half's."""
+        return 2 * 3 * self.model.width * self.model.ffn_hidden if self.autocast else 0
+
     def recomputed(self, index: int) -> bool:
-        """Whether block `index` (0-based) is run again in the backward pass."""
+        """Whether block `index` (0-based), or its second half, is run again in the backward pass."""
         policy, every = self.recompute.policy, self.recompute.every
-        return policy == "full" or (policy == "every-n" and index % every == 0)
+        return policy in ("full", "mlp") or (policy == "every-n" and index % every == 0)
+
+    def recomputed_blocks(self) -> float:
+        """Blocks that are run again, by their share of a block's matrix products."""
+        whole = sum(self.recomputed(i) for i in range(self.model.depth))
+        half = 3 * self.model.width * self.model.ffn_hidden / self.block_linear
+        return whole * (half if self.recompute.policy == "mlp" else 1.0)
+
+    def again(self, index: int) -> int:
+        """Bytes that block `index`'s backward pass makes again, weight copies included."""
+        if not self.recomputed(index):
+            return 0
+        if self.recompute.policy == "mlp":
+            return self.feed_forward() + self.feed_forward_weights()
+        return self.block() + self.block_weights()
 
     def kept_by_block(self, index: int) -> int:
         """Bytes that stay from block `index`'s forward pass to its backward pass, weight copies included."""
         if not self.recomputed(index):
             return self.block() + self.block_weights()
-        return self.rows * self.model.width * self.residual
+        state = self.rows * self.model.width * self.residual
+        if self.recompute.policy == "mlp":
+            return self.attention() + self.block_weights() - self.feed_forward_weights() + state
+        return state
 
     def ends(self) -> int:
-        """Token dropout's mask, the last norm, and the output matrix's bf16 copy in autocast."""
+        """Token dropout's mask, the last norm, and the output matrix's bf16 copy in autocast; the chunked loss keeps
+        neither that nor the norm's output, but gradients."""
+        norm = self.norm(self.predicting, self.residual)
+        if self.chunked:
+            return self.mask(self.model.token_dropout) + norm - self.predicting * self.model.width * self.compute
         copies = 2 * self.model.vocab_size * self.model.width if self.autocast else 0
-        return self.mask(self.model.token_dropout) + self.norm(self.predicting, self.residual) + copies
+        return self.mask(self.model.token_dropout) + norm + copies
 
     def heads(self) -> int:
         """What the heads keep: inputs, what is between, and for the loss; in autocast copies of their weights."""

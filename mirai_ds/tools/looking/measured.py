@@ -224,7 +224,7 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
     from mirai_ds.tools.looking.memory import predict
 
     compiled = choose(config.foresight.kernel, device.type) != "reference"
-    measured, memory = worst(measure_step(config, world, device)), predict(config, world.size, compiled)
+    measured, memory = worst(measure_step(config, world, device)), predict(config, world.size, compiled, device.type)
     resting, versions, train = sum(memory.resting.values()), package_versions(), config.train
     micro = train.micro_batch_size or train.global_batch_size // world.size
     return {

@@ -44,13 +44,15 @@ class Memory:
         return max(self.moments, key=lambda moment: moment.total)
 
 
-def predict(config: RunConfig, world: int, compiled_loss: bool = True) -> Memory:
-    """The memory of `config` on each of `world` ranks; raises UserError where `resolve` does."""
+def predict(config: RunConfig, world: int, compiled_loss: bool = True, device: str = "cuda") -> Memory:
+    """The memory of `config` on each of `world` ranks; device: `cuda` or `cpu`.  Raises UserError where `resolve`
+    does.  Compiled blocks keep less than is counted here."""
     ds_config = resolve(config, world)
     vit = encoder_shape(config.foresight, config.model)
     work = Pass(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute, compiled_loss,
+        config.train.cross_entropy == "chunked", device,
     )  # fmt: skip
     states = States.of(work, ds_config, world)
     resting: Parts = {**states.resting(), "teacher": teacher_bytes(config, vit)}
@@ -111,13 +113,15 @@ def _target(config: RunConfig, work: Pass, vit: ViT | None) -> float:
 def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit: ViT | None) -> Iterator[Moment]:
     base = {**resting, "target": _target(config, work, vit), "carried gradients": states.carried()}
     kept: Parts = {"blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered()}
-    cached = work.block_weights() * sum(work.recomputed(i) for i in range(work.model.depth))
+    forgotten = work.feed_forward_weights() if work.recompute.policy == "mlp" else work.block_weights()
+    cached = forgotten * sum(work.recomputed(i) for i in range(work.model.depth))
     heads = {"heads": work.heads(), "heads' outputs": work.projected()} if config.foresight.active else {}
-    logits = work.logits
+    kept |= {"next-token loss": work.chunked_gradients()} if work.chunked else {}
+    logits = 0 if work.chunked else work.logits
     yield Moment("teacher", {**base, "teacher's pass": _teacher_pass(config, work, states, vit)})
     fetched = {"fetched parameters": states.fetched()}  # the output layer is the last to be used, or the last head
     before: Parts = {**base, **kept, "weights cast for blocks": cached}
-    yield Moment("output layer", {**before, **fetched})
+    yield Moment("output layer", {**before, **fetched, "logits": work.chunk_at_work() if work.chunked else 0.0})
     own = work.head_logits * (1 + work.heads_again) if work.mtp else 0  # the last head's, beside what it keeps
     yield Moment("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits + own})
     if heads:
@@ -129,7 +133,8 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
     if work.mtp:
         aligned["unembedding's gradient"] = unembedding_gradient(work)
     gradients = {"gradients": base["gradients"] + states.gradients(done)}
-    yield Moment("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits})
+    scaled = work.chunked_gradients() if work.chunked else 0.0  # times what the loss receives
+    yield Moment("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits + scaled})
     yield from _backward(work, states, base, aligned, done)
     ended = {**base, "carried gradients": 0.0}
     yield Moment("last reduction", {**ended, "gradients": base["gradients"] + states.at_the_end()})
@@ -181,7 +186,7 @@ def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: flo
     """The output layer, then the blocks from the last to the first, then the embeddings."""
     m, c = work.model, work.compute
     state = float(work.rows * m.width * work.residual)
-    output = work.logits * (1.0 if not work.low else 1.5)  # the fp32 gradient and its bf16 copy
+    output = 0.0 if work.chunked else work.logits * (1.0 if not work.low else 1.5)  # fp32 gradient and bf16 copy
     yield Moment("output layer backward", {
         **base, "blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered(), **aligned,
         "logits": output, "at work": _weight_gradient(work, work.output_parameters) + state,
@@ -190,7 +195,7 @@ def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: flo
     done += work.output_parameters
     for index in reversed(range(m.depth)):
         again = work.recomputed(index)
-        held = work.blocks(index + 1) + (work.block() + work.block_weights() if again else 0)
+        held = work.blocks(index + 1) + work.again(index)
         if again and not states.bf16:
             held -= work.rows * m.width * work.residual  # its input is in both, and there once
         hidden = work.rows * m.ffn_hidden * c
