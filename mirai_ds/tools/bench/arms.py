@@ -7,10 +7,12 @@ a line, the worker answers with a line of JSON.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,7 +41,7 @@ class Arm:
 class Workers:
     """The processes of one arm."""
 
-    def __init__(self, arm: Arm, count_memory: bool = False) -> None:
+    def __init__(self, arm: Arm) -> None:
         from mirai_ds.runtime.launch import free_port
 
         self.arm, port = arm, free_port()
@@ -52,7 +54,7 @@ class Workers:
             )  # fmt: skip
             if not arm.gpus:
                 environment["DS_ACCELERATOR"] = "cpu"
-            job = json.dumps({**vars(arm), "count_memory": count_memory})
+            job = json.dumps(vars(arm))
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", MODULE, job],
@@ -231,17 +233,51 @@ def _parts(what: _Trainer | _Plain) -> dict[str, Any]:
     return {"parts": watch.seconds}
 
 
-def _resident() -> dict[str, int]:
-    """Bytes of this process now and at most since it began or `clear_refs`."""
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2 (2.33 and later)."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def allocated_by_malloc() -> int:
+    """Bytes that this process has asked glibc for and not given back."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    found = ask()
+    return int(found.uordblks + found.hblkhd)
+
+
+def _resident_peak() -> int:
+    """Bytes of this process at most since it began."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
-def _memory(what: _Trainer | _Plain, counter: Any) -> dict[str, Any]:
-    """Peak of live tensors within a step, and the process's resident peak."""
-    resting = counter.restart() if counter is not None else 0
+def _memory(what: _Trainer | _Plain, empty: int) -> dict[str, int]:
+    """Bytes beyond `empty`, what the process held before anything was built: before a step, and at most within it.  On
+    a GPU the caching allocator's; on a CPU malloc's, looked at every two milliseconds, so that compiled code counts."""
+    if what.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(what.device)
+        resting = torch.cuda.memory_allocated(what.device)
+        what.step()
+        return {"peak": torch.cuda.max_memory_allocated(what.device), "resting": resting, "resident": 0}
+    resting = highest = allocated_by_malloc()
+    done = threading.Event()
+
+    def look() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, allocated_by_malloc())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
     what.step()
-    return {"tensors": counter.peak if counter is not None else 0, "resting": resting, **_resident()}
+    done.set()
+    thread.join()
+    return {"peak": highest - empty, "resting": resting - empty, "resident": _resident_peak()}
 
 
 def serve(job: dict[str, Any]) -> None:
@@ -252,7 +288,6 @@ def serve(job: dict[str, Any]) -> None:
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runtime.distributed import local_device, read_world
     from mirai_ds.tools.bench.sessions import on_random_data, random_session
-    from mirai_ds.tools.looking.measured import counter_of
 
     world = read_world()
     assert world is not None
@@ -261,7 +296,7 @@ def serve(job: dict[str, Any]) -> None:
     start_process_group(world, 10)
     config = load(job["recipe"], job["overrides"])
     with ExitStack() as stack:
-        counter = stack.enter_context(counter_of(device)) if job["count_memory"] else None
+        empty = allocated_by_malloc() if device.type == "cpu" else 0
         if job["plain"]:
             import tempfile
 
@@ -271,7 +306,7 @@ def serve(job: dict[str, Any]) -> None:
             what = _Trainer(stack.enter_context(random_session(config, world, device, MAX_STEPS)))
         commands: dict[str, Callable[[], dict[str, Any]]] = {
             "step": lambda: _timed(what.step, device), "parts": lambda: _parts(what),
-            "memory": lambda: _memory(what, counter),
+            "memory": lambda: _memory(what, empty),
         }  # fmt: skip
         for line in sys.stdin:
             print(json.dumps(commands[line.strip()]()), flush=True)

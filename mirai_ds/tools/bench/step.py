@@ -9,8 +9,8 @@ copies for the average and the teacher, an fp32 teacher), in these comparisons:
   switches   mirai_ds with one thing changed at a time: compiled or not, chunked loss or not, recompute policies, stages
 
 The two sides of a comparison are processes that take turns step by step; what counts is the median of the ratios of
-neighbouring steps.  Then each tells where its time goes (`parts`, with waits in between: a little slower) and, started
-anew and alone, its memory: on a GPU the allocator's peak; on a CPU the peak of live tensors, and of resident memory.
+neighbouring steps.  Then each tells where its time goes (`parts`, with waits in between: a little slower) and its peak
+memory within a step, states included: on a GPU the caching allocator's, on a CPU what malloc has handed out.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mirai_ds.tools.bench.arms import Arm, Workers
 
 RESULTS = Path("docs/step-results.csv")
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
-          "batch", "ranks", "threads", "variant", "rounds", "median_s", "times_as_fast", "memory_gb", "resident_gb",
-          "memory_ratio", "mfu", "last_loss", "parts")  # fmt: skip
+          "batch", "ranks", "threads", "variant", "rounds", "median_s", "times_as_fast", "memory_gb",
+          "memory_ratio", "states_gb", "resident_gb", "mfu", "last_loss", "parts")  # fmt: skip
 METHODS = {"none": "llamagen-{}", "E": "mirai-e-{}", "I": "mirai-i-{}"}
 COMPARISONS = ("plain", "overhead", "ranks", "switches")
 WARM_UP = 3  # steps: compilation, AdamW's moments, the allocator
@@ -107,22 +107,12 @@ def take_turns(arms: list[Arm], rounds: int) -> list[dict[str, Any]]:
                 found[i]["loss"] = statistics.mean(a["loss"] for a in answers)
         for i, worker in enumerate(workers):
             found[i]["parts"] = worker.ask("parts")[0]["parts"]
+            answers = worker.ask("memory")
+            found[i]["memory"] = {name: max(a[name] for a in answers) for name in answers[0]}
     finally:
         for worker in workers:
             worker.close()
     return found
-
-
-def memory_of(what: Arm) -> dict[str, int]:
-    """Peak bytes within a step of the rank that needs most, of processes of their own."""
-    worker = Workers(what, count_memory=True)
-    try:
-        for _ in range(WARM_UP - 1):
-            worker.ask("step")
-        answers = worker.ask("memory")
-    finally:
-        worker.close()
-    return {name: max(a[name] for a in answers) for name in ("tensors", "peak")}
 
 
 def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
@@ -130,9 +120,9 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
     about = {**where(args), "command": command, "model": args.size, "batch": str(args.batch)}
     for comparison, method, arms in comparisons(args):
         times = take_turns(arms, args.rounds)
-        memory = [memory_of(a) for a in arms] if args.memory else [{} for _ in arms]
         rows = []
-        for a, found, held in zip(arms, times, memory, strict=True):
+        for a, found in zip(arms, times, strict=True):
+            held = found["memory"]
             ratios = [first / own for first, own in zip(times[0]["seconds"], found["seconds"], strict=True)]
             median = statistics.median(found["seconds"])
             precision = next(o for o in reversed(a.overrides) if o.startswith("train.precision=")).partition("=")[2]
@@ -140,9 +130,10 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
                 "comparison": comparison, "method": method, "precision": precision, "ranks": str(a.ranks),
                 "threads": str(a.threads), "variant": a.name, "rounds": str(args.rounds), "median_s": f"{median:.4g}",
                 "times_as_fast": f"{statistics.median(ratios):.3f}",
-                "memory_gb": f"{held['tensors'] / 1e9:.2f}" if held else "",
-                "resident_gb": f"{held['peak'] / 1e9:.2f}" if held and not args.gpus else "",
-                "memory_ratio": f"{held['tensors'] / memory[0]['tensors']:.3f}" if held else "",
+                "memory_gb": f"{held['peak'] / 1e9:.2f}",
+                "memory_ratio": f"{held['peak'] / times[0]['memory']['peak']:.3f}",
+                "states_gb": f"{held['resting'] / 1e9:.2f}",
+                "resident_gb": "" if args.gpus else f"{held['resident'] / 1e9:.2f}",
                 "mfu": utilisation(a, args, median) if args.gpus else "", "last_loss": f"{found['loss']:.5f}",
                 "parts": json.dumps({n: round(s, 4) for n, s in sorted(found["parts"].items())}),
             })  # fmt: skip
@@ -180,8 +171,9 @@ def utilisation(a: Arm, args: argparse.Namespace, seconds: float) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = ["| device | comparison | model, method, batch, ranks | variant, precision | s a step | times as fast | memory "
-             "GB | of the first's | MFU |", "|---|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    head = ("device", "comparison", "model, method, batch, ranks", "variant, precision", "s a step", "times as fast",
+            "peak GB", "of the first's", "MFU")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---:|---:|---:|---:|---:|"]
     for r in rows:
         what = f"{r['model']}, {r['method']}, {r['batch']}, {r['ranks']}"
         cells = (f"{r['device']}, torch {r['torch']}, {r['date']}", r["comparison"], what,
@@ -220,7 +212,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a CPU, for all ranks")
     parser.add_argument("--switches", type=lambda text: text.split(","), help="some of them, by name")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave memory out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON, not as a table")
     parser.add_argument("--table", action="store_true", help="print the rows of --out instead")

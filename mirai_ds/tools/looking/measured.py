@@ -14,7 +14,6 @@ import gc
 import json
 import sys
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +90,10 @@ def measure_step(config: RunConfig, world: World, device: torch.device) -> Measu
     The configuration's data is replaced; a frozen teacher, and an encoder without a weights file, get random weights.
     One engine a call; it is destroyed.
     """
-    with counter_of(device) as counter:
+    if device.type == "cuda":
+        return _work(config, world, device, _AllocatorOfGpu(device))
+    with LiveStorages() as counter:
         return _work(config, world, device, counter)
-
-
-def counter_of(device: torch.device) -> AbstractContextManager[LiveStorages | _AllocatorOfGpu]:
-    """What counts bytes there while it is entered."""
-    return nullcontext(_AllocatorOfGpu(device)) if device.type == "cuda" else LiveStorages()
 
 
 class _AllocatorOfGpu:
