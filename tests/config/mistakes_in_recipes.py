@@ -334,6 +334,19 @@ CROSS_FIELD = {
         "16 does not divide",
         "leave one of them out",
     ),
+    "budget-without-compiler": recipe(
+        "train: {recompute: {policy: budget}}", "train.recompute.policy = 'budget'", "set train.compile: blocks"
+    ),
+    "deepspeed-recomputes-blocks": recipe(
+        "train: {recompute: {policy: mlp, implementation: deepspeed}}",
+        "train.recompute.implementation = 'deepspeed'",
+        "leave it at torch",
+    ),
+    "recompute-budget": recipe(
+        "train: {compile: blocks, recompute: {policy: budget, budget: 1.5}}", "train.recompute.budget = 1.5"
+    ),
+    "compile": recipe("train: {compile: true}", "train.compile = true", "use one of: blocks, none"),
+    "cross-entropy": recipe("train: {cross_entropy: chunks}", "train.cross_entropy = 'chunks'", "'chunked'?"),
     "recompute-partition": recipe(
         "train: {recompute: {partition_activations: true}}",
         "train.recompute.partition_activations = true",

@@ -40,7 +40,7 @@ def test_the_baseline_trains_the_same_thing() -> None:
     assert np.ptp(plain["losses"]) > 0.3
     assert np.abs(np.subtract(ours["losses"], plain["losses"])).max() <= 1e-5
     for found in (ours, plain):
-        assert PARTS <= set(found["parts"])
+        assert set(found["parts"]) >= PARTS
         assert all(seconds > 0 for seconds in found["parts"].values())
         # A step holds more than lies between steps, which are at least weights, two moments and an average in fp32.
         assert found["peak"] > found["resting"] > 4 * 4 * 1_000_000
