@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench-kernels bench-data \
+.PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench bench-kernels bench-data \
 	bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
@@ -54,6 +54,9 @@ kernels-cuda: $(STAMP) ## compile the CUDA kernels, no GPU needed; show register
 	@if command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc"; then $(BIN)/python -m mirai_ds.kernels.registers; \
 		else echo "kernels-cuda: SKIPPED, no nvcc here"; fi
 
+bench: $(STAMP) ## the training step against a plain baseline: time, parts, memory (`mirai-ds bench` lists others)
+	$(BIN)/mirai-ds bench step
+
 bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
 	$(BIN)/python -m mirai_ds.kernels.bench
 	$(BIN)/python -m mirai_ds.tools.traffic
@@ -90,6 +93,10 @@ gpu-bench: # rows for kernels/results.csv
 	$(PYTHON) -m mirai_ds.tools.bench.safety --ranks 1
 	$(PYTHON) -m mirai_ds.tools.bench.sampling --device cuda
 	$(PYTHON) -m mirai_ds.tools.looking.measured --size GPT-B --ranks 1
+	$(PYTHON) -m mirai_ds.tools.looking.measured --size GPT-XL --ranks 1
+	for size in "B 64" "L 32" "XL 16"; do set -- $$size; \
+		$(PYTHON) -m mirai_ds bench step plain overhead --size GPT-$$1 --batch $$2 --methods none,E,I || exit 1; done
+	$(PYTHON) -m mirai_ds bench step switches --size GPT-XL --batch 16
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
