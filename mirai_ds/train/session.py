@@ -211,7 +211,7 @@ def build_session(
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    ds_config = resolve(config, world.size)
+    ds_config = resolve(config, world.size, cpu=device.type == "cpu")
     dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
     if order.steps_per_epoch == 0:

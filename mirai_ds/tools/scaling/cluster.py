@@ -44,6 +44,11 @@ class Cluster:
         """Ranks."""
         return self.nodes * self.gpus
 
+    @property
+    def known(self) -> bool:
+        """Whether its links' speed is."""
+        return self.device.link > 0
+
     def bandwidth(self, span: str = "all") -> float:
         """Bytes/s that a rank sends in a ring: the link within a node; across nodes no faster than all ports of the
         node together, through which NCCL's rings, one a port, carry each byte once; between peers one port."""

@@ -23,7 +23,7 @@ def sent_rows(cluster: Cluster, found: Sequence[Collective]) -> list[dict[str, A
         {
             "name": c.name, "sent_bytes": c.sent, "link_bytes": cluster.over_links(c),
             "network_bytes_a_node": cluster.over_network(c), "calls": c.calls, "ranks": c.ranks,
-            "seconds": cluster.seconds(c), "hides_behind": c.hides,
+            "seconds": cluster.seconds(c) if cluster.known else None, "hides_behind": c.hides,
         }
         for c in found
     ]  # fmt: skip
@@ -97,7 +97,7 @@ def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
     for row in rows:
         table.add_row(
             row["name"], f"{row['calls']:.0f}", f"{row['link_bytes'] / 1e6:,.0f}",
-            f"{row['network_bytes_a_node'] / 1e6:,.0f}", f"{row['seconds'] * 1e3:.2f}", row["hides_behind"],
+            f"{row['network_bytes_a_node'] / 1e6:,.0f}", "-" if row["seconds"] is None else f"{row['seconds'] * 1e3:.2f}", row["hides_behind"],
         )  # fmt: skip
     for column in table.columns[1:5]:
         column.justify = "right"
