@@ -120,8 +120,9 @@ class Plan:
         )
 
 
-def make_plan(request: Request) -> Plan:
-    """Raises UserError for an unknown device or recipe and whatever the configuration refuses."""
+def make_plan(request: Request, other_choices: bool = True) -> Plan:
+    """Raises UserError for an unknown device or recipe and whatever the configuration refuses.  other_choices: find
+    what fits on every stage too."""
     device = find_device(request.device)
     if not 0 < request.mfu <= 1:
         raise UserError(f"--mfu {request.mfu:g}: must be in (0, 1], e.g. 0.45")
@@ -156,7 +157,7 @@ def make_plan(request: Request) -> Plan:
     per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
     steps = total_steps(config.train, per_epoch)
     warmup = (config.foresight.warmup_epochs or 0.0) * per_epoch if config.foresight.active else 0.0
-    choices = _choices(request, config, device)
+    choices = _choices(request, config, device) if other_choices else []
     return Plan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
         sent_rows(cluster, found), times, min(1.0, warmup / steps), steps, per_epoch,
