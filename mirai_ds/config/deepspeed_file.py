@@ -181,8 +181,8 @@ def resolve(config: RunConfig, world_size: int, cpu: bool = False) -> dict[str, 
 
 
 # Bytes that a link moves while one all-reduce is under way without moving any: latency x bandwidth.  One node of eight
-# A100: 14 hops of a ring at 3.4 us and 8.4 us to start, at 240 GB/s.  16 nodes: a tree, 2 x (7 x 3.4 + 4 x 14) + 8.4 us,
-# at the node's 160 GB/s.
+# A100: 14 hops of a ring at 3.4 us and 8.4 us to start, at 240 GB/s.  16 nodes: a tree, 2 x (7 x 3.4 + 4 x 14) us and
+# 8.4, at the node's 160 GB/s.
 _IDLE_BYTES = {1: 13.4e6, 2: 27e6}
 _GPUS_A_NODE = 8
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 5_000_000, 50_000_000  # elements

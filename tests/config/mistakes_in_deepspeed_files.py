@@ -174,9 +174,17 @@ TEXT = {
 PLACES = {
     "unknown-name": (
         "zero4",
-        ("deepspeed = 'zero4'", "no such file", "cpu, gpu1-24g, gpu1-80g", "nodes-zeropp, zero0, zero1, zero2, zero2-offload"),
+        (
+            "deepspeed = 'zero4'",
+            "no such file",
+            "cpu, gpu1-24g, gpu1-80g",
+            "nodes-zeropp, zero0, zero1, zero2, zero2-offload",
+        ),
     ),
-    "no-file": ("conf/x.json", ("deepspeed = 'conf/x.json'", "no such file", "give a .json file or one of: a100x8, cpu")),
+    "no-file": (
+        "conf/x.json",
+        ("deepspeed = 'conf/x.json'", "no such file", "give a .json file or one of: a100x8, cpu"),
+    ),
     "not-packaged": ("other/ds_configs/zero2.json", ("deepspeed = 'other/ds_configs/zero2.json'", "no such file")),
     "folder": ("folder.json", ("deepspeed = 'folder.json'", "no such file")),
 }

@@ -21,11 +21,12 @@ STAGES = {
     "nodes-zero3": 3, "nodes-zeropp": 3, "zero0": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3,
     "zero3-offload": 3,
 }  # fmt: skip
-# Where each is meant to run: (ranks, ...), for the paper's batch of 256.
+# Where each is meant to run: ranks, for the paper's batch of 256.
+NODES = (16, 32, 64, 128)
 MACHINES = {
-    "a100x8": (8,), "cpu": (1, 2), "gpu1-24g": (1,), "gpu1-80g": (1,), "gpu1-h200": (1,), "nodes-zero1": (16, 32, 64, 128),
-    "nodes-zero2": (16, 32, 64, 128), "nodes-zero3": (16, 32, 64, 128), "nodes-zeropp": (16, 32, 64, 128), "zero0": (2, 8),
-    "zero1": (2, 8), "zero2": (2, 8, 16), "zero2-offload": (1, 8), "zero3": (2, 8), "zero3-offload": (1, 8),
+    "a100x8": (8,), "cpu": (1, 2), "gpu1-24g": (1,), "gpu1-80g": (1,), "gpu1-h200": (1,), "nodes-zero1": NODES,
+    "nodes-zero2": NODES, "nodes-zero3": NODES, "nodes-zeropp": NODES, "zero0": (2, 8), "zero1": (2, 8),
+    "zero2": (2, 8, 16), "zero2-offload": (1, 8), "zero3": (2, 8), "zero3-offload": (1, 8),
 }  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "bf16-autocast")
 

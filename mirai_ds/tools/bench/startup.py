@@ -76,7 +76,7 @@ def command(arguments: list[str]) -> None:
         stamp("command")
         return start(MODULE, ["--rank", *passed], *args)
 
-    launch.launch = stamped_launch
+    launch.launch = stamped_launch  # type: ignore[assignment]
     from mirai_ds.cli import main as cli
 
     cli(["train", *arguments])

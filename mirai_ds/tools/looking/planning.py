@@ -148,8 +148,11 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     found = collectives(states, teacher)
     times = scaling = same = None
     if device.peak(work.precision):
-        factors = (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
-        times = tuple(step_time(cluster, found, seconds(request.mfu * f, 1.0, states.accumulation)) for f in factors)
+        fast, slow, likely = (
+            step_time(cluster, found, seconds(request.mfu * factor, 1.0, states.accumulation))
+            for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
+        )
+        times = fast, slow, likely
         scaling, same = (
             scaling_rows(cluster, states, teacher, partial(seconds, request.mfu), batch, grows)
             for grows in (True, False)

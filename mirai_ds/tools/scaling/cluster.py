@@ -11,7 +11,6 @@ from mirai_ds.tools.looking.devices import LINK_EFFICIENCY, Device
 from mirai_ds.tools.scaling.collectives import Collective
 
 
-
 class Protocol(NamedTuple):
     """What a call of NCCL costs beside its bytes, in seconds: its start, and a hop over NVLink and over a network, of a
     ring and of a tree; share: of the wire that carries data."""

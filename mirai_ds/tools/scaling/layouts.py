@@ -1,4 +1,5 @@
-"""The tables of docs/layouts.md, as `mirai-ds plan` predicts them: `python -m mirai_ds.tools.scaling.layouts --write`."""
+"""The tables of docs/layouts.md, as `mirai-ds plan` predicts them:
+`python -m mirai_ds.tools.scaling.layouts --write`."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ class Machine(NamedTuple):
     why: str
 
 
+NODES = "exact sums, sent once, behind the backward pass"
 MACHINES = (
     Machine("CPU box, 2 ranks, 24 GiB", 1, 2, "cpu:24", "cpu", ("digits-mirai-e",), "no streams: nothing overlaps"),
     Machine("1 x 24 GB", 1, 1, "rtx4090", "gpu1-24g", MIRAI_E[:2], "small bucket: memory is for activations"),
@@ -37,10 +39,7 @@ MACHINES = (
     Machine("1 x 80 GB", 1, 1, "a100-80g", "gpu1-80g", MIRAI_E, "all sizes without recomputation"),
     Machine("1 x H200", 1, 1, "h200-141g", "gpu1-h200", MIRAI_E, "larger micro-batches, fewer copies"),
     Machine("8 x A100-80GB", 1, 8, "a100-80g", "a100x8", MIRAI_E, "the paper's machine; one micro-batch a step"),
-    *(
-        Machine(f"{n} x 8 A100-80GB", n, 8, "a100-80g", "nodes-zero1", MIRAI_E, "exact sums, sent once, behind the backward pass")
-        for n in (2, 4, 8, 16)
-    ),
+    *(Machine(f"{n} x 8 A100-80GB", n, 8, "a100-80g", "nodes-zero1", MIRAI_E, NODES) for n in (2, 4, 8, 16)),
 )
 # On eight nodes, a fast and a slow network (bytes/s a GPU, one way), and the precision each file is for.
 FILES = (("nodes-zero1", "bf16-autocast"), ("nodes-zero1", "bf16"), ("nodes-zero2", "bf16"), ("zero3", "bf16"),
@@ -64,7 +63,8 @@ def best(machine: Machine, recipe: str) -> Plan:
 def machines_table() -> list[str]:
     """A line a machine and recipe."""
     lines = [
-        "| machine | file | recipe | micro batch x accumulation, recompute | GiB of | step, s | images/s | efficiency | why |",
+        "| machine | file | recipe | micro batch x accumulation, recompute | GiB of | step, s | images/s | efficiency "
+        "| why |",
         "|---|---|---|---|---:|---:|---:|---:|---|",
     ]
     for machine in MACHINES:
@@ -77,8 +77,8 @@ def machines_table() -> list[str]:
                 time = f"{step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
             lines.append(
                 f"| {machine.name} | `{machine.file}` | `{recipe}` | {found.work.micro} x {found.states.accumulation}, "
-                f"{found.config.train.recompute.policy} | {found.needed / GIB:.1f} of {found.device.memory:g} | {time} | "
-                f"{machine.why} |"
+                f"{found.config.train.recompute.policy} | {found.needed / GIB:.1f} of {found.device.memory:g} | "
+                f"{time} | {machine.why} |"
             )
     return lines
 
@@ -86,8 +86,8 @@ def machines_table() -> list[str]:
 def files_table() -> list[str]:
     """GPT-XL on eight nodes under each file, on a fast and on a slow network; 32 images a GPU."""
     lines = [
-        "| network | file | precision | MB in the node, a rank | MB over the network, a node | communication, ms | not hidden, ms "
-        "| efficiency | at 512 GPUs |",
+        "| network | file | precision | MB in the node, a rank | MB over the network, a node | communication, ms "
+        "| not hidden, ms | efficiency | at 512 GPUs |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     known = devices.DEVICES["a100-80g"]
@@ -98,11 +98,12 @@ def files_table() -> list[str]:
                 overrides = (f"train.precision={precision}", "train.global_batch_size=2048")
                 found = make_plan(Request("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
                 here, far = (next(r for r in found.scaling if r["gpus"] == count) for count in (64, 512))
-                near = sum(row["link_bytes"] for row in found.sent)
+                near, far_off = sum(row["link_bytes"] for row in found.sent), here["network_bytes_a_node"]
+                left = here["communication_s"] - here["hidden_s"]
                 lines.append(
-                    f"| {label} | `{file}` | {precision} | {near / 1e6:,.0f} | {here['network_bytes_a_node'] / 1e6:,.0f} | "
-                    f"{here['communication_s'] * 1e3:.0f} | {(here['communication_s'] - here['hidden_s']) * 1e3:.0f} | "
-                    f"{here['efficiency']:.1%} | {far['efficiency']:.1%} |"
+                    f"| {label} | `{file}` | {precision} | {near / 1e6:,.0f} | {far_off / 1e6:,.0f} | "
+                    f"{here['communication_s'] * 1e3:.0f} | {left * 1e3:.0f} | {here['efficiency']:.1%} | "
+                    f"{far['efficiency']:.1%} |"
                 )
     finally:
         devices.DEVICES["a100-80g"] = known

@@ -33,7 +33,8 @@ def scaling_rows(
     cluster: Cluster, states: States, teacher: float, compute: Callable[[float, int], Compute], batch: int, grows: bool
 ) -> list[Row]:
     """More ranks of the same nodes.  grows: every rank keeps its images and the global batch grows; else the global
-    batch stays, and each rank's share of a micro-batch shrinks.  compute: of a share of a rank's images, and micro-batches."""
+    batch stays, and each rank's share of a micro-batch shrinks.  compute: of a share of a rank's images, in
+    so many micro-batches."""
     own = batch / cluster.world
     counts = {cluster.world, *SCALES} if grows else {cluster.world, *(8 * n for n in (1, 2, 4, 8, 16))}
     rows = []
@@ -69,8 +70,8 @@ def assumptions(cluster: Cluster, mfu: float) -> list[str]:
         f"matrix products run at MFU {mfu:g} whatever a rank's batch; a step without communication has efficiency 1",
         f"links: {d.link / 1e9:g} GB/s within a node, {d.network / 1e9:g} GB/s a GPU between nodes, one way, at "
         f"{LINK_EFFICIENCY:.0%} (the network is an assumption); nodes are not slowed by others' traffic",
-        "NCCL's rings go over all GPUs of a node before they leave it, one ring a port: a byte crosses the network once "
-        "a node and pass",
+        "NCCL's rings go over all GPUs of a node before they leave it, one ring a port: a byte crosses the network "
+        "once a node and pass",
         f"latencies are NCCL's own: {_latencies()}, {PCIE_HOP * 1e6:g} us a hop over PCIe; each call takes the faster, "
         "an all-reduce a tree where that is faster than a ring",
         "gradients hide behind the backward pass (stages 1 to 3 with overlap_comm; not on stage 0, nor on stage 1 in "
@@ -83,7 +84,8 @@ def assumptions(cluster: Cluster, mfu: float) -> list[str]:
 
 def _latencies() -> str:
     return "; ".join(
-        f"{name} {p.start * 1e6:g} us a call, {p.ring[0] * 1e6:g} a hop over NVLink, {p.ring[1] * 1e6:g} over the network"
+        f"{name} {p.start * 1e6:g} us a call, {p.ring[0] * 1e6:g} a hop over NVLink, "
+        f"{p.ring[1] * 1e6:g} over the network"
         for name, p in PROTOCOLS.items()
     )
 
@@ -92,13 +94,13 @@ def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
     """`sent_rows` for people."""
     from rich.table import Table
 
-    table = Table("a step sends", "calls", "MB a rank, in its node", "MB a node, over the network", "ms", "hides behind",
-                  box=None)  # fmt: skip
+    table = Table(
+        "a step sends", "calls", "MB a rank, in its node", "MB a node, over the network", "ms", "hides behind", box=None
+    )
     for row in rows:
-        table.add_row(
-            row["name"], f"{row['calls']:.0f}", f"{row['link_bytes'] / 1e6:,.0f}",
-            f"{row['network_bytes_a_node'] / 1e6:,.0f}", "-" if row["seconds"] is None else f"{row['seconds'] * 1e3:.2f}", row["hides_behind"],
-        )  # fmt: skip
+        seconds = "-" if row["seconds"] is None else f"{row['seconds'] * 1e3:.2f}"
+        near, far = row["link_bytes"] / 1e6, row["network_bytes_a_node"] / 1e6
+        table.add_row(row["name"], f"{row['calls']:.0f}", f"{near:,.0f}", f"{far:,.0f}", seconds, row["hides_behind"])
     for column in table.columns[1:5]:
         column.justify = "right"
     return table
@@ -111,9 +113,9 @@ def scaling_table(rows: Sequence[Row], title: str) -> RenderableType:
     table = Table("GPUs", "nodes", "global batch", "compute", "communication", "of it hidden", "step", "efficiency",
                   "if all / nothing hid", "images/s", box=None, title=title, title_justify="left")  # fmt: skip
     for row in rows:
+        times = [f"{row[key] * 1e3:.1f} ms" for key in ("compute_s", "communication_s", "hidden_s", "step_s")]
         table.add_row(
-            f"{row['gpus']:.0f}", f"{row['nodes']:.0f}", f"{row['global_batch']:.0f}", f"{row['compute_s'] * 1e3:.1f} ms",
-            f"{row['communication_s'] * 1e3:.1f} ms", f"{row['hidden_s'] * 1e3:.1f} ms", f"{row['step_s'] * 1e3:.1f} ms",
+            f"{row['gpus']:.0f}", f"{row['nodes']:.0f}", f"{row['global_batch']:.0f}", *times,
             f"{row['efficiency']:.1%}", f"{row['efficiency_high']:.0%} / {row['efficiency_low']:.0%}",
             f"{row['images_per_s']:,.0f}",
         )  # fmt: skip

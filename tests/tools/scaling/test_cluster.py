@@ -109,7 +109,7 @@ def test_published_scaling_is_in_reach(file: str, lowest: float) -> None:
     assert lowest <= efficiency[16] / efficiency[1] <= 1.0
 
 
-def test_scaling_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_rows() -> None:
     """With the batch growing, computation stays; with the same batch, it is shared out; both lose efficiency."""
     found = plan("a100x8", 1)
     grown, same = found.scaling, found.same_batch
@@ -132,7 +132,13 @@ def test_scaling_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_assumptions_are_printed_and_in_json() -> None:
     command = ["plan", "mirai-e-b", "--nodes", "2", "--gpus", "8", "--device", "a100-80g", "--deepspeed", "nodes-zero1"]
     text = CliRunner().invoke(main, command).output
-    for words in ("hides behind", "over the network", "assumed: latencies are NCCL's own", "the global batch stays", "512"):
+    for words in (
+        "hides behind",
+        "over the network",
+        "assumed: latencies are NCCL's own",
+        "the global batch stays",
+        "512",
+    ):
         assert words in text
     record = json.loads(CliRunner().invoke(main, [*command, "--json"]).output)
     assert record["assumptions"]
