@@ -29,7 +29,7 @@ Row = dict[str, str]
 # A recipe that needs no data beside the package, and the same at the size of GPT-B (8 images a step).
 CASES: dict[str, tuple[str, ...]] = {
     "digits-mirai-e": (),
-    "GPT-B sized": ("model.size=GPT-B", "train.global_batch_size=8", "train.micro_batch_size=null"),
+    "GPT-B sized": ("model.dim=768", "model.n_layer=12", "model.n_head=12", "train.global_batch_size=8"),
 }
 _DIGITS = ("foresight.warmup_epochs=0", "train.max_steps=1", "score.enabled=false")
 # Stamp -> what was done before it.
