@@ -82,7 +82,7 @@ def train(
     config = load(recipe, overrides, deepspeed)
     gpus = visible_gpus()
     count = ranks or gpus or config.launch.cpu_ranks
-    resolve(config, count)  # mistakes are cheaper to hear of before ranks start
+    resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
     run = run_dir or Path(config.output_dir) / config.name
     check_run_folder(run, resume, fresh)
     code = launch("mirai_ds.train", passed, count, gpus, run / STOP_FILE)

@@ -5,6 +5,7 @@ DeepSpeed itself crashes on "auto" and trusts the rest, so what reaches `deepspe
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from mirai_ds.config.deepspeed_schema import ELSEWHERE, EXCLUDED, OFFLOAD, SECTION, SECTIONS, Keys, is_a
 from mirai_ds.config.errors import ConfigError, UserError, nearest, shown
 from mirai_ds.config.run_config import RunConfig
-from mirai_ds.config.sizes import heads_parameters, parameter_count
+from mirai_ds.config.sizes import block_parameters, heads_parameters, parameter_count
 from mirai_ds.config.yaml_text import number_in
 
 
@@ -137,10 +138,25 @@ class _Filler:
         here[last] = value
 
 
-def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of `config` on `world_size` ranks; raises `UserError` on contradictions."""
+# What exists on some stages only, and the lowest.
+NEEDS_STAGE = {
+    "offload_optimizer": 1,
+    "offload_param": 3,
+    "zero_hpz_partition_size": 3,
+    "zero_quantized_weights": 3,
+    "zero_quantized_gradients": 3,
+}
+
+
+def resolve(config: RunConfig, world_size: int, cpu: bool = False) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of `config` on `world_size` ranks; raises `UserError` on contradictions.
+
+    cpu: the ranks have no GPU: what DeepSpeed does on GPUs alone is refused.
+    """
     data = deepcopy(read(config.deepspeed))
     check_keys(data)
+    if cpu:
+        _refuse_on_cpu(data)
     fill = _Filler(data)
     micro, steps = batch_arithmetic(config, world_size)
     train, clip = config.train, float(config.optimizer.grad_clip)
@@ -153,7 +169,7 @@ def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
     for name in ("partition_activations", "cpu_checkpointing"):
         value = getattr(train.recompute, name)
         fill.put(f"activation_checkpointing.{name}", value, f"train.recompute.{name} = {shown(value)}")
-    _fill_buckets(config, data["zero_optimization"])
+    _fill_buckets(config, data["zero_optimization"], world_size)
     # True (DeepSpeed's default on stage 3) replaces torch.nn.functional.linear in the whole process, for good: other
     # engines, evaluation and torch.compile get another kernel with other rounding.
     data["zero_optimization"].setdefault("memory_efficient_linear", False)
@@ -164,19 +180,56 @@ def resolve(config: RunConfig, world_size: int) -> dict[str, Any]:
     return data
 
 
-def _fill_buckets(config: RunConfig, zero: dict[str, Any]) -> None:
-    """Bucket sizes (elements) that are "auto" or left out: no larger than the model, which is all they can hold.
+# Bytes that a link moves while one all-reduce is under way without moving any: latency x bandwidth.  One node of eight
+# A100: 14 hops of a ring at 3.4 us and 8.4 us to start, at 240 GB/s.  16 nodes: a tree, 2 x (7 x 3.4 + 4 x 14) us and
+# 8.4, at the node's 160 GB/s.
+_IDLE_BYTES = {1: 13.4e6, 2: 27e6}
+_GPUS_A_NODE = 8
+_SMALLEST_BUCKET, _LARGEST_BUCKET = 5_000_000, 50_000_000  # elements
+
+
+def reduce_bucket(parameters: int, world_size: int) -> int:
+    """Elements of a gradient bucket that leave least communication uncovered, never more than there are parameters.
+
+    Behind the backward pass everything hides but the last bucket of b bytes, 2 b / bandwidth, while each of the P / b
+    buckets pays the latency once: the sum is least at b = sqrt(P x idle bytes / 2).  With Mirai-E's heads GPT-B
+    gets 15 million elements on a node and 21 on several, GPT-XL 37 and 50.
+    """
+    idle = _IDLE_BYTES[1 if world_size <= _GPUS_A_NODE else 2]
+    best = int(round(math.sqrt(4.0 * parameters * idle / 2) / 4, -6))  # to a million
+    return min(parameters, max(_SMALLEST_BUCKET, min(_LARGEST_BUCKET, best)))
+
+
+def _fill_buckets(config: RunConfig, zero: dict[str, Any], world_size: int) -> None:
+    """Sizes (elements) that are "auto" or left out: no larger than the model, which is all they can hold.
 
     DeepSpeed's default of 5e8 is a buffer of 1 to 2 GB; even 5e7 for a small model on a CPU cost a fifth of a step in
     page faults.
     """
     width = config.model.width
     model = parameter_count(config.model) + heads_parameters(config.foresight, width, width)
-    for key, most in (("reduce_bucket_size", 50_000_000), ("allgather_bucket_size", 200_000_000)):
+    for key, value in (
+        ("reduce_bucket_size", reduce_bucket(model, world_size)), ("allgather_bucket_size", min(200_000_000, model))
+    ):  # fmt: skip
         if zero.get(key, "auto") == "auto":
-            zero[key] = min(most, model)
-    if zero.get("stage3_prefetch_bucket_size") == "auto":
-        zero["stage3_prefetch_bucket_size"] = min(50_000_000, model)
+            zero[key] = value
+    # Stage 3: two blocks ahead, so that one is there when the one before is done; on the way back what was used less
+    # than two blocks ago is still there.
+    ahead = min(model, 2 * block_parameters(config.model))
+    tables = 2 * config.model.vocab_size * width
+    for key, value in (
+        ("stage3_prefetch_bucket_size", ahead), ("stage3_max_reuse_distance", 2 * ahead),
+        ("stage3_max_live_parameters", min(model, 2 * ahead + tables)),
+    ):  # fmt: skip
+        if zero.get(key) == "auto":
+            zero[key] = value
+
+
+def _refuse_on_cpu(data: dict[str, Any]) -> None:
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if data.get("zero_optimization", {}).get(key) is True:
+            where = f"deepspeed.zero_optimization.{key}"
+            raise ConfigError(where, True, "ZeRO++'s quantization runs on GPUs only; use zero3 on a CPU")
 
 
 def _check_stage(config: RunConfig, data: dict[str, Any], world_size: int) -> None:
@@ -190,12 +243,15 @@ def _check_stage(config: RunConfig, data: dict[str, Any], world_size: int) -> No
             f"{where}.stage", 0, "with train.precision: bf16 DeepSpeed steps the optimizer once before training; "
             "use stage 1 (also on one rank), or train.precision: bf16-autocast or fp32"
         )  # fmt: skip
-    for key, lowest in (("offload_param", 3), ("offload_optimizer", 1)):
-        device = zero.get(key, {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            raise ConfigError(f"{where}.{key}.device", device, "only cpu and none are supported; use cpu")
-        if device == "cpu" and stage < lowest:
-            raise ConfigError(f"{where}.{key}.device", device, f"needs {where}.stage {lowest} or more, not {stage}")
+    for key, lowest in NEEDS_STAGE.items():
+        value, field = zero.get(key), f"{where}.{key}"
+        if key.startswith("offload"):
+            value, field = zero.get(key, {}).get("device", "none"), f"{field}.device"
+            if value not in ("none", "cpu"):
+                raise ConfigError(field, value, "only cpu and none are supported; use cpu")
+        off = value in ("none", None) or value is False or (key == "zero_hpz_partition_size" and value == 1)
+        if stage < lowest and not off:
+            raise ConfigError(field, value, f"needs {where}.stage {lowest} or more, not {stage}")
     group = zero.get("zero_hpz_partition_size", 1)
     if group != "auto" and world_size % min(group, world_size):
         raise ConfigError(f"{where}.zero_hpz_partition_size", group, f"must divide the number of ranks, {world_size}")
@@ -219,6 +275,10 @@ def _fill_precision(config: RunConfig, data: dict[str, Any], fill: _Filler) -> N
         fill.put("data_types.grad_accum_dtype", "fp32", f"fp32, in which {reason} sums gradients")
         if data["bf16"].get("check_grad_overflow") is False:
             raise ConfigError("deepspeed.bf16.check_grad_overflow", False, "applies non-finite gradients; remove it")
+    else:  # gradients are fp32 as they come
+        for section, key in ((data, "communication_data_type"), (data.get("data_types", {}), "grad_accum_dtype")):
+            if section.get(key) == "auto":
+                del section[key]
 
 
 def _refuse_auto(value: Any, where: str) -> None:

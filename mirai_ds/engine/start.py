@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from datetime import timedelta
@@ -42,6 +43,7 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     import torch.distributed as dist
 
     check_version(deepspeed.__version__)
+    leave_muon_uncompiled()
     from deepspeed.utils.logging import logger
 
     logger.setLevel(log_level())
@@ -56,6 +58,18 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )
+
+
+def leave_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon with its functions as they are written.  ZeRO imports it in any case, and compiling them
+    brings in torch's whole compiler: a second of every start, for an optimizer that is never used here."""
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
 
 
 def forget_autocast() -> None:

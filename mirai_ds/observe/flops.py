@@ -19,7 +19,7 @@ def block_linear(model: ModelConfig) -> int:
     return block_parameters(model) - 2 * model.width
 
 
-def forward_flops(model: ModelConfig, slots: int, blocks: int, logits: bool) -> float:
+def forward_flops(model: ModelConfig, slots: int, blocks: float, logits: bool) -> float:
     """One forward pass of one sequence: linear layers, attention scores and values (full, not causal half), logits."""
     flops = blocks * (2.0 * block_linear(model) * slots + 4.0 * slots**2 * model.width)
     return flops + (2.0 * model.vocab_size * model.width * min(slots, model.block_size) if logits else 0.0)
@@ -122,6 +122,6 @@ def paper_parts(model: ModelConfig, foresight: ForesightConfig, feature_dim: int
     return parts
 
 
-def recomputed_flops(model: ModelConfig, blocks: int) -> float:
+def recomputed_flops(model: ModelConfig, blocks: float) -> float:
     """The second forward pass of `blocks` recomputed blocks, per image: work that model FLOPs leave out."""
     return forward_flops(model, student_slots(model), blocks, logits=False)

@@ -214,7 +214,7 @@ def build_session(
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    ds_config = resolve(config, world.size)
+    ds_config = resolve(config, world.size, cpu=device.type == "cpu")
     dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
     if order.steps_per_epoch == 0:

@@ -102,6 +102,15 @@ CONTRADICTIONS = {
         ("zero_hpz_partition_size = 3", "must divide the number of ranks, 4"),
         world=4,
     ),
+    "hpz-on-stage-2": Mistake(
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}},
+        ("zero_hpz_partition_size = 2", "needs deepspeed.zero_optimization.stage 3 or more, not 2"),
+        world=4,
+    ),
+    "qwz-on-stage-1": Mistake(
+        {"zero_optimization": {"stage": 1, "zero_quantized_weights": True}},
+        ("zero_quantized_weights = true", "stage 3 or more, not 1"),
+    ),
 }
 
 VALUES = {
@@ -165,9 +174,17 @@ TEXT = {
 PLACES = {
     "unknown-name": (
         "zero4",
-        ("deepspeed = 'zero4'", "no such file", "cpu, zero0, zero1, zero2, zero3, zero3-offload"),
+        (
+            "deepspeed = 'zero4'",
+            "no such file",
+            "cpu, gpu1-24g, gpu1-80g",
+            "nodes-zeropp, zero0, zero1, zero2, zero2-offload",
+        ),
     ),
-    "no-file": ("conf/x.json", ("deepspeed = 'conf/x.json'", "no such file", "give a .json file or one of: cpu")),
+    "no-file": (
+        "conf/x.json",
+        ("deepspeed = 'conf/x.json'", "no such file", "give a .json file or one of: a100x8, cpu"),
+    ),
     "not-packaged": ("other/ds_configs/zero2.json", ("deepspeed = 'other/ds_configs/zero2.json'", "no such file")),
     "folder": ("folder.json", ("deepspeed = 'folder.json'", "no such file")),
 }

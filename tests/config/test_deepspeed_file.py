@@ -11,12 +11,23 @@ from typing import Any
 import pytest
 
 from mirai_ds.config import RunConfig, UserError, build
-from mirai_ds.config.deepspeed_file import batch_arithmetic, check_keys, packaged_names, read, resolve
+from mirai_ds.config.deepspeed_file import batch_arithmetic, check_keys, packaged_names, read, reduce_bucket, resolve
 from mirai_ds.config.deepspeed_schema import COUNT, FLAG, INTEGER, NAMES, NUMBER, SIZE, TEXT, is_a
 from mirai_ds.config.load import load
 from mirai_ds.config.sizes import parameter_count, projector_parameters
 
-STAGES = {"cpu": 1, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+STAGES = {
+    "a100x8": 1, "cpu": 1, "gpu1-24g": 2, "gpu1-80g": 2, "gpu1-h200": 2, "nodes-zero1": 1, "nodes-zero2": 2,
+    "nodes-zero3": 3, "nodes-zeropp": 3, "zero0": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3,
+    "zero3-offload": 3,
+}  # fmt: skip
+# Where each is meant to run: ranks, for the paper's batch of 256.
+NODES = (16, 32, 64, 128)
+MACHINES = {
+    "a100x8": (8,), "cpu": (1, 2), "gpu1-24g": (1,), "gpu1-80g": (1,), "gpu1-h200": (1,), "nodes-zero1": NODES,
+    "nodes-zero2": NODES, "nodes-zero3": NODES, "nodes-zeropp": NODES, "zero0": (2, 8), "zero1": (2, 8),
+    "zero2": (2, 8, 16), "zero2-offload": (1, 8), "zero3": (2, 8), "zero3-offload": (1, 8),
+}  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "bf16-autocast")
 
 
@@ -64,7 +75,7 @@ def test_shipped_files_resolve(name: str, precision: str, world: int) -> None:
     zero, written = data["zero_optimization"], read(name)["zero_optimization"]
     assert zero == {**zero, **{k: v for k, v in written.items() if v != "auto"}, "memory_efficient_linear": False}
     if written.get("reduce_bucket_size", "auto") == "auto":
-        assert zero["reduce_bucket_size"] == 50_000_000
+        assert zero["reduce_bucket_size"] == (14_000_000 if world <= 8 else 19_000_000)
     assert zero["allgather_bucket_size"] == 110_888_448  # GPT-B's parameters, below 2e8
     assert data["bf16"] == {"enabled": precision == "bf16"}
     autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -107,7 +118,7 @@ def test_clipping_is_always_written(clip: float) -> None:
 def test_an_empty_file_is_stage_2() -> None:
     data = resolve(run({}), 2)
     assert data["zero_optimization"] == {
-        "stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 50_000_000,
+        "stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 14_000_000,
         "allgather_bucket_size": 110_888_448,
     }  # fmt: skip
     assert (data["train_batch_size"], data["train_micro_batch_size_per_gpu"]) == (48, 24)
@@ -255,3 +266,38 @@ def test_buckets_are_no_larger_than_the_model() -> None:
     data = resolve(load("digits-mirai-e"), 2)["zero_optimization"]
     gpt, heads = parameter_count(load("digits-mirai-e").model), 3 * projector_parameters(128, 256, 128)
     assert data["reduce_bucket_size"] == data["allgather_bucket_size"] == gpt + heads
+
+
+@pytest.mark.parametrize("size", ["GPT-B", "GPT-L", "GPT-XL"])
+@pytest.mark.parametrize("name", STAGES)
+def test_every_file_resolves_for_every_size_on_its_machine(name: str, size: str) -> None:
+    """Buckets and what is fetched ahead follow the model: none is larger than it, none so small that calls cost more
+    than bytes (5 million elements: 20 MB, at 240 GB/s longer than a ring's latency)."""
+    for world in MACHINES[name]:
+        data = resolve(load("mirai-e-b", [f"model.size={size}"], name), world)
+        zero = data["zero_optimization"]
+        assert data["train_micro_batch_size_per_gpu"] * data["gradient_accumulation_steps"] * world == 256
+        model = zero["allgather_bucket_size"] if size == "GPT-B" else 300_000_000
+        assert 5_000_000 <= zero["reduce_bucket_size"] <= min(model, 50_000_000)
+        if zero["stage"] == 3:
+            assert zero["stage3_prefetch_bucket_size"] <= zero["stage3_max_live_parameters"]
+        if name.startswith("nodes-"):
+            assert world % 8 == 0
+            assert zero.get("zero_hpz_partition_size", 8) == 8
+
+
+def test_buckets_grow_with_the_root_of_the_model_and_on_the_network() -> None:
+    """sqrt(P x idle bytes / 2) by hand: 4 x 110.9e6 x 13.4e6 / 2 -> 54.5 MB, 14 million fp32."""
+    assert [reduce_bucket(110_888_448, world) for world in (1, 8, 16, 128)] == [14e6, 14e6, 19e6, 19e6]
+    assert reduce_bucket(4 * 110_888_448, 8) == 27e6
+    assert reduce_bucket(2_000_000_000, 8) == 50e6
+    assert reduce_bucket(1_000_000, 8) == 1e6
+
+
+def test_quantization_is_refused_on_a_cpu() -> None:
+    config = run("nodes-zeropp")
+    assert resolve(config, 8)["zero_optimization"]["zero_quantized_gradients"] is True
+    with pytest.raises(UserError, match=r"zero_quantized_weights = true: .*GPUs only; use zero3 on a CPU"):
+        resolve(config, 8, cpu=True)
+    for name in STAGES.keys() - {"nodes-zeropp"}:
+        resolve(run(name), 8, cpu=True)

@@ -133,7 +133,7 @@ def test_overrides_inside_the_deepspeed_file_change_a_copy_of_it() -> None:
     config = load("digits-baseline", ["deepspeed.zero_optimization.stage=1"], deepspeed="zero3")
     assert isinstance(config.deepspeed, dict)
     assert config.deepspeed["zero_optimization"]["stage"] == 1
-    assert config.deepspeed["zero_optimization"]["stage3_max_live_parameters"] == 300_000_000
+    assert config.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] == 100_000
     assert config.deepspeed["gradient_clipping"] == "auto"
     bucket = load("digits-baseline", ["deepspeed.zero_optimization.reduce_bucket_size=5e8"]).deepspeed
     assert isinstance(bucket, dict)

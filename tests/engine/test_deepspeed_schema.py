@@ -185,9 +185,9 @@ def test_deepspeed_reads_what_we_resolve(name: str, precision: str) -> None:
     assert theirs.torch_autocast_enabled is (precision == "bf16-autocast")
     assert theirs.grad_accum_dtype == ("fp32" if precision == "bf16" else None)
     assert str(theirs.communication_data_type) == ("torch.float32" if precision == "bf16" else "None")
-    offload = {"zero3-offload": "cpu"}.get(name)
-    assert getattr(theirs.zero_config.offload_optimizer, "device", None) == offload
-    assert getattr(theirs.zero_config.offload_param, "device", None) == offload
+    offload = {"zero2-offload": ("cpu", None), "zero3-offload": ("cpu", "cpu")}.get(name, (None, None))
+    assert getattr(theirs.zero_config.offload_optimizer, "device", None) == offload[0]
+    assert getattr(theirs.zero_config.offload_param, "device", None) == offload[1]
 
 
 def test_deepspeed_defaults_we_guard_against() -> None:

@@ -1,4 +1,4 @@
-"""Devices by what their makers print, and what a step takes on many of them at assumed efficiencies."""
+"""Devices by what their makers print, and what of their memory tensors can have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mirai_ds.config import UserError
 from mirai_ds.config.yaml_text import number_in
-from mirai_ds.tools.looking.states import States
 
 GIB = 2**30
 
@@ -30,6 +29,11 @@ class Device:
         """Whether it is one."""
         return not self.name.startswith("cpu:")
 
+    @property
+    def kind(self) -> str:
+        """PyTorch's name of it: cuda or cpu."""
+        return "cuda" if self.gpu else "cpu"
+
     def peak(self, precision: str) -> float:
         """FLOP/s of matrix products in a run's precision."""
         return self.fp32 if precision == "fp32" else self.bf16
@@ -48,7 +52,7 @@ DEVICES = {
         Device("rtx4090", 23.6, 165e12, 82.6e12, 32e9, 1.6e9),
     )
 }
-LINK_EFFICIENCY = 0.8  # of the printed rates, in a collective of large messages
+LINK_EFFICIENCY = 0.8  # of the printed rates, in a collective of large messages: an assumption
 
 
 def find_device(name: str) -> Device:
@@ -87,69 +91,3 @@ def needed(peak: float, allowance: Allowance) -> float:
 def fits(peak: float, device: Device, world: int) -> bool:
     """Whether it does, with a margin."""
     return needed(peak, Allowance.of(device, world)) <= (1 - MARGIN) * device.memory * GIB
-
-
-# --- communication --------------------------------------------------------------------------------------------------
-
-
-def traffic(states: States, teacher: float) -> dict[str, float]:
-    """Bytes that one rank sends in one optimizer step, by collective, in rings: W - 1 of W parts travel.
-
-    Gradients are reduced in fp32; on stages 1 and 2 DeepSpeed all-reduces them (use_multi_rank_bucket_allreduce), which
-    is twice a reduce-scatter.  teacher: bytes of Mirai-E's teacher, gathered from the average once a step.
-    """
-    work, world, stage = states.work, states.world, states.stage
-    share = (world - 1) / world
-    gradients = 4.0 * work.parameters
-    own = float(work.parameter * work.parameters)
-    reductions = states.accumulation if stage >= 2 else 1
-    if stage == 3:
-        regathers = 1 if states.keeps_until_backward else 2
-        out = {
-            "gradients, reduce-scatter": reductions * gradients * share,
-            "parameters, all-gather": states.accumulation * regathers * own * share,
-        }
-    else:
-        out = {"gradients, all-reduce": 2 * reductions * gradients * share}
-        if stage:
-            out["parameters, all-gather"] = own * share
-    if teacher and stage:
-        out["teacher, all-gather"] = teacher * share
-    return out
-
-
-def bus_bandwidth(device: Device, nodes: int, gpus: int) -> float:
-    """Bytes/s a rank sends in a ring over all ranks: the link within a node, else all the node's network ports."""
-    within = device.link if gpus > 1 else math.inf
-    across = device.network * gpus if nodes > 1 else math.inf
-    return LINK_EFFICIENCY * min(within, across)
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one optimizer step: of matrix products at the assumed MFU, and of collectives alone."""
-
-    compute: float
-    communication: float
-
-    @property
-    def overlapped(self) -> float:
-        """All communication behind computation."""
-        return max(self.compute, self.communication)
-
-    @property
-    def exposed(self) -> float:
-        """None of it."""
-        return self.compute + self.communication
-
-
-def step_time(
-    flops: float, device: Device, precision: str, mfu: float, sent: float, nodes: int, gpus: int
-) -> StepTime | None:
-    """flops: model FLOPs of one rank's share of a step, recomputation added; sent: bytes (`traffic`).  None where the
-    device's speed is not known."""
-    peak = device.peak(precision)
-    if not peak:
-        return None
-    wire = bus_bandwidth(device, nodes, gpus)
-    return StepTime(flops / (mfu * peak), 0.0 if math.isinf(wire) else sent / wire)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirai_ds.config import RunConfig, build
-from mirai_ds.config.deepspeed_file import read, resolve
+from mirai_ds.config.deepspeed_file import NEEDS_STAGE, read, resolve
 from mirai_ds.config.sizes import block_parameters
 from mirai_ds.observe.flops import ViT
 from mirai_ds.tools.looking.activations import FP32, Pass
@@ -65,7 +65,7 @@ def variant(config: RunConfig, stage: int, recompute: dict[str, Any], micro: int
     file = copy.deepcopy(read(config.deepspeed))
     zero = file.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    for key, lowest in (("offload_param", 3), ("offload_optimizer", 1)):
+    for key, lowest in NEEDS_STAGE.items():
         if stage < lowest:
             zero.pop(key, None)
     data["deepspeed"] = file

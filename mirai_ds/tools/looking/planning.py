@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mirai_ds.config import RunConfig, UserError, load
@@ -10,21 +12,12 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.observe.flops import recomputed_flops, training_parts
 from mirai_ds.tools.looking.activations import Pass
 from mirai_ds.tools.looking.costs import encoder_shape
-from mirai_ds.tools.looking.devices import (
-    GIB,
-    MARGIN,
-    Allowance,
-    Device,
-    StepTime,
-    bus_bandwidth,
-    find_device,
-    fits,
-    needed,
-    step_time,
-    traffic,
-)
+from mirai_ds.tools.looking.devices import GIB, MARGIN, Allowance, Device, find_device, fits, needed
 from mirai_ds.tools.looking.memory import Memory, as_dict, predict, refreshed_bytes, variant
 from mirai_ds.tools.looking.states import States
+from mirai_ds.tools.scaling.cluster import Cluster, Compute, StepTime, step_time
+from mirai_ds.tools.scaling.collectives import collectives
+from mirai_ds.tools.scaling.outlook import assumptions, scaling_rows, scaling_table, sent_rows, sent_table
 from mirai_ds.train.preflight import FP32_COPIES
 from mirai_ds.train.schedule import total_steps
 
@@ -34,9 +27,9 @@ if TYPE_CHECKING:
 IMAGENET = 1_281_167
 DIGITS = 1_797
 MFU_SPREAD = 0.2  # the range of step times is at (1 - this) and (1 + this) times the assumed MFU
-SCALES = (8, 64, 512)
 POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("none", {"policy": "none"}), ("every-n 2", {"policy": "every-n", "every": 2}), ("full", {"policy": "full"}),
+    ("none", {"policy": "none"}), ("every-n 2", {"policy": "every-n", "every": 2}), ("mlp", {"policy": "mlp"}),
+    ("full", {"policy": "full"}),
 )  # fmt: skip
 
 
@@ -84,14 +77,15 @@ class Plan:
     suggestion: Choice | None
     flops: dict[str, float]  # a rank's, of an aligned step
     recomputed: float
-    sent: dict[str, float]
-    time: tuple[StepTime, StepTime] | None  # at the higher and at the lower MFU
+    sent: list[dict[str, Any]]  # `scaling.outlook.sent_rows`
+    time: tuple[StepTime, StepTime, StepTime] | None  # at the higher, at the lower, at the assumed MFU
     plain_share: float  # of steps before alignment starts
     steps: int
     steps_per_epoch: int
     checkpoint: float
     kept: int
-    scaling: list[dict[str, float]]
+    scaling: list[dict[str, float]]  # the global batch grows with the ranks
+    same_batch: list[dict[str, float]]  # it does not
 
     @property
     def allowance(self) -> Allowance:
@@ -108,6 +102,11 @@ class Plan:
         """Whether it does."""
         return fits(self.memory.peak.total, self.device, self.request.world)
 
+    @property
+    def cluster(self) -> Cluster:
+        """Where it runs."""
+        return Cluster(self.device, self.request.nodes, self.request.gpus)
+
     def run_seconds(self) -> tuple[float, float] | None:
         """All steps: fastest with all communication hidden, slowest with none; saves and evaluation left out."""
         if self.time is None:
@@ -115,44 +114,58 @@ class Plan:
         aligned, plain = sum(self.flops.values()), self.flops["gpt forward"] + self.flops["gpt backward"]
         extra = self.recomputed
         factor = 1 - self.plain_share * (1 - (plain + extra) / (aligned + extra))
-        fast, slow = self.time
+        fast, slow, _ = self.time
         return (
             self.steps * max(fast.compute * factor, fast.communication),
             self.steps * (slow.compute * factor + slow.communication),
         )
 
 
-def make_plan(request: Request) -> Plan:
-    """Raises UserError for an unknown device or recipe and whatever the configuration refuses."""
+def make_plan(request: Request, other_choices: bool = True) -> Plan:
+    """Raises UserError for an unknown device or recipe and whatever the configuration refuses.  other_choices: find
+    what fits on every stage too."""
     device = find_device(request.device)
     if not 0 < request.mfu <= 1:
         raise UserError(f"--mfu {request.mfu:g}: must be in (0, 1], e.g. 0.45")
     config = configured(request)
     world = request.world
     ds_config = resolve(config, world)
-    memory = predict(config, world)
+    memory = predict(config, world, device=device.kind)
     vit = encoder_shape(config.foresight, config.model)
     work = Pass(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute,
+        chunked=config.train.cross_entropy == "chunked", device=device.kind,
     )  # fmt: skip
     states = States.of(work, ds_config, world)
-    images = config.train.global_batch_size // world
+    batch = config.train.global_batch_size
+    images = batch // world
     parts = training_parts(config.model, config.foresight, work.feature_dim, config.foresight.active, vit)
     flops = {name: images * value for name, value in parts.items()}
-    again = sum(work.recomputed(i) for i in range(config.model.depth))
-    recomputed = images * recomputed_flops(config.model, again)
+    recomputed = images * recomputed_flops(config.model, work.recomputed_blocks())
     recomputed += flops["heads forward"] if work.heads_again else 0.0
-    sent = traffic(states, refreshed_bytes(config))
-    times = _times(request, device, work, sum(flops.values()) + recomputed, sum(sent.values()))
+    cluster, teacher = Cluster(device, request.nodes, request.gpus), refreshed_bytes(config)
+    seconds = _seconds(device, work, flops, recomputed)
+    found = collectives(states, teacher)
+    times = scaling = same = None
+    if device.peak(work.precision):
+        fast, slow, likely = (
+            step_time(cluster, found, seconds(request.mfu * factor, 1.0, states.accumulation))
+            for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
+        )
+        times = fast, slow, likely
+        scaling, same = (
+            scaling_rows(cluster, states, teacher, partial(seconds, request.mfu), batch, grows)
+            for grows in (True, False)
+        )
     per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
     steps = total_steps(config.train, per_epoch)
     warmup = (config.foresight.warmup_epochs or 0.0) * per_epoch if config.foresight.active else 0.0
-    choices = _choices(request, config, device)
+    choices = _choices(request, config, device) if other_choices else []
     return Plan(
-        request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed, sent, times,
-        min(1.0, warmup / steps), steps, per_epoch, 4.0 * FP32_COPIES * work.parameters, _kept(config, steps),
-        _scaling(request, device, work, states, sum(flops.values()) + recomputed, config),
+        request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
+        sent_rows(cluster, found), times, min(1.0, warmup / steps), steps, per_epoch,
+        4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
     )  # fmt: skip
 
 
@@ -164,12 +177,19 @@ def configured(request: Request) -> RunConfig:
     return load(request.recipe, overrides, request.deepspeed)
 
 
-def _times(request: Request, device: Device, work: Pass, flops: float, sent: float) -> tuple[StepTime, StepTime] | None:
-    found = [
-        step_time(flops, device, work.precision, min(1.0, request.mfu * factor), sent, request.nodes, request.gpus)
-        for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD)
-    ]
-    return None if found[0] is None or found[1] is None else (found[0], found[1])
+def _seconds(
+    device: Device, work: Pass, flops: dict[str, float], recomputed: float
+) -> Callable[[float, float, int], Compute]:
+    """Of (MFU, share of the images of a step, micro-batches): the step's matrix products."""
+    before = sum(value for name, value in flops.items() if name in ("teacher forward", "encoder forward"))
+    back = sum(value for name, value in flops.items() if name.endswith("backward")) + recomputed
+    forth = sum(flops.values()) + recomputed - before - back
+
+    def at(mfu: float, share: float, rounds: int) -> Compute:
+        each = share / (min(1.0, mfu) * device.peak(work.precision))
+        return Compute(before * each, forth * each, back * each, work.model.depth + 2, rounds)
+
+    return at
 
 
 def _training_images(request: Request, config: RunConfig) -> int:
@@ -200,7 +220,7 @@ def _choices(request: Request, config: RunConfig, device: Device) -> list[Choice
         for name, policy in POLICIES:
             best = Choice(stage, name, 0, 0.0)
             for micro in divisors:
-                peak = predict(variant(config, stage, policy, micro), request.world).peak.total
+                peak = predict(variant(config, stage, policy, micro), request.world, device=device.kind).peak.total
                 if fits(peak, device, request.world):
                     best = Choice(stage, name, micro, needed(peak, Allowance.of(device, request.world)))
                     break
@@ -215,29 +235,7 @@ def suggest(choices: list[Choice]) -> Choice | None:
     return min(fitting, key=lambda c: (order[c.policy], -c.micro, c.stage)) if fitting else None
 
 
-# --- scaling --------------------------------------------------------------------------------------------------------
-
-
-def _scaling(
-    request: Request, device: Device, work: Pass, states: States, flops: float, config: RunConfig
-) -> list[dict[str, float]]:
-    """Weak scaling: every rank keeps its batch, the global batch grows with the ranks."""
-    rows = []
-    teacher = refreshed_bytes(config)
-    for count in sorted({request.world, *SCALES}):
-        gpus = min(count, request.gpus)
-        nodes = -(-count // gpus)
-        bigger = States(work, states.zero, count, states.accumulation)
-        sent = sum(traffic(bigger, teacher).values())
-        time = step_time(flops, device, work.precision, request.mfu, sent, nodes, gpus)
-        if time is not None:
-            images = count * config.train.global_batch_size / request.world
-            rows.append({
-                "gpus": count, "nodes": nodes, "sent_bytes": sent, "compute_s": time.compute,
-                "communication_s": time.communication, "efficiency_low": time.compute / time.exposed,
-                "efficiency_high": time.compute / time.overlapped, "images_per_s": images / time.exposed,
-            })  # fmt: skip
-    return rows
+# --- for programs -----------------------------------------------------------------------------------------------------
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -256,12 +254,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "choices": [vars(choice) for choice in plan.choices],
         "suggestion": vars(plan.suggestion) if plan.suggestion else None,
         "flops_a_rank": plan.flops | {"recomputed": plan.recomputed},
-        "sent_bytes": plan.sent, "bus_bytes_per_s": _finite(bus_bandwidth(plan.device, r.nodes, r.gpus)),
+        "sent_bytes": {row["name"]: row["sent_bytes"] for row in plan.sent}, "communication": plan.sent,
+        "bus_bytes_per_s": _finite(plan.cluster.bandwidth()),
         "mfu": r.mfu, "mfu_spread": MFU_SPREAD,
         "step_seconds": [plan.time[0].overlapped, plan.time[1].exposed] if plan.time else None,
+        "expected_step_seconds": plan.time[2].expected if plan.time else None,
         "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch,
         "days": [s / 86400 for s in seconds] if seconds else None,
         "checkpoint_bytes": plan.checkpoint, "checkpoints_kept": plan.kept, "scaling": plan.scaling,
+        "scaling_same_batch": plan.same_batch, "assumptions": assumptions(plan.cluster, r.mfu) if plan.time else [],
     }  # fmt: skip
 
 
@@ -287,7 +288,7 @@ def render(plan: Plan) -> list[RenderableType]:
     return [
         Text(title, style="bold"), Text(), _memory_table(plan), Text(), Text(_verdict(plan), style="bold"), Text(),
         _choice_table(plan), Text(), *(Text(line) for line in _time_lines(plan)), Text(),
-        *([_scaling_table(plan), Text()] if plan.scaling else []), *(Text(line) for line in lines),
+        *_communication(plan), *(Text(line) for line in lines),
     ]  # fmt: skip
 
 
@@ -335,35 +336,34 @@ def _choice_table(plan: Plan) -> RenderableType:
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    r = plan.request
-    sent = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in plan.sent.items())
-    lines = [f"sent by a rank in a step: {sent}" if r.world > 1 else "one rank: nothing is sent"]
-    seconds = plan.run_seconds()
+    seconds, lines = plan.run_seconds(), []
     if plan.time is None or seconds is None:
         lines.append(f"time: not predicted, the speed of {plan.device.name} is not known")
     else:
-        fast, slow = plan.time
+        fast, slow, likely = plan.time
         lines.append(
-            f"step: {fast.overlapped:.3f} to {slow.exposed:.3f} s ({plan.config.train.global_batch_size} images); "
-            f"{plan.config.train.epochs:g} epochs = {plan.steps:,} steps: {seconds[0] / 86400:.2f} to "
-            f"{seconds[1] / 86400:.2f} days"
+            f"step: {likely.expected:.3f} s, {fast.overlapped:.3f} to {slow.exposed:.3f} s "
+            f"({plan.config.train.global_batch_size} images); {plan.config.train.epochs:g} epochs = {plan.steps:,} "
+            f"steps: {seconds[0] / 86400:.2f} to {seconds[1] / 86400:.2f} days"
         )
     whole = plan.checkpoint * plan.kept
     lines.append(f"disk: {plan.checkpoint / 1e9:.2f} GB a checkpoint, {plan.kept} at once: {whole / 1e9:.2f} GB")
     return lines
 
 
-def _scaling_table(plan: Plan) -> RenderableType:
-    from rich.table import Table
+def _communication(plan: Plan) -> list[RenderableType]:
+    from rich.text import Text
 
-    table = Table("GPUs", "nodes", "compute", "communication", "efficiency", "images/s at least", box=None,
-                  title="each rank keeps its batch, the global batch grows", title_justify="left")  # fmt: skip
-    for row in plan.scaling:
-        table.add_row(
-            f"{row['gpus']:.0f}", f"{row['nodes']:.0f}", f"{row['compute_s']:.3f} s", f"{row['communication_s']:.3f} s",
-            f"{row['efficiency_low']:.0%} to {row['efficiency_high']:.0%}", f"{row['images_per_s']:,.0f}",
-        )  # fmt: skip
-    return table
+    if plan.request.world == 1:
+        parts: list[RenderableType] = [Text("one rank: nothing is sent"), Text()]
+    else:
+        parts = [sent_table(plan.sent), Text()]
+    if plan.scaling:
+        parts += [scaling_table(plan.scaling, "each rank keeps its images, the global batch grows"), Text()]
+        title = "the global batch stays, each rank's share shrinks"
+        parts += [scaling_table(plan.same_batch, title), Text()]
+        parts += [Text(f"assumed: {line}") for line in assumptions(plan.cluster, plan.request.mfu)]
+    return parts
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -378,8 +378,6 @@ def _notes(plan: Plan) -> list[str]:
             f"MFU {r.mfu:g} is assumed (--mfu), the range is {1 + MFU_SPREAD:g} and {1 - MFU_SPREAD:g} times it; peak "
             f"{d.peak(plan.work.precision) / 1e12:g} TFLOP/s; the fast end hides all communication, the slow end none; "
             "evaluation, samples and checkpoints come on top",
-            f"links: {d.link / 1e9:g} GB/s within a node, {d.network / 1e9:g} GB/s a GPU between nodes, one way, at "
-            "80 % (the network is an assumption)",
         ]
     if plan.config.foresight.method == "mirai-i":
         notes.append("Mirai-I: the encoder's forward pass is in the time; reading images is not")

@@ -16,11 +16,12 @@ from typing import Any
 from mirai_ds.config.sizes import head_tensors
 from mirai_ds.tools.looking.activations import FP32, Pass
 
-_FLATTENED_AT_ONCE = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, stage 0 and BF16_Optimizer
+FLATTENED_AT_ONCE = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, stage 0 and BF16_Optimizer
 _DEFAULTS = {  # DeepSpeed's own, for what a file leaves out
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
 }
 
 
@@ -92,6 +93,8 @@ class States:
             "gradients": 0.0,
             "buckets": 0.0,
         }
+        if self.secondary:
+            out["node's copy"] = w.parameter * (w.parameters - self.persistent) / self.secondary
         if self.whole_bf16_gradients:
             out["gradients"] = FP32 * w.parameters
         if self.stage == 3:
@@ -102,25 +105,77 @@ class States:
     def _own_parameters(self) -> float:
         if self.stage < 3:
             return self.work.parameters
-        return (0.0 if self.offloaded("offload_param") else self.part) + self._persistent() * (self.world > 1)
+        return (0.0 if self.offloaded("offload_param") else self.part) + self.persistent * (self.world > 1)
 
-    def _persistent(self) -> int:
-        """Elements of parameters too small to be cut on stage 3."""
-        most = self.zero.get("stage3_param_persistence_threshold", _DEFAULTS["stage3_param_persistence_threshold"])
+    def _tensors(self) -> list[int]:
+        """Elements of each parameter."""
         m, f = self.work.model, self.work.foresight
         width = m.width
         in_block = [3 * width**2, width**2, *[width * m.ffn_hidden] * 3, width, width]
         in_head = head_tensors(f, width, self.work.feature_dim)
         tables = [m.vocab_size * width, (m.num_classes + 1) * width, m.vocab_size * width, width]
         tables += [(m.par_tokens - 1) * width] if m.par_tokens else []
-        every = in_block * m.depth + in_head * f.heads + tables
-        return sum(size for size in every if size < most)
+        return in_block * m.depth + in_head * f.heads + tables
+
+    def _of(self, key: str) -> int:
+        return int(self.zero.get(key, _DEFAULTS[key]))
 
     @property
-    def keeps_until_backward(self) -> bool:
-        """Stage 3: whether no parameter is gathered twice a micro-batch."""
-        reuse = self.zero.get("stage3_max_reuse_distance", _DEFAULTS["stage3_max_reuse_distance"])
-        return bool(2 * self.work.parameters <= reuse)
+    def persistent(self) -> int:
+        """Elements of parameters too small to be cut on stage 3."""
+        return sum(size for size in self._tensors() if size < self._of("stage3_param_persistence_threshold"))
+
+    # --- who tells whom ---------------------------------------------------------------------------------------------
+
+    @property
+    def matrices(self) -> int:
+        """Parameters that are cut on stage 3."""
+        return sum(size >= self._of("stage3_param_persistence_threshold") for size in self._tensors())
+
+    @property
+    def groups(self) -> int:
+        """Parameter groups, as the engine makes them: decayed and not, of heads, teacher's part and rest."""
+        f = self.work.foresight
+        owners = 1 + f.active + bool(f.method == "mirai-e" and f.teacher_weights is None)
+        return 2 * owners
+
+    @property
+    def all_reduces(self) -> bool:
+        """Whether stages 1 and 2 all-reduce gradients, as they do by default."""
+        return bool(self.zero.get("use_multi_rank_bucket_allreduce", True))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are sent while the backward pass goes on."""
+        return self.reduces_early and bool(self.zero.get("overlap_comm", self.stage == 3))
+
+    @property
+    def secondary(self) -> int:
+        """Ranks of a node that share a second copy of the parameters (hpZ); 0: there is none."""
+        group = min(int(self.zero.get("zero_hpz_partition_size", 1)), self.world)
+        return group if self.stage == 3 and group > 1 else 0
+
+    @property
+    def gpus_a_node(self) -> int:
+        """Ranks of a node as hpZ is told, 8 if it is not."""
+        return self.secondary or 8
+
+    def quantized(self, what: str) -> bool:
+        """Whether ZeRO++ sends `weights` in 8 bits, `gradients` in 4."""
+        return self.stage == 3 and bool(self.zero.get(f"zero_quantized_{what}"))
+
+    @property
+    def _ahead(self) -> int:
+        return min(self._of("stage3_prefetch_bucket_size"), self._of("stage3_max_live_parameters"))
+
+    @property
+    def gathered_again(self) -> float:
+        """Stage 3: share of the cut parameters that is gathered a second time, in the backward pass.  What is used
+        again within `stage3_max_reuse_distance` elements is kept (the way back passes each twice), and so is what the
+        prefetch meets."""
+        whole = self.work.parameters - self.persistent
+        kept = self._of("stage3_max_reuse_distance") / 2 + self._ahead
+        return max(0.0, 1 - kept / whole)
 
     # --- there within a step ----------------------------------------------------------------------------------------
 
@@ -129,10 +184,9 @@ class States:
         `stage3_max_reuse_distance` elements is not released, and the way back passes each twice."""
         if self.stage < 3 or self.world == 1:  # one rank uses its part, which is the whole
             return 0.0
-        reuse = self.zero.get("stage3_max_reuse_distance", _DEFAULTS["stage3_max_reuse_distance"])
-        ahead = self.zero.get("stage3_prefetch_bucket_size", _DEFAULTS["stage3_prefetch_bucket_size"])
+        reuse, ahead = self._of("stage3_max_reuse_distance"), self._of("stage3_prefetch_bucket_size")
         largest = self.work.model.vocab_size * self.work.model.width
-        whole = self.work.parameters - self._persistent()
+        whole = self.work.parameters - self.persistent
         return float(self.work.parameter * min(whole, reuse / 2 + ahead + largest))
 
     def fetched(self) -> float:
@@ -140,8 +194,8 @@ class States:
         stays until the last one was."""
         if self.stage < 3 or self.world == 1:
             return 0.0
-        ahead = self.zero.get("stage3_prefetch_bucket_size", _DEFAULTS["stage3_prefetch_bucket_size"])
-        return float(self.work.parameter * min(self.work.parameters - self._persistent(), ahead))
+        cut = self.work.parameters - self.persistent
+        return float(self.work.parameter * min(cut, self._of("stage3_prefetch_bucket_size")))
 
     def carried(self) -> float:
         """Gradients of earlier micro-batches, there while a later one runs."""
@@ -186,9 +240,9 @@ class States:
         w = self.work
         whole = float(w.parameter * w.parameters)
         if self.stage == 0:
-            return whole + w.parameter * min(w.parameters, _FLATTENED_AT_ONCE)
+            return whole + w.parameter * min(w.parameters, FLATTENED_AT_ONCE)
         if self.whole_bf16_gradients:
-            return whole + FP32 * min(w.parameters, _FLATTENED_AT_ONCE)
+            return whole + FP32 * min(w.parameters, FLATTENED_AT_ONCE)
         several = w.parameters > self.bucket
         copies = self._flattened(min(self.bucket, w.parameters))
         if self.stage == 3:

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from mirai_ds.cli import main
 from mirai_ds.config import UserError
-from mirai_ds.tools.looking.devices import DEVICES, GIB, Allowance, bus_bandwidth, find_device, fits, needed, step_time
+from mirai_ds.tools.looking.devices import DEVICES, GIB, Allowance, find_device, fits, needed
 from mirai_ds.tools.looking.planning import Choice, Plan, Request, make_plan, suggest
 
 P_B, P_HEADS = 110_888_448, 3 * 7_344_896
@@ -88,8 +88,8 @@ def test_multi_token_prediction_by_hand() -> None:
 def test_a_frozen_teacher_is_there_but_does_not_travel() -> None:
     frozen, own = (make_plan(Request(name, 1, 8, "a100-80g")) for name in ("mirai-e-static-k3", "mirai-e-b-80"))
     assert frozen.memory.resting["teacher"] == own.memory.resting["teacher"] > 0
-    assert "teacher, all-gather" in own.sent
-    assert "teacher, all-gather" not in frozen.sent
+    assert "teacher, all-gather" in sent(own)
+    assert "teacher, all-gather" not in sent(frozen)
 
 
 def test_par_has_more_slots_and_a_mask() -> None:
@@ -110,37 +110,30 @@ def test_recomputation_trades_activations(tmp_path: Path) -> None:
     assert sizes["every-n"] == pytest.approx((sizes["none"] + sizes["full"]) / 2)
 
 
+def sent(found: Plan) -> dict[str, float]:
+    return {row["name"]: row["sent_bytes"] for row in found.sent}
+
+
 def test_traffic_by_hand(tmp_path: Path) -> None:
     """Rings of 8: fp32 gradients twice, parameters once; the teacher's tables and blocks once."""
     every = P_B + P_HEADS
-    sent = plan(tmp_path).sent
-    assert sent["gradients, all-reduce"] == pytest.approx(2 * 4 * every * 7 / 8)
-    assert sent["parameters, all-gather"] == pytest.approx(4 * every * 7 / 8)
-    assert sent["teacher, all-gather"] == pytest.approx(4 * (17_385 * 768 + 8 * 7_079_424) * 7 / 8)
-    three = plan(tmp_path, deepspeed="zero3").sent
+    found = sent(plan(tmp_path))
+    assert found["gradients, all-reduce"] == pytest.approx(2 * 4 * every * 7 / 8)
+    assert found["parameters, all-gather"] == pytest.approx(4 * every * 7 / 8)
+    assert found["teacher, all-gather"] == pytest.approx(4 * (17_385 * 768 + 8 * 7_079_424) * 7 / 8)
+    three = sent(plan(tmp_path, deepspeed="zero3"))
     assert three["gradients, reduce-scatter"] == pytest.approx(4 * every * 7 / 8)
-    twice = plan(tmp_path, micro_batch=16).sent  # two micro-batches, each reduced on stage 2
-    assert twice["gradients, all-reduce"] == pytest.approx(2 * sent["gradients, all-reduce"])
-    assert plan(tmp_path, gpus=1, micro_batch=16).sent["gradients, all-reduce"] == 0
-
-
-def test_bandwidth_is_that_of_the_slowest_link() -> None:
-    a100, l40s = DEVICES["a100-80g"], DEVICES["l40s"]
-    assert bus_bandwidth(a100, 1, 8) == pytest.approx(0.8 * 300e9)
-    assert bus_bandwidth(a100, 2, 8) == pytest.approx(0.8 * 8 * 25e9)
-    assert bus_bandwidth(l40s, 2, 8) == pytest.approx(0.8 * 8 * 1.6e9)
-    time = step_time(312e12, a100, "bf16", 0.5, 240e9, 1, 8)
-    assert time is not None
-    assert (time.compute, time.communication) == (pytest.approx(2.0), pytest.approx(1.0))
-    assert (time.overlapped, time.exposed) == (pytest.approx(2.0), pytest.approx(3.0))
-    assert step_time(1e12, find_device("cpu:24"), "fp32", 0.5, 0, 1, 1) is None
+    twice = sent(plan(tmp_path, micro_batch=16))  # two micro-batches, each reduced on stage 2
+    assert twice["gradients, all-reduce"] == pytest.approx(2 * found["gradients, all-reduce"])
+    assert plan(tmp_path, gpus=1, micro_batch=16).sent == []
 
 
 def test_days(tmp_path: Path) -> None:
     """GPT-B without alignment: 1.5703e11 FLOPs x 32 images at MFU 0.45 on A100 is 35.8 ms; 5,004 steps an epoch."""
     found = plan(tmp_path, sections={"foresight": {"method": "none"}})
     assert found.time is not None
-    fast, slow = found.time
+    fast, slow, likely = found.time
+    assert likely.compute < likely.expected < likely.exposed
     assert fast.compute == pytest.approx(32 * 1.5703e11 / (0.54 * 312e12), rel=1e-3)
     assert slow.compute == pytest.approx(32 * 1.5703e11 / (0.36 * 312e12), rel=1e-3)
     assert (found.steps_per_epoch, found.steps) == (5004, 1_501_200)
