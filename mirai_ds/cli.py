@@ -8,15 +8,15 @@ from pathlib import Path
 
 import click
 
-from mirai_ds.cli_bench import bench
-from mirai_ds.cli_evaluate import evaluate
-from mirai_ds.cli_extract import extract
-from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
-from mirai_ds.cli_look import flops, map_, plan, report
-from mirai_ds.cli_recipes import recipes, table
-from mirai_ds.cli_runs import compare, inspect
-from mirai_ds.cli_sample import sample
-from mirai_ds.cli_submit import submit
+from mirai_ds.commands.bench import bench
+from mirai_ds.commands.evaluate import evaluate
+from mirai_ds.commands.extract import extract
+from mirai_ds.commands.frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.commands.look import flops, map_, plan, report
+from mirai_ds.commands.recipes import recipes, table
+from mirai_ds.commands.runs import compare, inspect
+from mirai_ds.commands.sample import sample
+from mirai_ds.commands.submit import submit
 from mirai_ds.version import __version__
 
 

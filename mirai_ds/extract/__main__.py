@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirai_ds.cli_extract import extract
+from mirai_ds.commands.extract import extract
 
 if __name__ == "__main__":
     extract(prog_name="python -m mirai_ds.extract")

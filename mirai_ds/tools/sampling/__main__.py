@@ -5,7 +5,7 @@ The deepspeed command puts its `--local_rank` right after the module, where `mir
 
 from __future__ import annotations
 
-from mirai_ds.cli_sample import sample
+from mirai_ds.commands.sample import sample
 
 if __name__ == "__main__":
     sample(prog_name="python -m mirai_ds.tools.sampling")

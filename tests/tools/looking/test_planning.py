@@ -47,10 +47,30 @@ def test_states_and_disk_by_hand(tmp_path: Path) -> None:
     assert resting["masters"] + resting["moments"] + resting["average"] == 16 * every / 8
     assert resting["teacher"] == 4 * ((16384 + 1001) * 768 + 8 * 7_079_424)
     assert (found.checkpoint, found.kept) == (16 * every, 3)
-    logits = 32 * 256 * 16384 * 4
+    # A chunk of 256 MiB in fp32 and its gradient in bf16, the output matrix's copy and a chunk's part of its gradient.
+    matrix, gradients = (16384 + 1) * 768, 32 * 256 * 768 * 2 + 4 * (16384 + 1) * 768
     moments = {moment.name: moment for moment in found.memory.moments}
+    assert moments["output layer"].parts["logits"] == 1.5 * 2**28 + (2 + 2) * matrix
+    assert moments["loss"].parts["next-token loss"] == moments["loss backward"].parts["logits"] == gradients
+
+
+def test_all_logits_at_once_by_hand(tmp_path: Path) -> None:
+    found = plan(tmp_path, sections={"train": {"cross_entropy": "whole"}})
+    moments = {moment.name: moment for moment in found.memory.moments}
+    logits = 32 * 256 * 16384 * 4
     assert moments["loss"].parts["logits"] == 2 * logits
     assert moments["loss backward"].parts["logits"] == 3 * logits
+
+
+def test_recomputed_halves_by_hand(tmp_path: Path) -> None:
+    """A block keeps its attention half and the second half's fp32 input; 60 % of its products are done again."""
+    kept = plan(tmp_path).work
+    half = plan(tmp_path, sections={"train": {"recompute": {"policy": "mlp"}}}).work
+    rows = 32 * 256
+    # Norm, mask, four hidden tensors, the shared input in bf16; then bf16 copies of three matrices.
+    feed_forward = rows * (768 * (4 + 4 + 2) + 4) + rows * 768 + 4 * rows * 2048 * 2 + rows * 768 * 2 + 6 * 768 * 2048
+    assert kept.kept_by_block(0) - half.kept_by_block(0) == feed_forward - rows * 768 * 4
+    assert half.recomputed_blocks() == pytest.approx(12 * 3 * 2048 / (3 * 2048 + 4 * 768))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,7 @@ def test_multi_token_prediction_by_hand() -> None:
     for policy, kept in (("none", 8), ("full", 0)):
         found = make_plan(Request("mtp-2d-k9", 1, 8, "a100-80g", overrides=(f"train.recompute.policy={policy}",)))
         loss = next(moment.parts for moment in found.memory.moments if moment.name == "loss")
-        assert loss["logits"] == (2 + 1 + (kept == 0)) * once
+        assert loss["logits"] == (1 + (kept == 0)) * once
         assert kept * once <= loss["heads"] < (kept + 5) * once
         assert (found.recomputed > found.flops["heads forward"]) == (policy == "full")
         peaks[policy] = found.memory.peak.total
@@ -188,7 +208,7 @@ def test_the_margin_and_allowances() -> None:
 def test_the_command(tmp_path: Path) -> None:
     done = cli(recipe(tmp_path), "--nodes", 2, "--gpus", 8, "--device", "a100-80g")
     assert done.exit_code == 0, done.output
-    for text in ("ZeRO-2", "fits a100-80g", "logits", "MFU 0.45 is assumed", "512", "GB a checkpoint"):
+    for text in ("ZeRO-2", "fits a100-80g", "next-token loss", "MFU 0.45 is assumed", "512", "GB a checkpoint"):
         assert text in done.output
     record = json.loads(cli(recipe(tmp_path), "--device", "rtx4090", "--gpus", 1, "--json").output)
     assert record["memory"]["fits"] is False

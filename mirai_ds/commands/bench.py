@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.commands.frame import CONTEXT, mistakes_in_one_line
 
 BENCHMARKS = {
     "step": ("mirai_ds.tools.bench.step", "The training step against a plain baseline: time, parts, memory."),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.commands.frame import CONTEXT, mistakes_in_one_line
 
 PATH = click.Path(path_type=Path)
 TABLE = click.option("--table", metavar="3|fig7", help="Only the rows of this table or figure of the paper.")

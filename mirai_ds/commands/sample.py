@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mirai_ds.cli_frame import CONTEXT, mistakes_in_one_line
+from mirai_ds.commands.frame import CONTEXT, mistakes_in_one_line
 
 if TYPE_CHECKING:
     from mirai_ds.runtime.distributed import World
