@@ -287,7 +287,7 @@ def serve(job: dict[str, Any]) -> None:
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runtime.distributed import local_device, read_world
-    from mirai_ds.tools.bench.sessions import on_random_data, random_session
+    from mirai_ds.tools.bench.sessions import on_random_data, random_session, shared_folder
 
     world = read_world()
     assert world is not None
@@ -298,9 +298,7 @@ def serve(job: dict[str, Any]) -> None:
     with ExitStack() as stack:
         empty = allocated_by_malloc() if device.type == "cpu" else 0
         if job["plain"]:
-            import tempfile
-
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = stack.enter_context(shared_folder(world))
             what: _Trainer | _Plain = _Plain(on_random_data(config, folder, world, MAX_STEPS), world, device)
         else:
             what = _Trainer(stack.enter_context(random_session(config, world, device, MAX_STEPS)))

@@ -30,10 +30,7 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
     The configuration's data is replaced; a frozen teacher, and an encoder without a weights file, get random weights.
     The engine is destroyed at the end, the run's folder removed.
     """
-    names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
-    dist.broadcast_object_list(names, src=0)
-    folder = Path(names[0])
-    try:
+    with shared_folder(world) as folder:
         config = on_random_data(config, folder, world, steps)
         mine = [Fence.take(folder).mine if world.rank == 0 else None]
         dist.broadcast_object_list(mine, src=0)
@@ -48,9 +45,18 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
         session.engine.destroy()
         del session
         gc.collect()
+
+
+@contextmanager
+def shared_folder(world: World) -> Iterator[Path]:
+    """Collective: a temporary folder of all ranks (of one machine)."""
+    names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
+    dist.broadcast_object_list(names, src=0)
+    try:
+        yield Path(names[0])
     finally:
         if world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(names[0], ignore_errors=True)
 
 
 def on_random_data(config: RunConfig, folder: Path, world: World, steps: int) -> RunConfig:
