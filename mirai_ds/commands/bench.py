@@ -14,6 +14,7 @@ BENCHMARKS = {
     "sampling": ("mirai_ds.tools.bench.sampling", "Images a second against loops without and with a plain cache."),
     "data": ("mirai_ds.extract.bench", "Extraction and loading against the peers' way."),
     "safety": ("mirai_ds.tools.bench.safety", "What guards and checkpoints cost, the stall of a save among it."),
+    "startup": ("mirai_ds.tools.bench.startup", "From `mirai-ds train` to the first step."),
     "memory": ("mirai_ds.tools.looking.measured", "Peak memory of real steps beside what `plan` says."),
     "kernels": ("mirai_ds.kernels.bench", "Fused operations against eager and compiled PyTorch."),
     "traffic": ("mirai_ds.tools.traffic", "What else of a step is memory traffic."),

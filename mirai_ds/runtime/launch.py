@@ -38,6 +38,8 @@ PARENT = "MIRAI_DS_PARENT"  # set for ranks that `launch` started
 # Without mappings all come from the heap, which is not trimmed below 4 GiB of free space at its end.
 CPU_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
 
+GPU_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # fewer holes between blocks of many sizes
+
 
 def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     """Environment of the ranks: this Python's bin first in PATH (else JIT builds flip between two ninjas and rebuild),
@@ -49,6 +51,8 @@ def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     if gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
         env = {**CPU_MEMORY, **env}
+    else:
+        env = {**GPU_MEMORY, **env}
     return env
 
 

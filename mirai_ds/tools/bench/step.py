@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.runtime.launch import CPU_MEMORY, visible_gpus
+from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 from mirai_ds.tools.bench.arms import Arm, Workers
 
 RESULTS = Path("docs/step-results.csv")
@@ -60,9 +60,8 @@ def arm(args: argparse.Namespace, name: str, method: str, more: list[str], plain
     recipe = METHODS[method].format(args.size.removeprefix("GPT-").lower())
     given = [o for o in overrides(args, ranks) if method != "none" or not o.startswith("foresight.")]
     threads = max(1, args.threads // ranks)
-    return Arm(
-        name, recipe, [*given, *more], plain, {} if plain or args.gpus else CPU_MEMORY, ranks, threads, args.gpus
-    )
+    memory = GPU_MEMORY if args.gpus else CPU_MEMORY
+    return Arm(name, recipe, [*given, *more], plain, {} if plain else memory, ranks, threads, args.gpus)
 
 
 def fastest(args: argparse.Namespace) -> list[str]:
