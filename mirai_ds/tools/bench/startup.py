@@ -10,6 +10,8 @@ import argparse
 import csv
 import json
 import os
+import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -77,9 +79,8 @@ def command(arguments: list[str]) -> None:
         return start(MODULE, ["--rank", *passed], *args)
 
     launch.launch = stamped_launch  # type: ignore[assignment]
-    from mirai_ds.cli import main as cli
-
-    cli(["train", *arguments])
+    sys.argv = ["mirai-ds", "train", *arguments]
+    runpy.run_module("mirai_ds", run_name="__main__")
 
 
 def rank(arguments: list[str]) -> None:
@@ -133,7 +134,9 @@ def help_seconds() -> float:
     return time.perf_counter() - began
 
 
-def measure(ranks: int = 2, repeat: int = 3, told: str = f"python -m {MODULE}") -> list[Row]:
+def measure(
+    ranks: int = 2, repeat: int = 3, told: str = f"python -m {MODULE}", cases: Sequence[str] = tuple(CASES)
+) -> list[Row]:
     """Rows: median seconds of every phase and of the whole, its ratio to the whole; `help`.  told: the command that a
     row is to name."""
     import torch
@@ -148,7 +151,7 @@ def measure(ranks: int = 2, repeat: int = 3, told: str = f"python -m {MODULE}") 
                 "ratio": "" if ratio is None else f"{ratio:.3f}"}  # fmt: skip
 
     rows = []
-    for model, overrides in CASES.items():
+    for model, overrides in ((name, CASES[name]) for name in cases):
         one_start(overrides, ranks)
         starts = [one_start(overrides, ranks) for _ in range(repeat)]
         whole = statistics.median(sum(start.values()) for start in starts)
@@ -181,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="starts of each case that count")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--table", action="store_true", help="print the committed rows as Markdown")
@@ -190,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(table(read(args.out)))
         return 0
-    rows = measure(args.ranks, args.repeat, " ".join([f"python -m {MODULE}", *argv]))
+    rows = measure(args.ranks, args.repeat, shlex.join(["python", "-m", MODULE, *argv]), args.case or tuple(CASES))
     print(json.dumps(rows, indent=1) if args.json else table(rows), flush=True)
     new = not args.out.exists()
     with args.out.open("a", newline="", encoding="utf-8") as file:
