@@ -15,6 +15,7 @@ from mirai_ds.cli_look import flops, map_, plan, report
 from mirai_ds.cli_recipes import recipes, table
 from mirai_ds.cli_runs import compare, inspect
 from mirai_ds.cli_sample import sample
+from mirai_ds.cli_study import study
 from mirai_ds.cli_submit import submit
 from mirai_ds.version import __version__
 
@@ -156,6 +157,7 @@ main.add_command(map_)
 main.add_command(plan)
 main.add_command(report)
 main.add_command(sample)
+main.add_command(study)
 main.add_command(submit)
 main.add_command(recipes)
 main.add_command(table)
