@@ -96,3 +96,40 @@ def run(
 
 def _seconds(hours: float | None) -> float | None:
     return None if hours is None else hours * 3600
+
+
+@study.command()
+@click.argument("folders", nargs=-1, required=True, type=PATH, metavar="FOLDER...")
+@click.option("--out", type=PATH, default=Path("docs"), show_default=True, help="Folder of the rows.")
+@click.option("--no-pictures", is_flag=True, help="Leave samples and feature maps alone.")
+@mistakes_in_one_line
+def rows(folders: tuple[Path, ...], out: Path, no_pictures: bool) -> None:
+    """Collect the raw rows of studies' folders, and pictures of their runs' samples and features.
+
+    \b
+    Example:
+      mirai-ds study rows runs/study-digits runs/study-fashion --out docs
+    """
+    from mirai_ds.study.running import collect
+
+    for line in collect(list(folders), out, not no_pictures):
+        click.echo(line)
+
+
+@study.command()
+@click.argument("folder", type=PATH, default=Path("docs"))
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 when the text is not what the rows give.")
+@mistakes_in_one_line
+def write(folder: Path, check: bool) -> None:
+    """Write tables and curves of FOLDER/study.md (default docs) from the rows beside it.
+
+    \b
+    Example:
+      mirai-ds study write docs --check
+    """
+    from mirai_ds.study.document import write_document
+
+    changed = write_document(folder, check)
+    click.echo("\n".join(f"changed: {one}" for one in changed) or "nothing changed")
+    if check and changed:
+        raise SystemExit(1)

@@ -25,7 +25,7 @@ NEGLIGIBLE = 1e-7  # of the wrong start: below fp32's resolution of the weights 
 
 
 class DesynchronisedTeacher(EmaTeacher):
-    """`foresight.desynchronised_ranks` teachers: a micro-batch is cut into as many equal parts, part r sees rank r's."""
+    """As many teachers as `foresight.desynchronised_ranks`: part r of a micro-batch, cut evenly, sees rank r's."""
 
     def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device, autocast: bool) -> None:
         super().__init__(config.model, config.foresight, dtype, device, autocast)

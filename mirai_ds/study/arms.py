@@ -48,14 +48,14 @@ ARMS = (
     Arm("e-k1", "E official, K = 1", _e("num_heads=1")),
     Arm("e-k9", "E official, K = 9", _e("num_heads=9")),
     Arm("e-desync", "E official, desynchronised teachers", _e(_DESYNCHRONISED)),
-    Arm("e-paper-sum", "Mirai-E, paper, weights of official (2 each, summed)", _e("weights=[6,6,6]", convention="paper")),
+    Arm("e-paper-sum", "Mirai-E, paper, total weight of official", _e("weights=[6,6,6]", convention="paper")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Study:
-    """recipe: of the baseline.  main_seeds, side_seeds: runs of each arm.  train_images: of the images at hand, None all.
-    samples: drawn from each run."""
+    """recipe: of the baseline.  main_seeds, side_seeds: runs of each arm.  samples: drawn from each run.  train_images:
+    None: the recipe's data as they are."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""The two networks a study trains once: Mirai-I's encoder (masked patches and classes) and the classifier that judges samples.
+"""The two networks a study trains once: Mirai-I's encoder (masked patches, classes) and the judge of samples.
 
 Both are functions of the training images and a seed: on one machine with one number of threads the same weights come
 out, whose digest is stored with the rows.

@@ -1,5 +1,8 @@
-"""Run a study: networks, costs, then run after run in folders of their own.  Killed at any time, it goes on when started
-again: what is finished and measured is not repeated, a run that was under way resumes from its checkpoint."""
+"""Run a study: networks, costs, then run after run in folders of their own; then its rows.
+
+Killed at any time, it goes on when started again: what is finished and measured is not repeated, a run that was under
+way resumes from its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,26 @@ from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.runtime.environment import package_versions
 from mirai_ds.runtime.launch import free_port, launch_environment
-from mirai_ds.study.arms import ENCODER_SET, Arm, Planned, Study, overrides, planned_runs, run_config
+from mirai_ds.study.arms import (
+    ARMS,
+    ENCODER_SET,
+    STUDIES,
+    Arm,
+    Planned,
+    Study,
+    overrides,
+    planned_runs,
+    run_config,
+)
 from mirai_ds.study.costs import Costs, measure_costs, run_seconds
-from mirai_ds.study.rows import CostRow, RunRow
+from mirai_ds.study.rows import FACTS as ROW_FACTS
+from mirai_ds.study.rows import CostRow, Rows, RunRow, read_rows, write_rows
 from mirai_ds.train.run_folder import read_run_config
 from mirai_ds.train.schedule import total_steps
 
 ROW = "study-row.json"  # in a run's folder: it is finished and measured
 FACTS, COSTS = "facts.json", "costs.json"  # in the study's
-# Beside the training steps of a run: start-up, and a held-out image's forward pass with both weights, in trained images.
+# Beside the training steps of a run: start-up; the forward pass of a held-out image, in steps of a trained one.
 START_SECONDS, FORWARD_SHARE = 10.0, 0.35
 Say = Callable[[str], None]
 
@@ -103,13 +117,13 @@ def run_study(
             break
         at = time.monotonic()
         train(study, planned, folder)
-        trained = time.monotonic() - at
+        trained, at = time.monotonic() - at, time.monotonic()
         run = runs_folder(folder, planned)
         row = measure(study, planned, run, folder)
         write_json(run / ROW, asdict(row))
         say(
             f"{planned.name}: held-out loss {row.ntp_ema:.4f} (EMA), Frechet distance {row.frechet:.2f}, recognised "
-            f"{row.accuracy:.3f}, smoothness {row.smoothness:.3f}; {trained:.0f} s and {time.monotonic() - at - trained:.0f} s"
+            f"{row.accuracy:.3f}, smoothness {row.smoothness:.3f}; {trained:.0f} s and {time.monotonic() - at:.0f} s"
         )
     return plan
 
@@ -182,6 +196,52 @@ def finished_rows(folder: Path) -> list[RunRow]:
 def cost_rows(study: str, folder: Path) -> list[CostRow]:
     """Rows of what is known about costs."""
     return [CostRow(study, arm, **values) for arm, values in read_json(folder / COSTS).items()]
+
+
+def study_of(folder: Path) -> Study:
+    """Which study a folder holds, by its rows.  Raises UserError when it holds none that is finished."""
+    names = {row.study for row in finished_rows(folder)}
+    if len(names) != 1 or not names <= set(STUDIES):
+        raise UserError(
+            f"{folder}: holds no measured run of a study; `mirai-ds study run NAME --folder {folder}` first"
+        )
+    return STUDIES[names.pop()]
+
+
+def rows_of(folder: Path) -> Rows:
+    """Rows of one folder: measured runs of its study's arms in their order."""
+    from mirai_ds.study.measure import curve
+
+    study = study_of(folder)
+    found = {(row.arm, row.seed): row for row in finished_rows(folder)}
+    most = 1 + max(seed for _, seed in found)
+    order = [p for p in planned_runs(study, list(ARMS), most) if (p.arm.name, p.seed) in found]
+    curves = [point for p in order for point in curve(study, p, runs_folder(folder, p))]
+    facts = {study.name: read_json(folder / FACTS)}
+    return Rows([found[p.arm.name, p.seed] for p in order], curves, cost_rows(study.name, folder), facts)
+
+
+def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
+    """Write the rows of `folders` into `out`, in place of what is there of the same studies; with pictures also samples
+    and maps of the main arms.  Returns lines about it."""
+    from mirai_ds.study.figures import draw_maps, draw_samples
+
+    said = []
+    known = read_rows(out) if (out / ROW_FACTS).is_file() else Rows([], [], [], {})
+    for folder in folders:
+        rows, study = rows_of(folder), study_of(folder)
+        kept = [[row for row in part if row.study != study.name] for part in (known.runs, known.curves, known.costs)]
+        known = Rows(
+            [*kept[0], *rows.runs], [*kept[1], *rows.curves], [*kept[2], *rows.costs], known.facts | rows.facts
+        )
+        said.append(f"{study.name}: {len(rows.runs)} runs, {len(rows.curves)} points of curves")
+        arms = [arm for arm in ARMS if arm.main and any((row.arm, row.seed) == (arm.name, 0) for row in rows.runs)]
+        if pictures and arms:
+            out.mkdir(parents=True, exist_ok=True)
+            draw_samples(study, folder, arms, out / f"study-{study.name}-samples.png")
+            draw_maps(folder, arms, out / f"study-{study.name}-maps.png")
+    write_rows(known, out)
+    return said
 
 
 def device_name() -> str:
