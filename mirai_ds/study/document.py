@@ -70,9 +70,9 @@ def facts_part(results: Results) -> str:
         )
     lines.append(
         f"Judge: recognises {f['judge_accuracy']:.3f} of real test images (digest {f['judge_digest'][:12]}). "
-        f"Reference: {f['reference_images']:.0f} real images as their tokens show them; two halves of them have Frechet distance "
-        f"{f['frechet_real']:.2f}, precision {f['precision_real']:.2f}, recall {f['recall_real']:.2f}. "
-        f"{study.samples} samples a run."
+        f"Reference: {f['reference_images']:.0f} real images as their tokens show them; two halves of them have "
+        f"Frechet distance {f['frechet_real']:.2f}, precision {f['precision_real']:.2f}, "
+        f"recall {f['recall_real']:.2f}. {study.samples} samples a run."
     )
     if "encoder" in f:
         lines.append(
@@ -153,7 +153,7 @@ def pairs_part(results: Results) -> str:
             continue
         found = [results.difference(arm, what, against) for what in ("ntp_ema", "ntp_raw", "frechet", "smoothness")]
         cells = [signed(one, digits) for one, digits in zip(found, (4, 4, 2, 3), strict=True)]
-        lines.append(f"| {question} | " + " | ".join(cells) + f" | {found[0].count} |")
+        lines.append(f"| {question} | " + " | ".join(cells) + f" | {found[0].pairs} |")
     return "\n".join(lines)
 
 

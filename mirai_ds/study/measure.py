@@ -44,13 +44,14 @@ def reference(study: Study, folder: Path) -> tuple[Array, GaussianStatistics]:
     """The judge's features of real images as their tokens show them: held-out ones first, then training images."""
     config = run_config(study, ARMS[0], 0, folder)
     data = load_dataset(config.data, config.model)
-    pictures, labels = [], []
+    parts, wanted = [], study.reference
     for source in (data.held_out, data.train):
-        chosen = np.arange(len(source))[: max(0, study.reference - sum(map(len, labels)))]
+        chosen = np.arange(len(source))[:wanted]
         if len(chosen):
-            pictures.append(source.decode(source.first_view(chosen))[..., 0])
-            labels.append(source.labels[chosen])
-    features, _ = judged(open_judge(folder), Pixels(np.concatenate(pictures), np.concatenate(labels)))
+            pixels = Pixels(source.decode(source.first_view(chosen))[..., 0], source.labels[chosen])
+            parts.append(judged(open_judge(folder), pixels)[0])
+        wanted -= len(chosen)
+    features = np.concatenate(parts)
     return features, gaussian_statistics(features)
 
 

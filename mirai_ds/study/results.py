@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     mean: float
     half: float
-    count: int
+    pairs: int
 
     @property
     def differs(self) -> bool:

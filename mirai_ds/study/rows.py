@@ -78,6 +78,15 @@ class Rows:
         """Names, in the order of the facts."""
         return list(self.facts)
 
+    def replaced(self, new: Rows, study: str) -> Rows:
+        """These, with `new` in place of what is here of `study`."""
+        return Rows(
+            [row for row in self.runs if row.study != study] + new.runs,
+            [row for row in self.curves if row.study != study] + new.curves,
+            [row for row in self.costs if row.study != study] + new.costs,
+            self.facts | new.facts,
+        )
+
 
 def to_csv(rows: Sequence[Any], kind: type) -> str:
     """CSV text with a header; numbers with 8 digits."""

@@ -230,10 +230,7 @@ def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
     known = read_rows(out) if (out / ROW_FACTS).is_file() else Rows([], [], [], {})
     for folder in folders:
         rows, study = rows_of(folder), study_of(folder)
-        kept = [[row for row in part if row.study != study.name] for part in (known.runs, known.curves, known.costs)]
-        known = Rows(
-            [*kept[0], *rows.runs], [*kept[1], *rows.curves], [*kept[2], *rows.costs], known.facts | rows.facts
-        )
+        known = known.replaced(rows, study.name)
         said.append(f"{study.name}: {len(rows.runs)} runs, {len(rows.curves)} points of curves")
         arms = [arm for arm in ARMS if arm.main and any((row.arm, row.seed) == (arm.name, 0) for row in rows.runs)]
         if pictures and arms:

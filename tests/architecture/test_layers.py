@@ -21,6 +21,7 @@ LAYERS = [
     {"eval"},
     {"hooks"},
     {"tools", "submit"},
+    {"study"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
 # Packages that only one room may import, and never at the top of a module.
@@ -32,7 +33,8 @@ OWNED = {
     "torch.utils.cpp_extension": {"kernels"},
 }
 ENTRY_POINTS = {
-    "cli.py", "cli_evaluate.py", "cli_extract.py", "cli_frame.py", "cli_recipes.py", "cli_runs.py", "cli_submit.py",
+    "cli.py", "cli_evaluate.py", "cli_extract.py", "cli_frame.py", "cli_recipes.py", "cli_runs.py", "cli_study.py",
+    "cli_submit.py",
     "__main__.py", "train/__main__.py", "extract/__main__.py", "tools/sampling/__main__.py",
 }  # fmt: skip
 
