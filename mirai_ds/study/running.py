@@ -10,6 +10,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 from mirai_ds.checkpoint.outcome import NAME as OUTCOME
 from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
+from mirai_ds.data import load_dataset
 from mirai_ds.runtime.environment import package_versions
 from mirai_ds.runtime.launch import free_port, launch_environment
 from mirai_ds.study.arms import (
@@ -72,9 +74,9 @@ def make_plan(
 ) -> Plan:
     """Runs in order until the budget is spent.  Expected seconds are CPU time: a shared machine takes longer."""
     config = run_config(study, arms[0], 0, folder)
-    steps, batch = steps_of(study, config, folder), config.train.global_batch_size
-    points = steps // (config.evaluate.every_steps or steps) + 1
-    looked = points * min(held_out_count(study), config.evaluate.max_samples or held_out_count(study)) * 2
+    steps, held_out = length(config)
+    points, batch = steps // (config.evaluate.every_steps or steps) + 1, config.train.global_batch_size
+    looked = points * min(held_out, config.evaluate.max_samples or held_out) * 2
     overhead = START_SECONDS + FORWARD_SHARE * looked / batch * costs[arms[0].name]["cpu_ms"] / 1000
     plan, spent = Plan([], [], []), 0.0
     for planned in planned_runs(study, arms, seeds):
@@ -88,15 +90,10 @@ def make_plan(
     return plan
 
 
-def held_out_count(study: Study) -> int:
-    """Held-out images; of the digits 0.2 of 1,797."""
-    return study.held_out_images or 360
-
-
-def steps_of(study: Study, config: RunConfig, folder: Path) -> int:
-    """Steps of every run."""
-    images = study.train_images or 1797 - held_out_count(study)
-    return total_steps(config.train, images // config.train.global_batch_size)
+def length(config: RunConfig) -> tuple[int, int]:
+    """Steps of a run, and its held-out images; the data must be there."""
+    data = load_dataset(config.data, config.model)
+    return total_steps(config.train, len(data.train) // config.train.global_batch_size), len(data.held_out)
 
 
 def run_study(
@@ -181,11 +178,24 @@ def train(study: Study, planned: Planned, folder: Path) -> None:
         env.pop(name, None)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("ab") as log:
-        code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        code = _wait(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     outcome = read_outcome(run / OUTCOME)
     if code or outcome is None or outcome[0] != "finished":
         why = f"{outcome[0]} {outcome[1]}" if outcome else f"exit code {code}"
         raise UserError(f"{run}: did not finish ({why}); see {folder / 'log.txt'}, then give the command again")
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code.  A study that is asked to end asks its run first, which saves after its step."""
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def finished_rows(folder: Path) -> list[RunRow]:

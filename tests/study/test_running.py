@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mirai_ds.cli import main
-from mirai_ds.config import RunConfig
+from mirai_ds.config import RunConfig, dump
 from mirai_ds.study import running
 from mirai_ds.study.arms import (
     ARMS,
@@ -24,11 +24,13 @@ from mirai_ds.study.arms import (
     run_config,
 )
 from mirai_ds.study.costs import compute_spent, run_seconds
+from mirai_ds.study.measure import curve
 from tests.one_line import one_line
 
 COSTS = {
     arm.name: {"cpu_ms": 100.0 if arm.name == BASELINE else 200.0, "ratio": 2.0, "aligned_from": 50.0} for arm in ARMS
 }
+COST = {"cpu_ms": 1.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "flops_ratio": 1.0, "aligned_from": 0.0}
 DIGITS = STUDIES["digits"]
 
 
@@ -49,7 +51,7 @@ def test_arms_differ_in_their_foresight_alone(study: Study, tmp_path: Path) -> N
             warm = 0.0 if "cold" in arm.name else 15 / 80 * config.train.epochs
             assert config.foresight.warmup_epochs == pytest.approx(warm, rel=1e-5)
     # The paper's average spans 10,000 of 400,320 steps.
-    steps = running.steps_of(study, baseline, tmp_path)
+    steps = {"digits": 6 * (1438 // 32), "fashion": 2 * 16_000 // 64}[study.name]
     assert 1 / (1 - baseline.ema.decay) == pytest.approx(steps / 40, rel=0.02)
 
 
@@ -107,40 +109,57 @@ def tiny(tmp_path: Path) -> Study:
 
 
 def test_a_study_goes_on_and_repeats_nothing(tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, said, arms = tmp_path / "study", list[str](), [ARMS[0]]
+    folder, said, arms, planned = tmp_path / "study", list[str](), [ARMS[0]], Planned(ARMS[0], 0)
     monkeypatch.setattr(running, "known_costs", lambda *_: COSTS)
-    # A run that was killed between its checkpoint and its end: the trainer goes on from there.
-    planned = Planned(ARMS[0], 0)
-    run = running.runs_folder(folder, planned)
-    running.train(tiny, planned, folder)
-    (run / "outcome").unlink()
-    running.run_study(tiny, folder, arms, None, None, None, said.append)
-    starts = (run / "starts.jsonl").read_text().splitlines()
-    assert len(starts) == 2
-    assert json.loads((run / running.ROW).read_text())["steps"] == 4
+    plan = running.run_study(tiny, folder, arms, None, None, None, said.append)
+    assert [p.name for p, _ in plan.chosen] == ["baseline-s0"]
     assert said[-1].startswith("baseline-s0: held-out loss")
+    run = running.runs_folder(folder, planned)
     row = (run / running.ROW).read_bytes()
+    assert json.loads(row)["steps"] == 4
+    assert [point.step for point in curve(tiny, planned, run)] == [0, 2, 4]
 
+    # Killed between training and measuring: measured again, to the same row, and not trained again.
     def nothing(*_: object, **__: object) -> None:
         raise AssertionError("repeated")
 
-    for name in ("train", "write_json"):
-        monkeypatch.setattr(running, name, nothing)
-    plan = running.run_study(tiny, folder, arms, None, None, None, said.append)
-    assert plan.done == [planned]
-    assert plan.chosen == []
+    monkeypatch.setattr(running.subprocess, "Popen", nothing)
+    (run / running.ROW).unlink()
+    running.run_study(tiny, folder, arms, None, None, None, said.append)
     assert (run / running.ROW).read_bytes() == row
-    # And its rows are found again.
-    assert running.study_of(folder).name == "digits"
-    assert [r.arm for r in running.finished_rows(folder)] == ["baseline"]
+    monkeypatch.setattr(running, "train", nothing)
+    assert running.run_study(tiny, folder, arms, None, None, None, said.append).done == [planned]
+    (folder / running.COSTS).write_text(json.dumps({BASELINE: COST}), encoding="utf-8")
+    assert [r.arm for r in running.rows_of(folder).runs] == ["baseline"]
+    assert len(running.rows_of(folder).curves) == 3
+
+
+def test_a_run_that_was_under_way_is_resumed(tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the trainer, as a scheduler would; a run that ends in any other way than finished is an error."""
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None:
+            commands.append(command)
+
+        def wait(self) -> int:
+            return 75
+
+    monkeypatch.setattr(running.subprocess, "Popen", Process)
+    run = tmp_path / "runs" / "baseline-s0"
+    run.mkdir(parents=True)
+    (run / "outcome").write_text("requeue SIGTERM\n")
+    one_line(lambda: running.train(tiny, Planned(ARMS[0], 0), tmp_path), "requeue SIGTERM", "log.txt", "again")
+    assert commands[0][1:3] == ["-m", "mirai_ds.train"]
+    at = commands[0].index("--resume")
+    assert commands[0][at + 1] == "if-present"
+    assert commands[0][commands[0].index("--run-dir") + 1] == str(run)
 
 
 def test_a_folder_of_another_run(tiny: Study, tmp_path: Path) -> None:
     planned, other = Planned(ARMS[0], 0), Arm(BASELINE, "another rate", ("optimizer.lr=1e-5",))
     run = running.runs_folder(tmp_path, planned)
     run.mkdir(parents=True)
-    from mirai_ds.config import dump
-
     (run / "config.yaml").write_text(dump(run_config(tiny, other, 0, tmp_path)), encoding="utf-8")
     one_line(lambda: running.train(tiny, planned, tmp_path), str(run), "holds a run with other settings", "--folder")
 
