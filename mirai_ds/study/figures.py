@@ -14,6 +14,7 @@ from mirai_ds.study.results import Results, estimate
 
 Array = np.ndarray[Any, Any]
 SHOWN_CLASSES, SHOWN_EACH = 10, 4
+SHOWN_FROM = 2  # point of a curve: those before would flatten it
 MAPPED = 4  # held-out images of the maps
 
 
@@ -24,26 +25,35 @@ def draw_curves(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    for arm in [arm for arm in ARMS if arm.main and arm.name in results.arms]:
+    arms = [arm for arm in ARMS if arm.main and arm.name in results.arms]
+    largest, highest = 0.0, 0.0
+    for number, arm in enumerate(arms):
+        style = {"label": arm.title, "marker": ".", "color": f"C{number}"}
         epochs, losses = results.curves(arm.name, "ntp_ema")
-        axes[0].plot(epochs[1:], losses.mean(0)[1:], label=arm.title, marker=".")
+        mean = losses.mean(0)
+        highest = max(highest, float(mean[SHOWN_FROM]))
+        axes[0].plot(epochs, mean, **style)
         if arm.name in results.costs:
             steps = results.steps(arm.name)
-            spent = compute_spent(results.costs[arm.name], steps) / steps[-1]
-            axes[1].plot(spent[1:], losses.mean(0)[1:], label=arm.title, marker=".")
+            total = float(results.steps(BASELINE)[-1])
+            axes[1].plot(compute_spent(results.costs[arm.name], steps) / total, mean, **style)
         if arm.name == BASELINE:
-            axes[2].axhline(0, color="C0", label=arm.title)
+            axes[2].axhline(0, **(style | {"marker": None}))
             continue
-        difference = results.curve_differences(arm.name, "ntp_ema")
-        estimates = [estimate(list(column)) for column in difference.T]
-        mean, half = (np.array([e[k] for e in estimates]) for k in (0, 1))
-        line = axes[2].plot(epochs, mean, label=arm.title, marker=".")[0]
-        axes[2].fill_between(epochs, mean - half, mean + half, alpha=0.15, color=line.get_color())
-    axes[0].set(xlabel="epoch", ylabel="held-out loss, EMA weights (nats a token)", title="equal epochs", yscale="log")
-    axes[1].set(xlabel="compute (baseline's whole run = 1)", title="equal compute", yscale="log")
-    axes[2].set(xlabel="epoch", title="less the baseline's, paired by seed; 95 % interval")
+        estimates = [estimate(list(column)) for column in results.curve_differences(arm.name, "ntp_ema").T]
+        middle, half = (np.array([one[k] for one in estimates]) for k in (0, 1))
+        largest = max(largest, float(np.abs(middle).max()))
+        axes[2].plot(epochs, middle, **style)
+        axes[2].fill_between(epochs, middle - half, middle + half, alpha=0.15, color=style["color"], linewidth=0)
+    lowest = min(float(line.get_ydata().min()) for line in axes[0].lines)
+    for axis in axes[:2]:
+        axis.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.03 * (highest - lowest))
+    axes[2].set_ylim(-2.5 * largest, 2.5 * largest)  # wider intervals are cut
+    axes[0].set(xlabel="epoch", ylabel="held-out loss, EMA (nats a token)", title="equal epochs")
+    axes[1].set(xlabel="compute (the baseline's run = 1)", title="equal compute")
+    axes[2].set(xlabel="epoch", title="difference to the baseline, 95 %")
     for axis in axes:
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=90, metadata={"Software": None})
 
@@ -76,7 +86,7 @@ def draw_samples(study: Study, folder: Path, arms: list[Arm], path: Path) -> Non
         axis.imshow(labelled_grid(images, columns=SHOWN_EACH, min_side=28), interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
 def draw_maps(folder: Path, arms: list[Arm], path: Path) -> None:
