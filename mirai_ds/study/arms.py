@@ -79,7 +79,7 @@ STUDIES = {
     ),
     "fashion": Study(
         "fashion", "Fashion-MNIST, 7x7 tokens", "study-fashion", main_seeds=3, side_seeds=2, samples=2000,
-        reference=5000, train_images=16_000, held_out_images=5000, patch=4, codes=512, judge_epochs=3,
+        reference=5000, train_images=12_800, held_out_images=5000, patch=4, codes=512, judge_epochs=3,
     ),
 }  # fmt: skip
 
