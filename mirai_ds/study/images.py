@@ -52,7 +52,7 @@ def prepare(study: Study, folder: Path, source: Path | None) -> dict[str, float]
             raise UserError(f"{found}: holds {len(one.labels)} images, the study takes {n}")
         if not path.is_file():
             _write(path, one.pixels[:n], one.labels[:n], book)
-    error = reconstruction_error(book, test.pixels[:, :, :, None])
+    error = reconstruction_error(book, test.pixels[:, :, :, None].copy())
     return {"codes": float(book.vocab_size), "reconstruction_rms": error.rms, "reconstruction_psnr": error.psnr}
 
 
