@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from mirai_ds.config.load import load
 from mirai_ds.foresight import EncoderTeacher
+from mirai_ds.study import networks
 from mirai_ds.study.arms import ARMS, Study, encoder_file, run_config
 from mirai_ds.study.images import Pixels, digit_pixels
 from mirai_ds.study.networks import MaskedPatches, judged, open_judge, pretrain_encoder, train_judge
 
-TINY = Study("digits", "tiny", "study-digits", 1, 1, 10, 60, judge_epochs=2, encoder_steps=3)
+TINY = Study("digits", "tiny", "study-digits", 1, 1, 10, 60, judge_epochs=2, encoder_steps=2)
 
 
 def test_masked_pixels_do_not_matter() -> None:
@@ -33,8 +35,10 @@ def test_masked_pixels_do_not_matter() -> None:
         assert not torch.equal(model(images, seen)[0], model(changed, seen)[0])
 
 
-def test_the_trainer_takes_the_encoder(tmp_path: Path) -> None:
+def test_the_trainer_takes_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And sees with it what pretraining saw."""
+    monkeypatch.setattr(networks, "BATCH", 8)
+    monkeypatch.setattr(networks, "PROBED", 16)
     facts = pretrain_encoder(TINY, tmp_path)
     weights = encoder_file(tmp_path).read_bytes()
     assert pretrain_encoder(TINY, tmp_path) == facts
