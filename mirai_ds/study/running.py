@@ -134,9 +134,16 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
     path = folder / FACTS
     folder.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if facts.get("study", study.name) != study.name:
+        raise UserError(f"{folder}: is of the study {facts['study']!r}; give another --folder")
     if not facts:
         say("preparing images and the judge")
-        facts |= {"date": str(datetime.date.today()), "device": device_name(), "versions": package_versions()}
+        facts |= {
+            "study": study.name,
+            "date": str(datetime.date.today()),
+            "device": device_name(),
+            "versions": package_versions(),
+        }
         facts |= prepare(study, folder, source)
         facts |= train_judge(study, folder, *real_images(study, folder, source))
         facts |= reference_facts(study, folder)

@@ -165,9 +165,12 @@ def test_a_folder_of_another_run(tiny: Study, tmp_path: Path) -> None:
 
 
 def test_mistakes_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / running.FACTS).write_text('{"study": "digits"}')
     for arguments, said in (
         (["run", "digit"], "study 'digit'"),
         (["plan", "digits", "--arms", "k9"], "--arms k9"),
+        (["run", "fashion", "--folder", str(tmp_path / "digits")], "is of the study 'digits'; give another --folder"),
         (["rows", str(tmp_path)], "holds no measured run of a study"),
         (["run", "fashion", "--images", str(tmp_path / "no"), "--folder", str(tmp_path)], "no such folder"),
     ):
