@@ -29,7 +29,7 @@ ema: {decay: 0.77}        # 1/40 of the run, as in the study
 def test_alignment_on_digits(tmp_path: Path) -> None:
     recipe = tmp_path / "short.yaml"
     recipe.write_text(SHORT, encoding="utf-8")
-    study = replace(STUDIES["digits"], recipe=str(recipe))
+    study = replace(STUDIES["digits"], recipe=str(recipe), encoder_steps=300)
     run_study(study, tmp_path / "study", choose_arms("main"), SEEDS, None, None, print)
     results = Results(rows_of(tmp_path / "study"), "digits")
     assert all(results.seeds(arm) == [0, 1, 2] for arm in ("baseline", "e-official", "e-paper", "i"))
