@@ -58,11 +58,8 @@ def facts_part(results: Results) -> str:
     """What a study was made of, as a list."""
     f, name = results.facts, results.name
     study = STUDIES[name]
-    steps, last = (
-        int(results.steps(BASELINE)[-1]),
-        results.curve(BASELINE, results.seeds(BASELINE)[0], "ntp_raw")[0][-1],
-    )
-    lines = [f"{steps} steps, {last:g} epochs; seeds by arm: {_seeds(results)}."]
+    epochs, _ = results.curve(BASELINE, results.seeds(BASELINE)[0], "ntp_raw")
+    lines = [f"{results.steps(BASELINE)[-1]} steps, {epochs[-1]:g} epochs; seeds by arm: {_seeds(results)}."]
     if "reconstruction_rms" in f:
         lines.append(
             f"Codebook: {f['codes']:.0f} patches of {study.patch}x{study.patch}; reconstruction of the test images "
@@ -89,7 +86,7 @@ def _seeds(results: Results) -> str:
 
 
 def values_part(results: Results) -> str:
-    """A row an arm: means over seeds, and after an arrow nothing; differences are in the next table."""
+    """A row an arm: means over its seeds."""
     head = (
         "| arm | held-out loss, raw | held-out loss, EMA | Frechet distance | precision | recall | recognised "
         "| smoothness |"
