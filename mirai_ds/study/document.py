@@ -106,8 +106,9 @@ def differences_part(results: Results) -> str:
     """A row an arm: paired differences to the baseline, at equal epochs and equal compute, and speed-ups."""
     lines = [
         "| arm less baseline | loss, EMA | loss, EMA, equal compute | loss, raw | Frechet distance | recognised "
-        "| smoothness | speed-up in epochs | baseline's epochs to the arm's loss | step cost, CPU | step cost, FLOPs |",
-        "|---|" + "---|" * 10,
+        "| smoothness | speed-up, half-way | speed-up, end | baseline's epochs to the arm's loss | step cost, CPU "
+        "| step cost, FLOPs |",
+        "|---|" + "---|" * 11,
     ]
     for arm in results.arms:
         if arm == BASELINE:
@@ -117,7 +118,8 @@ def differences_part(results: Results) -> str:
             signed(results.difference(arm, "ntp_ema"), 4), signed(results.equal_compute(arm, "ntp_ema"), 4),
             signed(results.difference(arm, "ntp_raw"), 4), signed(results.difference(arm, "frechet"), 2),
             signed(results.difference(arm, "accuracy"), 3), signed(results.difference(arm, "smoothness"), 3),
-            shown(results.speed_up(arm, "ntp_ema"), 2), _epochs(results.baseline_epochs(arm, "ntp_ema"), results),
+            shown(results.speed_up_halfway(arm, "ntp_ema"), 2), shown(results.speed_up(arm, "ntp_ema"), 2),
+            _epochs(results.baseline_epochs(arm, "ntp_ema"), results),
             "-" if cost is None else f"{cost['ratio']:.2f}", "-" if cost is None else f"{cost['flops_ratio']:.2f}",
         ]  # fmt: skip
         lines.append(f"| {TITLES[arm]} | " + " | ".join(cells) + " |")
@@ -156,14 +158,14 @@ def pairs_part(results: Results) -> str:
 
 def shown(one: Estimate, digits: int) -> str:
     """`1.2345 ± 0.0012`, without the interval of a single value."""
-    if math.isnan(one.mean):
+    if not math.isfinite(one.mean):
         return "-"
     return f"{one.mean:.{digits}f}" + ("" if math.isnan(one.half) else f" ± {one.half:.{digits}f}")
 
 
 def signed(one: Estimate, digits: int) -> str:
     """With a sign, in bold where the interval leaves out zero."""
-    if math.isnan(one.mean):
+    if not math.isfinite(one.mean):
         return "-"
     text = f"{one.mean:+.{digits}f}" + ("" if math.isnan(one.half) else f" ± {one.half:.{digits}f}")
     return f"**{text}**" if one.differs else text

@@ -155,6 +155,17 @@ class Results:
         pairs = [(self.curve(BASELINE, s, what), self.curve(arm, s, what)) for s in self.paired_seeds(arm)]
         return estimate([speed_up(theirs, ours) for theirs, ours in pairs])
 
+    def speed_up_halfway(self, arm: str, what: str) -> Estimate:
+        """Epochs that the baseline needs to what the arm has after half of its run, over that half.  Infinite where the
+        baseline never gets there."""
+        found = []
+        for seed in self.paired_seeds(arm):
+            epochs, values = self.curve(arm, seed, what)
+            half = float(epochs[-1]) / 2
+            reached = first_reached(*self.curve(BASELINE, seed, what), value_at(epochs, values, half))
+            found.append(reached / half)
+        return estimate(found)
+
     def baseline_epochs(self, arm: str, what: str) -> list[float]:
         """Epochs the baseline needs to reach the arm's last value, seed by seed; infinity: it did not."""
         found = []
