@@ -16,6 +16,7 @@ from mirai_ds.commands.look import flops, map_, plan, report
 from mirai_ds.commands.recipes import recipes, table
 from mirai_ds.commands.runs import compare, inspect
 from mirai_ds.commands.sample import sample
+from mirai_ds.commands.study import study
 from mirai_ds.commands.submit import submit
 from mirai_ds.version import __version__
 
@@ -158,6 +159,7 @@ main.add_command(map_)
 main.add_command(plan)
 main.add_command(report)
 main.add_command(sample)
+main.add_command(study)
 main.add_command(submit)
 main.add_command(recipes)
 main.add_command(table)

@@ -159,6 +159,12 @@ class ForesightConfig(Section):
         None,
         description="mirai-e: a frozen teacher instead of the run's EMA: a weights file, run or checkpoint folder",
     )
+    desynchronised_ranks: int | None = Field(
+        None,
+        ge=2,
+        description="experiment, mirai-e on one rank: as many EMAs that began at different random weights, a defect of "
+        "the authors' code",
+    )
     weights: list[float] | None = Field(None, description="lambda of each head; default 2 each, of mtp 1")
     heads_reduction: Literal["sum", "mean"] | None = None
     head_order: Literal["official", "nearest"] | None = None
@@ -301,6 +307,9 @@ class ForesightConfig(Section):
 
     def _check_teacher(self) -> None:
         """Fields that only one kind of teacher has."""
+        if self.desynchronised_ranks is not None and (self.method != "mirai-e" or self.teacher_weights is not None):
+            problem = "is an experiment about the run's own EMA as teacher (method: mirai-e); remove it"
+            raise ConfigError("foresight.desynchronised_ranks", self.desynchronised_ranks, problem)
         if self.method == "mirai-e":
             return
         why = "an encoder gives one output" if self.method == "mirai-i" else "mtp has no teacher"

@@ -1,6 +1,7 @@
 """Foresight alignment: neighbours, heads, teachers, schedules and the objective that joins them to the model."""
 
-from mirai_ds.foresight.encoders import EncoderTeacher
+from mirai_ds.foresight.desynchronised import DesynchronisedTeacher
+from mirai_ds.foresight.encoders import EncoderTeacher, encoder_input, untrained_encoder
 from mirai_ds.foresight.multi_token import TokenTeacher
 from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_note, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
@@ -8,6 +9,7 @@ from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
 from mirai_ds.foresight.teachers import EmaTeacher, Teacher
 
 __all__ = [
+    "DesynchronisedTeacher",
     "EmaTeacher",
     "EncoderTeacher",
     "MiraiObjective",
@@ -16,8 +18,10 @@ __all__ = [
     "alignment_active",
     "alignment_multiplier",
     "decoded_targets",
+    "encoder_input",
     "index_table",
     "offsets",
     "seam_note",
     "slot_counts",
+    "untrained_encoder",
 ]

@@ -42,10 +42,16 @@ class EncoderTeacher:
         if images is None:
             problem = "the data has no images; set data.images, or give npz data an `images` array"
             raise ConfigError("foresight.method", "mirai-i", problem)
-        x = (images.float() / 255.0 - self.mean) / self.std
-        if x.shape[-1] != self.image_size or x.shape[-2] != self.image_size:
-            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bicubic", align_corners=False)
+        x = encoder_input(images, self.mean, self.std, self.image_size)
         return self._forward(self.encoder, self.config, x.to(self.dtype))
+
+
+def encoder_input(images: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:
+    """images (B, 3, H, W) uint8, mean and std (1, 3, 1, 1) -> fp32 (B, 3, size, size)."""
+    x = (images.float() / 255.0 - mean) / std
+    if x.shape[-1] != size or x.shape[-2] != size:
+        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return x
 
 
 def patch_features(encoder: nn.Module, config: EncoderConfig, x: Tensor) -> Tensor:
@@ -141,6 +147,17 @@ def load_encoder(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
     if config.layer is not None:
         del model.blocks[config.layer :]
     return model, size
+
+
+def untrained_encoder(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
+    """The timm model with random weights from torch's generator, to be pretrained, and its input side.
+
+    Raises what encoder_plan raises.
+    """
+    import timm
+
+    _, size = encoder_plan(config, grid)
+    return timm.create_model(config.timm_name, pretrained=False, num_classes=0, img_size=size), size
 
 
 def encoder_plan(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:

@@ -34,7 +34,7 @@ from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.engine import TrainEngine
-from mirai_ds.foresight import EmaTeacher, MiraiObjective, Teacher, seam_note
+from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World
@@ -99,6 +99,8 @@ class Session:
         names = {f"gpt.{name}" for name in self.teacher.names}
         dtype = next(self.teacher.trunk.parameters()).dtype
         gathered = self.engine.gather_named("ema", dtype, names)
+        if isinstance(self.teacher, DesynchronisedTeacher):
+            self.teacher.age(self.applied_steps)
         self.teacher.load((name.removeprefix("gpt."), tensor) for name, tensor in gathered)
         self._teacher_version = self.engine.ema.version
 

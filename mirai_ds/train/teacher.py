@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
 from mirai_ds.checkpoint.shard_files import StateReader
 from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.foresight import EmaTeacher, EncoderTeacher, Teacher, TokenTeacher
+from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, EncoderTeacher, Teacher, TokenTeacher
 from mirai_ds.train.run_folder import read_run_config
 
 FIELD = "foresight.teacher_weights"
@@ -32,7 +33,10 @@ def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | No
         return None, "", []
     low = foresight.teacher_dtype == "bf16" or (foresight.teacher_dtype == "auto" and precision == "bf16")
     autocast = foresight.teacher_dtype == "auto" and precision == "bf16-autocast"
-    teacher = EmaTeacher(config.model, foresight, torch.bfloat16 if low else torch.float32, device, autocast)
+    dtype = torch.bfloat16 if low else torch.float32
+    if foresight.desynchronised_ranks is not None:
+        return _desynchronised(config, dtype, device, autocast)
+    teacher = EmaTeacher(config.model, foresight, dtype, device, autocast)
     if foresight.teacher_weights is None:
         return teacher, "", []
     weights, origin = pretrained(config)
@@ -40,6 +44,17 @@ def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | No
     teacher.load(held.items())
     digest = digest_of_tensors(held)
     return teacher, digest, [f"frozen teacher: {origin}, digest {digest[:12]}"]
+
+
+def _desynchronised(
+    config: RunConfig, dtype: torch.dtype, device: torch.device, autocast: bool
+) -> tuple[Teacher, str, list[str]]:
+    field, ranks = "foresight.desynchronised_ranks", config.foresight.desynchronised_ranks
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:
+        raise ConfigError(field, ranks, f"is emulated by one rank, this run has {world}; start it with --ranks 1")
+    note = f"experiment: {ranks} teachers that began at different random weights, as in the authors' code"
+    return DesynchronisedTeacher(config, dtype, device, autocast), "", [note]
 
 
 def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
