@@ -106,3 +106,12 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.arguments(["speed"])
     assert "what: 'speed' is none of plain, overhead, ranks, switches" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_rows() -> None:
+    from mirai_ds.kernels.bench import read
+
+    root = Path(__file__).resolve().parents[3]
+    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- mirai-ds bench step --table -->\n")[2].partition("\n<!-- end -->")[0]
+    assert shown == bench.table(read(root / "docs" / "step-results.csv"))
