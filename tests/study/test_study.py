@@ -1,5 +1,5 @@
 """The main arms on the digits, shortened: alignment does not worsen the held-out loss beyond noise, and Mirai-E's
-features are smoother.  `pytest -m study`, about 10 minutes on one core.
+features are smoother.  `pytest -m study`, about 12 minutes on one core.
 
 Bounds: with three seeds an arm's 95 % interval of the paired difference must reach zero (it is not shown to be worse);
 the smoothness' interval must lie above zero.  Both are those of docs/study.md.
