@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix test-slurm check format verify kernels kernels-cuda bench bench-kernels bench-data \
+.PHONY: help install demo test test-matrix test-slurm test-study check format verify kernels kernels-cuda bench bench-kernels bench-data \
 	bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layo
 
 test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 13 minutes (root; slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m slurm -rs
+
+test-study: $(STAMP) ## the small study's main arms on the digits: 12 minutes on one core
+	$(BIN)/python -m pytest -m study
 
 check: $(STAMP) ## ruff, mypy, architecture tests
 	$(BIN)/ruff check .

@@ -116,7 +116,6 @@ def test_the_loop_fits_on_a_page() -> None:
 def test_rooms_are_small() -> None:
     for folder in {(ROOT / "mirai_ds" / name).parent for _, name, _ in SOURCES if not name.startswith("kernels/")}:
         files = [p for p in folder.glob("*.py") if p.name not in ("__init__.py", "__main__.py")]
-        files = [p for p in files if not p.name.startswith("cli")]  # the command line's: as many as groups of verbs
         assert len(files) <= 10, f"{folder} has {len(files)} files"
 
 
