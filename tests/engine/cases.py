@@ -129,6 +129,8 @@ def reference_gradients(config: RunConfig, steps: int, world: int, accumulation:
     """Autograd's mean over all micro-batches of the global batch, in one process, activations kept, summed in fp32."""
     objective = toy_objective(config, HEAD_SCALE)
     if config.train.precision == "bf16":
+        # A chunked loss rounds the output matrix's gradient elsewhere: the same here, to see how gradients are summed.
+        objective.chunked_loss = config.train.cross_entropy == "chunked"
         for p in objective.parameters():  # parameters only, as DeepSpeed does: buffers stay fp32
             p.data = p.data.bfloat16()
     total: dict[str, torch.Tensor] = {}

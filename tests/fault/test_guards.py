@@ -35,7 +35,7 @@ def break_module(name: str, step: int, rank: int, row: int, times: int = 1000, b
             left[0] -= 1
             tensor = out[0] if isinstance(out, tuple) else out
             mask = torch.zeros_like(tensor)
-            mask[row] = float("nan")
+            mask[row if mask.dim() else ()] = float("nan")  # the output layer gives the loss itself
             if backward:
                 tensor.register_hook(lambda g: g + mask)
                 return out

@@ -186,7 +186,7 @@ def parts_table(rows: list[Row]) -> str:
     """Markdown: where the time of each variant goes, in percent of its step."""
     measured = [(r, json.loads(r["parts"])) for r in rows]
     names = sorted(
-        {name for _, parts in measured for name in parts}, key=lambda n: -max(p.get(n, 0) for _, p in measured)
+        {name for _, parts in measured for name in parts}, key=lambda n: (-max(p.get(n, 0) for _, p in measured), n)
     )
     lines = [f"| variant | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for r, parts in measured:

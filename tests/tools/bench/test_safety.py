@@ -7,7 +7,7 @@ from pathlib import Path
 from mirai_ds.kernels.bench import read
 from mirai_ds.tools.bench import safety
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_document_shows_the_committed_rows() -> None:

@@ -12,7 +12,7 @@ from mirai_ds.kernels.bench import read
 from mirai_ds.model import Decoder, SamplingRules
 from mirai_ds.tools.bench import sampling
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 torch.set_num_threads(1)
 
 
