@@ -2,8 +2,8 @@
 
 A loss is a scalar, so its gradients are known up to a factor as soon as a chunk's logits are: rows of logits are made,
 turned into their gradient on the spot, multiplied into both gradients and dropped.  As many matrix products as the
-plain way, a fraction of its memory and of its passes over memory.  torch.nn.functional.linear_cross_entropy does the
-same from PyTorch 2.12 on; this one works from 2.8 on, under autocast, and for weights that ZeRO-3 gathers.
+plain way, a fraction of its memory.  Newer PyTorch has torch.nn.functional.linear_cross_entropy for it; in 2.14 that
+computes in fp32 under autocast (docs/performance.md), and 2.8 has none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits alive at a time, in bytes of float32.  On a CPU a chunk that stays near the caches; on a GPU one that fills it.
+# Logits alive at a time, in bytes of float32.  On a CPU smaller ones were slower; on a GPU none has been measured.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -28,12 +28,8 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, rows: 
     the inputs' dtype, the gradient of `weight` is summed over chunks in float32.  First derivatives only.
     Raises ValueError on shapes that do not fit.
     """
-    if (
-        states.dim() != 2
-        or weight.dim() != 2
-        or targets.shape != states.shape[:1]
-        or states.shape[1] != weight.shape[1]
-    ):
+    fits = states.dim() == weight.dim() == 2 and states.shape[1] == weight.shape[1]
+    if not fits or targets.shape != states.shape[:1]:
         raise ValueError(
             f"states {tuple(states.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: expected "
             "(R, D), (V, D), (R,)"
@@ -42,16 +38,18 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, rows: 
         rows = CHUNK_BYTES.get(states.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight))
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    loss: Tensor = _Chunked.apply(states, weight, targets, max(1, rows), dtype)
+    loss: Tensor = _Chunked.apply(states, weight, targets, max(1, rows), dtype, torch.is_grad_enabled())
     return loss
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, grad_enabled: bool
+    ) -> Tensor:
         """Loss, and both gradients but for the factor 1/R times the gradient of the loss."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        for_states, for_weight = ctx.needs_input_grad[:2]
+        for_states, for_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         loss = states.new_zeros((), dtype=wide)
         with torch.autocast(states.device.type, enabled=False):
             matrix = weight.to(dtype)
@@ -84,4 +82,4 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else (grad * factor.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return found[0], found[1], None, None, None
+        return found[0], found[1], None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -9,11 +10,21 @@ import click
 from mirai_ds.commands.frame import CONTEXT, mistakes_in_one_line
 
 PATH = click.Path(path_type=Path)
-ARMS = click.option("--arms", metavar="NAME,NAME|main", help="Default all; the baseline is always among them.")
-SEEDS = click.option("--seeds", type=click.IntRange(min=1), help="Runs of each arm; default the study's.")
-FOLDER = click.option("--folder", type=PATH, help="Default runs/study-STUDY.")
-IMAGES = click.option("--images", type=PATH, help="Folder of Fashion-MNIST's idx files; default Debian's.")
-BUDGET = click.option("--budget-hours", type=click.FloatRange(min=0), help="Leave out what does not fit; default none.")
+OPTIONS = (
+    click.argument("name", metavar="digits|fashion"),
+    click.option("--arms", metavar="NAME,NAME|main", help="Default all; the baseline is always among them."),
+    click.option("--seeds", type=click.IntRange(min=1), help="Runs of each arm; default the study's."),
+    click.option("--budget-hours", type=click.FloatRange(min=0), help="Leave out what does not fit; default none."),
+    click.option("--folder", type=PATH, help="Default runs/study-STUDY."),
+    click.option("--images", type=PATH, help="Folder of Fashion-MNIST's idx files; default Debian's."),
+)
+
+
+def what_to_run(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that `plan` and `run` share."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
 
 
 @click.group(context_settings=CONTEXT)
@@ -30,12 +41,7 @@ def study() -> None:
 
 
 @study.command()
-@click.argument("name", metavar="digits|fashion")
-@ARMS
-@SEEDS
-@BUDGET
-@FOLDER
-@IMAGES
+@what_to_run
 @mistakes_in_one_line
 def plan(
     name: str, arms: str | None, seeds: int | None, budget_hours: float | None, folder: Path | None,
@@ -65,12 +71,7 @@ def plan(
 
 
 @study.command()
-@click.argument("name", metavar="digits|fashion")
-@ARMS
-@SEEDS
-@BUDGET
-@FOLDER
-@IMAGES
+@what_to_run
 @mistakes_in_one_line
 def run(
     name: str, arms: str | None, seeds: int | None, budget_hours: float | None, folder: Path | None,

@@ -24,11 +24,9 @@ def compile_blocks(blocks: Iterable[nn.Module], recompute: RecomputeConfig | Non
     """
     for block in blocks:
         forward: Any = torch.compile(block.forward, dynamic=False)
-        block.forward = _budgeted(forward, recompute.budget) if _has_budget(recompute) else forward  # type: ignore
-
-
-def _has_budget(recompute: RecomputeConfig | None) -> bool:
-    return recompute is not None and recompute.policy == "budget"
+        if recompute is not None and recompute.policy == "budget":
+            forward = _budgeted(forward, recompute.budget)
+        block.forward = forward
 
 
 def _budgeted(forward: Any, budget: float) -> Any:

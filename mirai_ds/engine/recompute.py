@@ -36,8 +36,8 @@ def block_runner(config: RecomputeConfig) -> BlockCall | None:
 
 
 def recompute_halves(blocks: Iterable[nn.Module], config: RecomputeConfig) -> None:
-    """Let the backward pass run each feed-forward half again (policy `mlp`): two thirds of a block's activations for a
-    fifth of its work twice.  Attention, which is dearer to repeat for what it keeps, is kept."""
+    """Let the backward pass run each feed-forward half again (policy `mlp`): half of a block's activations (GPT-B,
+    autocast) for three fifths of its forward pass.  Attention, which is dearer to repeat for what it keeps, is kept."""
     for block in blocks:
         block.run_feed_forward = _again if config.policy == "mlp" else None  # type: ignore[assignment]
 

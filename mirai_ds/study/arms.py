@@ -126,15 +126,25 @@ def planned_runs(study: Study, arms: list[Arm], seeds: int | None) -> list[Plann
 
 def overrides(study: Study, arm: Arm, seed: int, folder: Path) -> list[str]:
     """What `mirai-ds train RECIPE --set ...` is given for a run in the study's `folder`."""
-    found = [f"name={arm.name}-s{seed}", f"seed={seed}", f"output_dir={folder / 'runs'}"]
-    if study.train_images is not None:
-        found += [f"data.path={data_file(folder)}", f"data.held_out_path={held_out_file(folder)}"]
+    found = [
+        f"name={arm.name}-s{seed}",
+        f"seed={seed}",
+        f"output_dir={folder / 'runs'}",
+        *data_overrides(study, folder),
+    ]
     warmup = WARMUP * load(study.recipe).train.epochs
     words = {"WARMUP": f"{warmup:g}", "ENCODER": str(encoder_file(folder))}
     for one in arm.sets:
         key, _, value = one.partition("=")
         found.append(f"{key}={words.get(value, value)}")
     return found
+
+
+def data_overrides(study: Study, folder: Path) -> list[str]:
+    """`--set` options that name the study's own data, if it has any."""
+    if study.train_images is None:
+        return []
+    return [f"data.path={data_file(folder)}", f"data.held_out_path={held_out_file(folder)}"]
 
 
 def run_config(study: Study, arm: Arm, seed: int, folder: Path) -> RunConfig:

@@ -20,7 +20,7 @@ from mirai_ds.config.load import load
 from mirai_ds.data import DataOrder, TokenSource, load_dataset
 from mirai_ds.foresight import encoder_input, untrained_encoder
 from mirai_ds.runtime.weight_files import read_safetensors_file
-from mirai_ds.study.arms import ENCODER, Study, data_file, encoder_file, held_out_file, judge_file
+from mirai_ds.study.arms import ENCODER, Study, data_overrides, encoder_file, judge_file
 from mirai_ds.study.images import Pixels
 from mirai_ds.train.teacher import digest_of_tensors
 
@@ -124,13 +124,6 @@ def _about(model: MaskedPatches, held_out: TokenSource) -> dict[str, float]:
 def decayed(step: int, steps: int) -> float:
     """Cosine from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def data_overrides(study: Study, folder: Path) -> list[str]:
-    """`--set` options that name the study's own data, if it has any."""
-    if study.train_images is None:
-        return []
-    return [f"data.path={data_file(folder)}", f"data.held_out_path={held_out_file(folder)}"]
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from mirai_ds.checkpoint.outcome import NAME as OUTCOME
 from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_dataset
-from mirai_ds.runtime.environment import package_versions
+from mirai_ds.runtime.environment import cpu_name, package_versions
 from mirai_ds.runtime.launch import free_port, launch_environment
 from mirai_ds.study.arms import (
     ARMS,
@@ -141,7 +141,7 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
         facts |= {
             "study": study.name,
             "date": str(datetime.date.today()),
-            "device": device_name(),
+            "device": f"{cpu_name()}, {len(os.sched_getaffinity(0))} core(s) used",
             "versions": package_versions(),
         }
         facts |= prepare(study, folder, source)
@@ -256,16 +256,6 @@ def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
             draw_maps(folder, arms, out / f"study-{study.name}-maps.png")
     write_rows(known, out)
     return said
-
-
-def device_name() -> str:
-    """Model of the processor and number of cores this process may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {len(os.sched_getaffinity(0))} core(s) used"
 
 
 def write_json(path: Path, content: Any) -> None:

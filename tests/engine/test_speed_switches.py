@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.engine import cases
+from tests.engine import cases, reads
 from tests.engine.test_trajectories import BF16_ROUNDINGS, FP32_BOUND
 
 COMPILED = {"compile": "blocks"}
@@ -87,6 +87,6 @@ def test_switches_in_low_precision(ranks: Any, precision: str, stage: int, switc
 def test_a_step_reads_nothing_from_the_device(ranks: Any, method: str, stage: int, precision: str, own: int) -> None:
     """Between logging points.  On stage 0 one value: whether the gradients are finite, which DeepSpeed itself asks on
     the others (and cannot be told not to without applying what is not)."""
-    for found in ranks[2].run(cases.reads_case, method, stage, precision):
+    for found in ranks[2].run(reads.reads_case, method, stage, precision):
         assert found.get("mirai_ds", 0) == own, found
         assert (found.get("deepspeed", 0) > 0) == (stage > 0), found

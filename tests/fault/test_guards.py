@@ -92,6 +92,32 @@ def expected_sample(step: int, position: int) -> int:
     return int(train.places(indices[position : position + 1].numpy())[0])
 
 
+@pytest.mark.matrix
+def test_the_module_is_named_though_blocks_are_compiled(tmp_path: Path) -> None:
+    """Hooks are no part of compiled graphs: the step is examined as it was written.  The fault is in the weights, so
+    that the compiled step has it too."""
+    run = tmp_path / "run"
+    ended = run_ranks(run, settings=[*ONE_STEP, "guard.nonfinite_skips=0", "train.compile=blocks"],
+                      prepare=break_weight, arguments=("gpt.layers.1.feed_forward.w2", 3))  # fmt: skip
+    assert ended.codes == [2, 2], ended.out[-3000:]
+    assert "output of gpt.layers.1.feed_forward.w2 on rank" in ended.outcome, ended.outcome
+
+
+def break_weight(name: str, step: int) -> None:
+    """From that step on the module's product overflows: a scale that the masters do not have."""
+    from mirai_ds.train import loop
+
+    inner = loop.guarded_step
+
+    def stepped(session: Any, number: int) -> Any:
+        if number == step:
+            weight = dict(session.engine.ds.module.named_modules())[name].weight
+            weight.data.fill_(3e38)
+        return inner(session, number)
+
+    loop.guarded_step = stepped
+
+
 def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = run_ranks(run, settings=[*ONE_STEP, "guard.nonfinite_skips=1"], prepare=break_module,

@@ -10,7 +10,6 @@ It starts its own ranks; under torchrun or srun it is one of them.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.runtime.distributed import World, read_world
+from mirai_ds.tools.bench.rows import append
 
 MODULE = "mirai_ds.tools.bench.safety"
 RESULTS = Path("docs/safety-results.csv")
@@ -255,12 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
     if found:
         print(table(found), flush=True)
-        new = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(found)
+        append(args.out, FIELDS, found)
     import torch.distributed as dist
 
     dist.barrier()

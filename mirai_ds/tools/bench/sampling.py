@@ -13,7 +13,6 @@ integrated (trapezoids).  Decoding of tokens to pixels is left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -30,6 +29,7 @@ from mirai_ds.kernels.bench import facts, read
 from mirai_ds.model import GPT, Decoder, SamplingRules, Speed, initialise
 from mirai_ds.model.rope2d import apply_rope
 from mirai_ds.model.rules import guide
+from mirai_ds.tools.bench.rows import append
 
 MODULE = "mirai_ds.tools.bench.sampling"
 RESULTS = Path("docs/sampling-results.csv")
@@ -213,12 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     told = [word for word in argv if word not in ("--out", str(args.out))]
     found = measure(args, " ".join([f"python -m {MODULE}", *told]))
     print(table(found), flush=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
+    append(args.out, FIELDS, found)
     return 0
 
 

@@ -7,7 +7,6 @@ The first start of each case warms the file caches and is not counted.  `help` i
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import runpy
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from mirai_ds.tools.bench.rows import append
 
 MODULE = "mirai_ds.tools.bench.startup"
 RESULTS = Path("docs/startup-results.csv")
@@ -199,12 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = measure(args.ranks, args.repeat, shlex.join(["python", "-m", MODULE, *argv]), args.case or tuple(CASES))
     print(json.dumps(rows, indent=1) if args.json else table(rows), flush=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(args.out, FIELDS, rows)
     return 0
 
 

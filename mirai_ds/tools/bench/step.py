@@ -16,7 +16,6 @@ memory within a step, states included: on a GPU the caching allocator's, on a CP
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 from mirai_ds.tools.bench.arms import Arm, Workers
+from mirai_ds.tools.bench.rows import append
 
 RESULTS = Path("docs/step-results.csv")
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
@@ -239,12 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     told = [word for word in argv if word not in ("--out", str(args.out))]
     for rows in measure(args, " ".join(["mirai-ds bench step", *told])):
         print("\n".join(map(json.dumps, rows)) if args.json else f"{table(rows)}\n\n{parts_table(rows)}\n", flush=True)
-        new = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.out, FIELDS, rows)
     return 0
 
 

@@ -9,7 +9,6 @@ allocator would miss what gloo's threads release.)  GPU: the caching allocator's
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import sys
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from mirai_ds.config import RunConfig, build
 from mirai_ds.runtime.distributed import World, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
+from mirai_ds.tools.bench.rows import append
 from mirai_ds.tools.bench.sessions import random_session
 from mirai_ds.train.step import train_step
 
@@ -274,12 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         row = compare(config, world, device) | {"command": " ".join([f"python -m {MODULE}", *argv])}
         if world.rank == 0:
             print(json.dumps(row), flush=True)
-            new = not args.out.exists()
-            with args.out.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(args.out, FIELDS, [row])
     dist.barrier()
     dist.destroy_process_group()
     return 0
