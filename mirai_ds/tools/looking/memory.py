@@ -46,7 +46,7 @@ class Memory:
 
 def predict(config: RunConfig, world: int, compiled_loss: bool = True, device: str = "cuda") -> Memory:
     """The memory of `config` on each of `world` ranks; device: `cuda` or `cpu`.  Raises UserError where `resolve`
-    does.  Compiled blocks keep less than is counted here."""
+    does.  What the compiler keeps of a block is not modelled."""
     ds_config = resolve(config, world)
     vit = encoder_shape(config.foresight, config.model)
     work = Pass(
