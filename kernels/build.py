@@ -235,6 +235,9 @@ def _state_folder() -> Path:
     return folder
 
 
+UNSAID_SECONDS = 1.0  # a shorter wait is not worth a line: another rank finds what is built, or that nothing can be
+
+
 class _Lock:
     """Mutual exclusion of builds on one node.  The operating system frees it when its owner dies, however it dies, so
     there is no stale lock to recover from; the owner's name beside it is for those who wait."""
@@ -250,12 +253,13 @@ class _Lock:
     def __enter__(self) -> _Lock:
         from filelock import Timeout
 
+        soon = min(UNSAID_SECONDS, self._wait)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=soon, poll_interval=0.05)
         except Timeout:
             self._say(f"waiting for {self._who()} to compile the {self._target} kernels ...")
             try:
-                self._lock.acquire(timeout=self._wait, poll_interval=0.1)
+                self._lock.acquire(timeout=self._wait - soon, poll_interval=0.1)
             except Timeout:
                 raise BuildError(
                     f"{self._who()} holds the build lock {self._path} for more than {self._wait:.0f} s; end that "

@@ -90,7 +90,8 @@ def test_what_a_cluster_file_changes() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_template(template: Any, nodes: int, tmp_path: Path) -> None:
+def test_every_template(template: Any, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a finished run of the name in runs/ (the demo's) would be refused
     (tmp_path / "list.txt").write_text("digits-baseline\ndigits-mirai-e --set foresight.num_heads=2\n")
     recipe, arguments = {
         "array": (str(tmp_path / "list.txt"), ()),
