@@ -17,7 +17,7 @@ from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.layout import StateLayout
 from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
-from mirai_ds.engine.start import quiet
+from mirai_ds.engine.start import forget_earlier_engines, quiet
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.model import initial_value
 
@@ -67,6 +67,7 @@ class TrainEngine:
         recompute_halves(objective.gpt.layers, config.train.recompute)
         if config.train.compile == "blocks":
             compile_blocks(objective.gpt.layers, config.train.recompute)
+        forget_earlier_engines()
         groups = parameter_groups(objective, config)
         make = optimizer_factory or self._adamw
         self.ds = _initialize(deepspeed, objective, make(groups), ds_config)

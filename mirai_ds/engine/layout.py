@@ -124,6 +124,7 @@ class StateLayout:
                 flat.data.copy_(master.data)
                 for cut, new in zip(cuts, z.unflatten(flat, cuts), strict=True):
                     cut.data = new.data
+            z.invalidate_secondary_tensor()  # hpZ: the backward pass would read each node's copy of the old weights
             if len(z.persistent_parameters) > 0:
                 z.persistent_parameters[0].partition(z.persistent_parameters)
                 z.persistent_parameters[0].all_gather(z.persistent_parameters)

@@ -72,9 +72,12 @@ def leave_muon_uncompiled() -> None:
         compiler.compile = compile_
 
 
-def forget_autocast() -> None:
-    """Before another engine in this process: DeepSpeed remembers for good that one engine used `torch_autocast`, and
-    then sums a later bf16 engine's gradients on stage 3 in bf16, whatever its file says (seen in 0.19.8)."""
+def forget_earlier_engines() -> None:
+    """Before another engine in this process.  DeepSpeed remembers for good that one engine used `torch_autocast`, and
+    then sums a later bf16 engine's gradients in bf16, whatever its file says; and it keeps the groups of hpZ, which a
+    later engine on stage 3 then uses unasked, or cannot make in another size (seen in 0.19.8)."""
     from deepspeed.runtime import torch_autocast
+    from deepspeed.utils import groups
 
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None

@@ -59,6 +59,8 @@ def test_four_ranks_with_a_copy_in_each_pair(ranks: Any) -> None:
     for counted, predicted in ranks[4].run(wire.counted_case, 3, "fp32", 1, zero, 8):
         assert counted == predicted
         assert counted["all-gather", 2] > 0
+    for counted, predicted in ranks[4].run(wire.counted_case, 3, "fp32", 1, {}, 8):  # and not once more unasked
+        assert counted == predicted
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_ds.config import RunConfig, build
-from mirai_ds.engine.start import forget_autocast
 from mirai_ds.tools.looking.activations import Pass
 from mirai_ds.tools.looking.memory import refreshed_bytes
 from mirai_ds.tools.looking.states import States
@@ -47,20 +46,11 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forget_groups() -> None:
-    """DeepSpeed makes hpZ's groups once a process."""
-    from deepspeed.utils import groups
-
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    forget_autocast()
-
-
 def counted_case(
     stage: int, precision: str, accumulation: int, zero: dict[str, Any], batch: int = 12
 ) -> tuple[dict[tuple[str, int], float], dict[tuple[str, int], float]]:
     """(bytes counted, bytes predicted) of the third step of a run, its teacher's refresh included, as (kind, ranks):
     bytes of the whole buffers."""
-    forget_groups()
     config = toy_config("mirai-e", stage, precision, accumulation, optimizer={"grad_clip": 1.0})
     config.train.global_batch_size = batch
     config.deepspeed["zero_optimization"] |= zero  # type: ignore[index]
@@ -92,7 +82,6 @@ def teacher_prefixes(config: RunConfig) -> tuple[str, ...]:
 
 def file_case(name: str) -> list[float]:
     """Losses of this rank over two steps under a shipped file, dropout and a stand-in for the teacher included."""
-    forget_groups()
     data = toy_config("mirai-e", 2, "fp32").model_dump(mode="json")
     config = build({**data, "deepspeed": name})
     engine = toy_engine(config)

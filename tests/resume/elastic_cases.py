@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import load
+from mirai_ds.config.deepspeed_file import read
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.guarded import guarded_step
@@ -27,10 +28,13 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def _session(run: Path, stage: int, precision: str) -> Session:
+def _session(run: Path, stage: int, precision: str, zero: dict[str, Any] | None = None) -> Session:
     rank, world = dist.get_rank(), dist.get_world_size()
     settings = [*SETTINGS, f"train.precision={precision}"]
     config = load("digits-mirai-e", settings, f"zero{stage}")
+    if zero:
+        file = read(f"zero{stage}")
+        config.deepspeed = {**file, "zero_optimization": file["zero_optimization"] | zero}
     mine = [Fence.take(run).mine if rank == 0 else None]
     dist.broadcast_object_list(mine, src=0)
     fence = Fence(run, mine[0], main=rank == 0)  # type: ignore[arg-type]
@@ -75,13 +79,15 @@ def save_case(folder: str, stage: int, precision: str) -> dict[str, Any]:
     return {"losses": losses, "samples": samples}
 
 
-def resume_case(folder: str, target: str, stage: int, precision: str) -> dict[str, Any]:
-    """A copy of the run, resumed on this pool's world and this stage."""
+def resume_case(
+    folder: str, target: str, stage: int, precision: str, zero: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A copy of the run, resumed on this pool's world, this stage and these of DeepSpeed's settings for it."""
     run = Path(target)
     if dist.get_rank() == 0:
         shutil.copytree(folder, run)
     dist.barrier()
-    session = _session(run, stage, precision)
+    session = _session(run, stage, precision, zero)
     session.resume("auto")
     assert session.step == SAVED
     state = {

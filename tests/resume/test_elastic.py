@@ -38,11 +38,13 @@ def origins(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return origin
 
 
-def check(ranks: Any, origins: Any, tmp_path: Path, source: Any, target: Any, precision: str) -> float:
+def check(
+    ranks: Any, origins: Any, tmp_path: Path, source: Any, target: Any, precision: str, zero: dict[str, Any] | None = None
+) -> float:
     """Resume `source`'s checkpoint on `target`; the largest difference of a loss."""
     run, went_on = origins(*source, precision)
     moved_run = tmp_path / f"to-{target[0]}-{target[1]}"
-    results = ranks[target[0]].run(elastic_cases.resume_case, str(run), str(moved_run), target[1], precision)
+    results = ranks[target[0]].run(elastic_cases.resume_case, str(run), str(moved_run), target[1], precision, zero)
     assert all(result == results[0] for result in results)
     moved = results[0]
     assert moved["samples"] == went_on["samples"]
@@ -74,6 +76,18 @@ def compare_states(later: StateReader, earlier: StateReader) -> None:
 @pytest.mark.parametrize(("source", "target"), [((2, 2), (1, 3)), ((1, 1), (2, 3)), ((2, 3), (2, 0)), ((1, 0), (2, 1))])
 def test_some_moves(ranks: Any, origins: Any, tmp_path: Path, source: Any, target: Any) -> None:
     assert check(ranks, origins, tmp_path, source, target, "fp32") <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("partition", [1, 2])
+def test_no_copy_of_the_old_weights_outlives_a_resume(
+    ranks: Any, origins: Any, tmp_path: Path, partition: int
+) -> None:
+    """hpZ keeps a second copy of the weights for the backward pass, made when they were first gathered."""
+    zero = {
+        "zero_hpz_partition_size": partition, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+        "stage3_param_persistence_threshold": 0,
+    }  # fmt: skip
+    assert check(ranks, origins, tmp_path, (2, 2), (2, 3), "fp32", zero) <= BOUNDS["fp32"]
 
 
 @pytest.mark.matrix

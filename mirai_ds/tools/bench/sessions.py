@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import RunConfig, build
-from mirai_ds.engine.start import forget_autocast
 from mirai_ds.model import GPT
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
@@ -35,7 +34,6 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
         mine = [Fence.take(folder).mine if world.rank == 0 else None]
         dist.broadcast_object_list(mine, src=0)
         fence = Fence(folder, mine[0], main=world.rank == 0)  # type: ignore[arg-type]
-        forget_autocast()
         session = build_session(config, folder, world, device, fence, StopRequests())
         fence.settle(0, None)
         yield session
