@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from mirai_ds.engine.layout import StateLayout
 from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
 from mirai_ds.engine.start import forget_earlier_engines, quiet
+from mirai_ds.engine.update import Update
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.model import initial_value
 
@@ -74,6 +74,7 @@ class TrainEngine:
         self.layout = StateLayout(self.ds)
         self._write_initial_masters()
         self.ema = ShardedEma(self.layout, config.ema.decay)
+        self.update = Update(self.ds, self.stage, self.layout.base_optimizer, device)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         o = self.config.optimizer
@@ -111,43 +112,20 @@ class TrainEngine:
         """Once a micro-batch, of the total loss (two calls are wrong on ZeRO-1 and 2)."""
         self.ds.backward(loss)
 
-    def step(self) -> tuple[bool, float | Tensor]:
-        """After every `backward`.  At the accumulation boundary: (whether an update was applied, gradient norm before
-        clipping, a number or () on the device); between boundaries (False, nan).  Non-finite gradients are never
-        applied, which is the one thing that a step reads from the device (DeepSpeed does on stages 1 to 3)."""
+    def step(self) -> Tensor | None:
+        """After every `backward`.  At the accumulation boundary: the gradients' norm before clipping, () on the device;
+        None between boundaries.  Non-finite gradients are never applied, nor is any update after them until `look`."""
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()
-            return False, math.nan
-        norm: float | Tensor | None
-        norm, finite = self._stage0_norm() if self.stage == 0 else (None, True)
-        with contextlib.nullcontext() if finite else self._without_clipping():
-            self.ds.step()
-        if norm is None:
-            norm = self.ds.get_global_grad_norm()
-        applied = bool(self.ds.was_step_applied()) and finite
-        if applied:
-            self.ema.update()
-        return applied, 0.0 if norm is None else norm
+            return None
+        self.update.step()
+        self.ema.update(self.update.refusing)
+        return self.update.norm
 
-    def _stage0_norm(self) -> tuple[float, bool]:
-        """Stage 0 reports no norm and applies NaN: measure it here and drop non-finite gradients."""
-        grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        if math.isfinite(norm):
-            return norm, True
-        for parameter in self.ds.module.parameters():
-            parameter.grad = None
-        return norm, False
-
-    @contextlib.contextmanager
-    def _without_clipping(self) -> Iterator[None]:
-        """For a step whose gradients were dropped: DeepSpeed's clipping fails where no parameter has one."""
-        config = self.ds._config
-        clip, config.gradient_clipping = config.gradient_clipping, 0.0
-        try:
-            yield
-        finally:
-            config.gradient_clipping = clip
+    def look(self) -> int:
+        """How many of the last updates were not made, from the first whose gradients were not finite on; 0: all were.
+        Reads from the device; the next updates are made again.  The same on every rank."""
+        return self.update.look()
 
     def set_rates(self, lr: float, heads_active: bool) -> None:
         """Learning rate of the coming step.  Inactive heads get neither rate nor decay."""

@@ -59,9 +59,11 @@ class ShardedEma:
         self.version = 0  # counts changes, so that a teacher knows when it is stale
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step of the average, on this rank's shards only."""
-        torch._foreach_lerp_(self.values, self.layout.masters, 1.0 - self.decay)
+    def update(self, refused: Tensor) -> None:
+        """One step of the average, on this rank's shards only; none where `refused`, () float32, is one."""
+        weights = (1.0 - self.decay) * (1.0 - refused)
+        for value, master in zip(self.values, self.layout.masters, strict=True):
+            value.lerp_(master, weights.to(value.device))
         self.version += 1
 
     @torch.no_grad()

@@ -16,6 +16,11 @@ class CheckpointHook(Hook):
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
 
+    def looks(self, session: Session) -> bool:
+        """At the interval and at the end."""
+        every = session.config.checkpoint.every_steps
+        return session.step == session.total_steps or (every is not None and session.step % every == 0)
+
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Publish what is complete, save when it is time."""
         config, saver = session.config.checkpoint, session.saver

@@ -42,10 +42,14 @@ class EvaluateHook(Hook):
         if session.step == 0 and session.config.evaluate.every_steps:
             self._evaluate(session)
 
+    def looks(self, session: Session) -> bool:
+        """At the interval."""
+        every = session.config.evaluate.every_steps
+        return bool(every) and session.step % every == 0  # type: ignore[operator]
+
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Measure at the interval."""
-        every = session.config.evaluate.every_steps
-        if every and session.step % every == 0:
+        if self.looks(session):
             self._evaluate(session)
 
     def on_end(self, session: Session) -> None:

@@ -70,7 +70,7 @@ class LogHook(Hook):
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
-        self._since, self._step, self._skipped = 0.0, 0, 0
+        self._since, self._step = 0.0, 0
         self._flops_done = 0.0
         self.progress: Progress | None = None
 
@@ -81,7 +81,6 @@ class LogHook(Hook):
             self.sinks.board.text("config/run", dump(session.config))
             self.sinks.board.text("config/deepspeed", (session.run / "deepspeed.json").read_text(encoding="utf-8"))
         self._step, self._since = session.step, time.perf_counter()
-        self._skipped = session.step - session.applied_steps
         if session.is_main:
             for note in session.notes:
                 print(f"mirai-ds: {note}", flush=True)
@@ -89,13 +88,16 @@ class LogHook(Hook):
                 session.config.name, session.step, session.total_steps, session.config.logging.progress
             )
 
+    def looks(self, session: Session) -> bool:
+        """At the interval and at the last step."""
+        return session.step % session.config.logging.every_steps == 0 or session.step == session.total_steps
+
     def after_step(self, session: Session, record: StepRecord) -> None:
-        """Count FLOPs always; reduce and write at the interval and at the last step."""
+        """Count FLOPs always; reduce and write when it is time."""
         feature_dim = session.teacher.feature_dim if session.teacher else 0
         per_image = training_flops(session.config.model, session.config.foresight, feature_dim, record.aligned)
         self._flops_done += per_image * session.config.train.global_batch_size
-        self._skipped += int(not record.applied)
-        if session.step % session.config.logging.every_steps and session.step != session.total_steps:
+        if not self.looks(session):
             return
         values = self._values(session, record)
         self.sinks.scalars(values, session)
@@ -108,7 +110,6 @@ class LogHook(Hook):
         """Start counting and writing from the step that was returned to."""
         self.sinks.rewind(session)
         self._step, self._since, self._flops_done = session.step, time.perf_counter(), 0.0
-        self._skipped = session.step - session.applied_steps
 
     def on_end(self, session: Session) -> None:
         """Close the progress line."""
@@ -129,7 +130,7 @@ class LogHook(Hook):
             "foresight/lambda": record.multiplier,
             "optimizer/lr": record.lr,
             "optimizer/grad_norm": float(record.grad_norm),
-            "optimizer/skipped_steps": float(self._skipped),
+            "optimizer/skipped_steps": float(session.step - session.applied_steps),
             "speed/images_per_s": images / seconds,
             "speed/tokens_per_s": images * session.config.model.block_size / seconds,
             "speed/model_tflops_per_s_per_rank": self._flops_done / seconds / session.world.size / 1e12,

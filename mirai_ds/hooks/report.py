@@ -37,6 +37,10 @@ class ReportHook(Hook):
         self.sinks = sinks
         self._began = time.monotonic()
 
+    def looks(self, session: Session) -> bool:
+        """Only at the end."""
+        return False
+
     def on_end(self, session: Session) -> None:
         """Judge, draw, print."""
         score = self._score(session) if session.config.score.enabled else None

@@ -41,10 +41,14 @@ class SampleHook(Hook):
         self.sinks = sinks
         self._done = -1
 
+    def looks(self, session: Session) -> bool:
+        """At the interval."""
+        every = session.config.sampling.every_steps
+        return bool(every) and session.step % every == 0  # type: ignore[operator]
+
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Draw at the interval."""
-        every = session.config.sampling.every_steps
-        if every and session.step % every == 0:
+        if self.looks(session):
             self._draw(session)
 
     def on_rewind(self, session: Session) -> None:

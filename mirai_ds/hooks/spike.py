@@ -28,6 +28,10 @@ class SpikeHook(Hook):
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
 
+    def looks(self, session: Session) -> bool:
+        """At each loss, unless it is off."""
+        return session.config.guard.spike.action != "off"
+
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Judge the global batch's next-token loss; a step without an update is the other guard's."""
         config = session.config.guard.spike

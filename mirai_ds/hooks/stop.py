@@ -17,6 +17,10 @@ class StopHook(Hook):
         """A request from the time of building; there is nothing new to save."""
         self._obey(session, session.control.now(Facts(session.stop.poll(), lost=session.fence.lost)))
 
+    def looks(self, session: Session) -> bool:
+        """When it is time to save and leave."""
+        return bool(session.facts.stop) or session.facts.lost
+
     def after_step(self, session: Session, record: StepRecord) -> None:
         """One step after the first rank was asked, which every rank learns at the same step."""
         self._obey(session, session.facts)

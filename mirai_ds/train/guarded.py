@@ -40,19 +40,39 @@ class Finding:
     samples: list[int] = field(default_factory=list)  # places in the data, of rows that were not finite
 
 
+def settle(session: Session, record: StepRecord) -> StepRecord:
+    """Collective, after a step: ask whether the updates since the last time were made, which waits for the device.
+
+    If not, the session is back where the first of them was refused, which was examined and, were it finite when done
+    again, made: then `session.step` may be less than it was, and the record is that step's.  Raises UserError when too
+    many fail in a row.
+    """
+    missing = session.engine.look()
+    if missing:
+        session.go_back(missing)
+        record = _refused(session, session.step)
+        session.count_step(record.applied)
+    session.settled_step = session.step
+    return record
+
+
 def guarded_step(session: Session, step: int) -> StepRecord:
-    """`train_step`, examined when no update was applied.  Raises UserError when too many fail in a row."""
+    """`train_step`, counted and settled."""
+    assert step == session.step
     record = train_step(session, step)
-    memory = session.memory.setdefault("nonfinite", {"in_a_row": 0, "states": 0})
-    if record.applied:
-        memory["in_a_row"] = 0
-        return record
+    session.count_step()
+    return settle(session, record)
+
+
+def _refused(session: Session, step: int) -> StepRecord:
     record, findings = _examine(session, step)
+    record.applied = session.engine.look() == 0
     if record.applied:
-        memory["in_a_row"] = 0
         _tell(session, f"step {step + 1}: not finite, but finite when repeated: a fault of a device or of memory")
         return record
-    memory["in_a_row"] += 1
+    memory = session.memory.setdefault("nonfinite", {"in_a_row": 0, "last": -1, "states": 0})
+    memory["in_a_row"] = memory["in_a_row"] + 1 if memory.get("last", -1) == step - 1 else 1
+    memory["last"] = step
     keep_state = memory["states"] < session.config.guard.nonfinite_states
     memory["states"] += int(keep_state)
     folder = _save(session, step, record, findings, keep_state)

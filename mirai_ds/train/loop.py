@@ -1,7 +1,10 @@
 """The loop.
 
-For every step: `guarded_step`, then each hook's `after_step` in the order they were given.  Before the first step
+For every step: `train_step`, then each hook's `after_step` in the order they were given.  Before the first step
 `on_start`, after the last `on_end`.  New behaviour is a new hook; the loop does not grow.
+
+The host runs ahead of the device and asks what became of the updates only after steps whose results a hook `looks` at.
+What it then finds out may be that an earlier update was refused: then it goes on from there.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 from mirai_ds.runtime.control import Facts
-from mirai_ds.train.guarded import guarded_step
+from mirai_ds.train.guarded import settle
 from mirai_ds.train.session import Session
-from mirai_ds.train.step import StepRecord
+from mirai_ds.train.step import StepRecord, train_step
 
 
 class Hook:
@@ -20,6 +23,11 @@ class Hook:
 
     def on_start(self, session: Session) -> None:
         """Before the first step of this process (also after a resume)."""
+
+    def looks(self, session: Session) -> bool:
+        """Whether `after_step` will look at the record's tensors or the state, or keep them, after this step.  The same
+        on every rank.  A hook that says no may be called again for the same step."""
+        return True
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """After each step; `session.step` is the number of finished steps."""
@@ -38,11 +46,15 @@ def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
     while session.step < session.total_steps and session.ended is None:
         session.beat(f"step {session.step + 1}")
         session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
-        record = guarded_step(session, session.step)
-        session.step += 1
-        session.applied_steps += int(record.applied)
+        record = train_step(session, session.step)
+        session.count_step()
         session.measured = {}
         session.facts = session.control.arrived()
+        if _wanted(session, hooks):
+            done = session.step
+            record = settle(session, record)
+            if session.step != done:
+                continue
         for hook in hooks:
             began = time.perf_counter()
             hook.after_step(session, record)
@@ -59,3 +71,8 @@ def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
             session.beat(f"the end of the run, {type(hook).__name__}")
             hook.on_end(session)
         session.ended = ("finished", f"at step {session.step}")
+
+
+def _wanted(session: Session, hooks: Sequence[Hook]) -> bool:
+    last = session.step == session.total_steps
+    return last or session.engine.update.offloaded or any(hook.looks(session) for hook in hooks)

@@ -21,9 +21,9 @@ class StepRecord:
     lr: float
     multiplier: float
     aligned: bool
-    applied: bool
-    grad_norm: float | Tensor
+    grad_norm: Tensor
     metrics: dict[str, Tensor]
+    applied: bool = True  # unless `guarded.settle` found out otherwise
 
 
 def train_step(session: Session, step: int) -> StepRecord:
@@ -41,20 +41,18 @@ def train_step(session: Session, step: int) -> StepRecord:
             engine.wake_heads()
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
-    applied = False
-    grad_norm: float | Tensor = float("nan")
+    grad_norm: Tensor | None = None
     for batch in session.loader.micro_batches(step + session.batch_offset):
         target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
         loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
         engine.backward(poisoned_unless_finite(loss))
-        applied, grad_norm = engine.step()
+        grad_norm = engine.step()
         metrics["loss"] = loss.detach()
         for name, value in metrics.items():
             sums[name] = sums[name] + value if name in sums else value
     means = {name: value / session.loader.accumulation for name, value in sums.items()}
-    return StepRecord(
-        step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, applied, grad_norm, means
-    )
+    assert grad_norm is not None
+    return StepRecord(step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, grad_norm, means)
 
 
 def poisoned_unless_finite(loss: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def gradient_case(
     """Largest error of any parameter's applied gradient, relative to that parameter's largest gradient."""
     config = toy_config(method, stage, precision, accumulation, recompute=recompute, par_tokens=par_tokens)
     world, rank = dist.get_world_size(), dist.get_rank()
-    engine = toy_engine(config, lambda groups: torch.optim.SGD(groups, lr=SGD_LR), HEAD_SCALE)
+    engine = toy_engine(config, lambda groups: torch.optim.SGD(groups, lr=SGD_LR, fused=True), HEAD_SCALE)
     for group in engine.layout.base_optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = engine.gather_weights("raw", prefix="")
@@ -350,16 +350,23 @@ def nonfinite_case(stage: int, precision: str) -> dict[str, Any]:
     loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
     poison = float("nan") if dist.get_rank() == 0 else 1.0
     engine.backward(loss * poison)
-    applied, norm = engine.step()
+    norm = engine.step()
+    ahead, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
+    engine.backward(ahead)  # a finite one that was begun before anybody looked
+    engine.step()
+    missing = engine.look()
     after, ema_after = engine.gather_weights("raw", prefix=""), engine.gather_weights("ema", prefix="")
     changed = [n for n in before if not torch.equal(before[n], after[n]) or not torch.equal(ema[n], ema_after[n])]
     loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
     engine.backward(loss)
-    then_applied, _ = engine.step()
+    engine.step()
+    then_missing = engine.look()
+    then = engine.gather_weights("ema", prefix="")
     release(engine)
     return {
-        "applied": applied,
+        "missing": missing,
         "norm_finite": bool(np.isfinite(norm)),
         "changed": changed,
-        "then_applied": then_applied,
+        "then_missing": then_missing,
+        "then_unchanged": [n for n in then if torch.equal(ema[n], then[n])],
     }

@@ -80,13 +80,11 @@ def test_switches_in_low_precision(ranks: Any, precision: str, stage: int, switc
     assert off(switched, usual) <= BF16_ROUNDINGS * np.abs(usual).max()
 
 
-@pytest.mark.parametrize(("method", "stage", "precision", "own"), [
-    ("mirai-e", 0, "fp32", 1), ("mirai-e", 1, "bf16", 0), ("mirai-e", 2, "bf16-autocast", 0), ("mtp", 2, "fp32", 0),
-    ("mirai-e", 3, "fp32", 0),
+@pytest.mark.parametrize(("method", "stage", "precision"), [
+    ("mirai-e", 0, "fp32"), ("mirai-e", 1, "bf16"), ("mirai-e", 2, "bf16-autocast"), ("mtp", 2, "fp32"),
+    ("mirai-e", 3, "fp32"),
 ])  # fmt: skip
-def test_a_step_reads_nothing_from_the_device(ranks: Any, method: str, stage: int, precision: str, own: int) -> None:
-    """Between logging points.  On stage 0 one value: whether the gradients are finite, which DeepSpeed itself asks on
-    the others (and cannot be told not to without applying what is not)."""
+def test_a_step_reads_nothing_from_the_device(ranks: Any, method: str, stage: int, precision: str) -> None:
+    """Between logging points: neither the trainer nor DeepSpeed."""
     for found in ranks[2].run(reads.reads_case, method, stage, precision):
-        assert found.get("mirai_ds", 0) == own, found
-        assert (found.get("deepspeed", 0) > 0) == (stage > 0), found
+        assert found == {}

@@ -48,7 +48,7 @@ def test_heads_that_only_had_zero_gradients_are_not_new(ranks: Any) -> None:
 
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
 def test_nonfinite_gradients_change_nothing(ranks: Any, stage: int, precision: str) -> None:
-    expected = {"applied": False, "norm_finite": False, "changed": [], "then_applied": True}
+    expected = {"missing": 2, "norm_finite": False, "changed": [], "then_missing": 0, "then_unchanged": []}
     assert ranks[2].run(cases.nonfinite_case, stage, precision) == [expected, expected]
 
 

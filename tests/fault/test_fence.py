@@ -135,13 +135,13 @@ def slow_down() -> None:
     """Steps of a tenth of a second, so that there is time for a second start."""
     from mirai_ds.train import loop
 
-    inner = loop.guarded_step
+    inner = loop.train_step
 
     def slow(session: Any, number: int) -> Any:
         time.sleep(0.15)
         return inner(session, number)
 
-    loop.guarded_step = slow
+    loop.train_step = slow
 
 
 def test_the_earlier_incarnation_stops_with_an_error(whole: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.shard_files import StateReader
-from tests.fault.faulty_ranks import Kill, curve, run_ranks
+from tests.fault.faulty_ranks import Kill, around_steps, curve, pictures, run_ranks, tensors
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 
 
@@ -20,40 +20,36 @@ def break_module(name: str, step: int, rank: int, row: int, times: int = 1000, b
     """One row of a module's output (or of the gradient that arrives at it) becomes NaN in that step on that rank."""
     if int(os.environ["RANK"]) != rank:
         return
-    from mirai_ds.train import loop
+    left, now, hooked = [times], [-1], []
 
-    inner, left = loop.guarded_step, [times]
+    def poison(_m: Any, _i: Any, out: Any) -> Any:
+        if now[0] not in (step, step + 1 if times > 500 else step) or left[0] <= 0 or not torch.is_grad_enabled():
+            return out
+        left[0] -= 1
+        tensor = out[0] if isinstance(out, tuple) else out
+        mask = torch.zeros_like(tensor)
+        mask[row if mask.dim() else ()] = float("nan")  # the output layer gives the loss itself
+        if backward:
+            tensor.register_hook(lambda g: g + mask)
+            return out
+        return tensor + mask
 
-    def stepped(session: Any, number: int) -> Any:
-        if number not in (step, step + 1 if times > 500 else step):
-            return inner(session, number)
-        module = dict(session.engine.ds.module.named_modules())[name]
+    def stepped(inner: Any, session: Any, number: int) -> Any:
+        now[0] = number
+        if not hooked:  # for good, and before a step's instruments
+            module = dict(session.engine.ds.module.named_modules())[name]
+            hooked.append(module.register_forward_hook(poison))
+        return inner(session, number)
 
-        def poison(_m: Any, _i: Any, out: Any) -> Any:
-            if left[0] <= 0 or not torch.is_grad_enabled():
-                return out
-            left[0] -= 1
-            tensor = out[0] if isinstance(out, tuple) else out
-            mask = torch.zeros_like(tensor)
-            mask[row if mask.dim() else ()] = float("nan")  # the output layer gives the loss itself
-            if backward:
-                tensor.register_hook(lambda g: g + mask)
-                return out
-            return tensor + mask
-
-        handle = module.register_forward_hook(poison)
-        try:
-            return inner(session, number)
-        finally:
-            handle.remove()
-
-    loop.guarded_step = stepped
+    around_steps(stepped)
 
 
 ONE_STEP = ["train.recompute={policy: none}", "guard.nonfinite_skips=2"]
 
 
-@pytest.mark.parametrize(("stage", "backward"), [("zero0", False), ("zero2", True), ("zero3", False), ("zero3", True)])
+@pytest.mark.parametrize(("stage", "backward"), [
+    ("zero0", False), ("zero2", True), ("zero3", False), ("zero3", True), ("zero2-offload", False),
+])  # fmt: skip
 def test_nan_is_named_kept_and_not_applied(tmp_path: Path, stage: str, backward: bool) -> None:
     run = tmp_path / "run"
     settings = [*ONE_STEP, "train.max_steps=9", "checkpoint.every_steps=1"]
@@ -105,17 +101,14 @@ def test_the_module_is_named_though_blocks_are_compiled(tmp_path: Path) -> None:
 
 def break_weight(name: str, step: int) -> None:
     """From that step on the module's product overflows: a scale that the masters do not have."""
-    from mirai_ds.train import loop
 
-    inner = loop.guarded_step
-
-    def stepped(session: Any, number: int) -> Any:
+    def stepped(inner: Any, session: Any, number: int) -> Any:
         if number == step:
             weight = dict(session.engine.ds.module.named_modules())[name].weight
             weight.data.fill_(3e38)
         return inner(session, number)
 
-    loop.guarded_step = stepped
+    around_steps(stepped)
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
@@ -137,14 +130,36 @@ def test_a_fault_of_the_machine_is_repeated_away(whole: Path, tmp_path: Path) ->
     assert_same(run, whole, 24)
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+def test_what_is_found_out_later_ends_the_same(tmp_path: Path, times: int) -> None:
+    """Nobody looks for twelve steps: the refused step, the ones after it and the heads' awakening (after step 8) are
+    done again, and weights, moments, average, curve and report are to the last digit those of a run that looks at each
+    step."""
+    rare = ["checkpoint.every_steps=12", "evaluate.every_steps=null", "sampling.every_steps=null"]
+    runs = {every: tmp_path / str(every) for every in (1, 12)}
+    said = {}
+    for every, run in runs.items():
+        fault = ("gpt.layers.1.feed_forward", 5, 1, 3, times)
+        settings = [*ONE_STEP, *rare, f"logging.every_steps={every}"]
+        ended = run_ranks(run, "--deepspeed", "zero2", settings=settings, prepare=break_module, arguments=fault)
+        assert ended.codes == [0, 0], ended.out[-3000:]
+        said[every] = [line.partition("; see")[0] for line in ended.out.splitlines() if "not finite" in line]
+    assert said[1] == said[12]
+    assert len(said[1]) == (1 if times == 1 else 2)
+    assert tensors(runs[12], 24) == tensors(runs[1], 24)
+    assert pictures(runs[12]) == pictures(runs[1])
+    curves = {every: {r["step"]: r for r in curve(run) if "loss/ntp" in r} for every, run in runs.items()}
+    assert [curves[12][step] for step in (12, 24)] == [curves[1][step] for step in (12, 24)]
+    assert curves[12][24]["optimizer/skipped_steps"] == (0 if times == 1 else 2)
+
+
 def spike_at(step: int, times: int) -> None:
     """The loss of a batch of data is three times as large, whatever the weights."""
     from mirai_ds.foresight.objective import MiraiObjective
-    from mirai_ds.train import loop
 
-    inner, forward = loop.guarded_step, MiraiObjective.forward
+    forward = MiraiObjective.forward
 
-    def stepped(session: Any, number: int) -> Any:
+    def stepped(inner: Any, session: Any, number: int) -> Any:
         bad = step <= number + session.batch_offset < step + times
 
         def louder(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -154,7 +169,7 @@ def spike_at(step: int, times: int) -> None:
         MiraiObjective.forward = louder if bad else forward  # type: ignore[method-assign]
         return inner(session, number)
 
-    loop.guarded_step = stepped
+    around_steps(stepped)
 
 
 SPIKE = ["checkpoint.every_steps=4", "checkpoint.keep_last=9"]
@@ -220,16 +235,13 @@ def test_no_spike_in_an_ordinary_run(whole: Path, tmp_path: Path) -> None:
 
 
 def crash_in_step(step: int) -> None:
-    from mirai_ds.train import loop
 
-    inner = loop.guarded_step
-
-    def crashing(session: Any, number: int) -> Any:
+    def crashing(inner: Any, session: Any, number: int) -> Any:
         if number == step:
             raise RuntimeError("the driver says no")
         return inner(session, number)
 
-    loop.guarded_step = crashing
+    around_steps(crashing)
 
 
 def test_restarts_without_progress_come_to_an_end(whole: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def hang_in_step(rank: int, step: int) -> None:
 
     from mirai_ds.train import loop
 
-    inner = loop.guarded_step
+    inner = loop.train_step
 
     def stuck(session: Any, number: int) -> Any:
         if number == step:
@@ -124,7 +124,7 @@ def hang_in_step(rank: int, step: int) -> None:
                 lock.acquire(timeout=1000)
         return inner(session, number)
 
-    loop.guarded_step = stuck
+    loop.train_step = stuck
 
 
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:

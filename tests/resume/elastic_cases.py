@@ -53,8 +53,6 @@ def _advance(session: Session, steps: int) -> tuple[list[float], list[list[int]]
         everyone = sorted(part for parts in session.control.gather(mine) for part in parts)
         samples.append([index for _, part in everyone for index in part])
         record = guarded_step(session, session.step)
-        session.step += 1
-        session.applied_steps += int(record.applied)
         losses.append(mean_over_ranks(record.metrics)["loss"][0])
     return losses, samples
 

@@ -39,7 +39,13 @@ def origins(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def check(
-    ranks: Any, origins: Any, tmp_path: Path, source: Any, target: Any, precision: str, zero: dict[str, Any] | None = None
+    ranks: Any,
+    origins: Any,
+    tmp_path: Path,
+    source: Any,
+    target: Any,
+    precision: str,
+    zero: dict[str, Any] | None = None,
 ) -> float:
     """Resume `source`'s checkpoint on `target`; the largest difference of a loss."""
     run, went_on = origins(*source, precision)
@@ -79,9 +85,7 @@ def test_some_moves(ranks: Any, origins: Any, tmp_path: Path, source: Any, targe
 
 
 @pytest.mark.parametrize("partition", [1, 2])
-def test_no_copy_of_the_old_weights_outlives_a_resume(
-    ranks: Any, origins: Any, tmp_path: Path, partition: int
-) -> None:
+def test_no_copy_of_the_old_weights_outlives_a_resume(ranks: Any, origins: Any, tmp_path: Path, partition: int) -> None:
     """hpZ keeps a second copy of the weights for the backward pass, made when they were first gathered."""
     zero = {
         "zero_hpz_partition_size": partition, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,

@@ -1,0 +1,126 @@
+"""The norm of the gradients, their clipping and the refusal of those that are not finite, all on the device.
+
+DeepSpeed asks the host, each step on stages 1 to 3, whether the gradients were finite, and a host that asks waits for
+the device.  Here the answer stays on the device: fused AdamW divides gradients by `grad_scale` as it reads them and
+leaves weights, moments and its step counter alone where `found_inf` is one.  A refusal sticks, so that until the host
+looks, which it does when it wants to log or keep something, the state remains what it was before the refused update.
+
+With the optimizer offloaded the update is on the host anyway: there DeepSpeed decides, and the host looks every step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Update:
+    """Decides about the updates of one DeepSpeed engine whose base optimizer is `base` (fused, torch's)."""
+
+    def __init__(self, ds: Any, stage: int, base: torch.optim.Optimizer, device: torch.device) -> None:
+        self.ds, self.zero, self.stage, self.base = ds, ds.optimizer, stage, base
+        self.offloaded = bool(
+            getattr(self.zero, "cpu_offload", False) or getattr(self.zero, "offload_optimizer", False)
+        )
+        self._clip = float(ds.gradient_clipping())
+        self._since = 0  # updates since the host looked
+        self._told = False  # by DeepSpeed, offloaded, that the last one was refused
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)  # the first refused of them
+        self.refusing = torch.zeros((), device=device)  # float32: 1 from a refused update on, until the host looks
+        self.norm = torch.full((), float("nan"), device=device)
+        if not self.offloaded:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        if not getattr(self.base, "_step_supports_amp_scaling", False):
+            raise TypeError(f"{type(self.base).__name__}: needs found_inf and grad_scale; give fused=True")
+        if self.stage == 0:
+            self.ds._config.gradient_clipping = 0.0
+        elif self._keeps_whole_gradients:
+            self.zero.clip_grad = 0.0
+        else:
+            assert self.zero.loss_scale == 1.0
+            self.zero.check_grad_overflow, self.zero.compute_grad_norm = False, True
+            self.zero.unscale_and_clip_grads = lambda *_: None
+            self.zero.scaled_global_norm = self._judge_parts  # stages 1 and 2
+            self.zero._get_norm_groups = lambda: [self._judge_parts()]  # 3
+
+    @property
+    def _keeps_whole_gradients(self) -> bool:
+        """DeepSpeed's stage 1 in bf16: every rank has all of them, in fp32."""
+        return type(self.zero).__name__ == "BF16_Optimizer"
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """`ds.step` at an accumulation boundary; `norm` is then the gradients' norm before clipping."""
+        if self.offloaded:
+            if self._told:
+                raise RuntimeError("an update was refused and nobody looked: an offloaded optimizer needs it each step")
+            self.ds.step()
+            self.norm = torch.as_tensor(self.ds.get_global_grad_norm() or 0.0)
+            self._told = not self.ds.was_step_applied()
+            self._refuse(torch.full_like(self._first, self._told, dtype=torch.bool))
+        else:
+            if self.stage == 0:
+                self._judge(self._norm_of([p.grad for p in self.ds.module.parameters() if p.grad is not None]))
+            with self._without_questions():
+                self.ds.step()
+        self._since += 1
+
+    def look(self) -> int:
+        """How many of the last updates were not made: the first that was refused and all after it.  Reads from the
+        device, and lets updates be made again.  The same on every rank."""
+        first, since = int(self._first), self._since
+        self._since, self._told = 0, False
+        if first < 0:
+            return 0
+        self._first.fill_(-1)
+        self.refusing.zero_()
+        return since - first
+
+    def _judge_parts(self) -> Tensor:
+        """Of what this rank holds of the averaged gradients, summed over ranks: one collective."""
+        parts = [g for group in self.zero.averaged_gradients.values() if group is not None for g in group]
+        total = self._norm_of(parts).square()
+        dist.all_reduce(total, group=self.zero.dp_process_group)
+        return self._judge(total.sqrt())
+
+    def _norm_of(self, tensors: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.refusing)
+
+    def _judge(self, norm: Tensor) -> Tensor:
+        self.norm = norm
+        self._refuse(~torch.isfinite(norm))
+        self.base.found_inf = self.refusing  # type: ignore[attr-defined]
+        if self._clip > 0:  # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
+            self.base.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        return norm
+
+    def _refuse(self, bad: Tensor) -> None:
+        self._first = torch.where((self._first < 0) & bad, self._since, self._first)
+        self.refusing = (self._first >= 0).float()
+
+    @contextmanager
+    def _without_questions(self) -> Iterator[None]:
+        """ZeRO's step meanwhile takes the norm for a valid one without reading it."""
+        module = sys.modules[type(self.zero).__module__]
+        answers: dict[str, Any] = {
+            "is_invalid_grad_norm": lambda norm: False, "combine_grad_norm_groups": lambda norms: norms[0],
+        }  # fmt: skip
+        if self._keeps_whole_gradients:
+            answers["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._judge(self._norm_of(input_tensors))
+        kept = {name: getattr(module, name) for name in answers if hasattr(module, name)}
+        for name in kept:
+            setattr(module, name, answers[name])
+        try:
+            yield
+        finally:
+            for name, original in kept.items():
+                setattr(module, name, original)
