@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mirai_ds.engine.gloo import gather_parts
 from mirai_ds.engine.layout import Shard, StateLayout
 
 
@@ -33,7 +34,11 @@ def gather(
         local = value.detach().flatten().to(device=device, dtype=dtype).contiguous()
         if shard.world > 1:
             everyone = torch.empty(shard.world * local.numel(), dtype=dtype, device=device)
-            dist.all_gather_into_tensor(everyone, local, group=shard.group)
+            if device.type == "cpu":
+                everyone.view(shard.world, -1)[shard.rank].copy_(local)
+                gather_parts(everyone.view(shard.world, -1).unbind(), shard.group)
+            else:
+                dist.all_gather_into_tensor(everyone, local, group=shard.group)
         else:
             everyone = local
         rows = everyone.view(shard.world, -1)

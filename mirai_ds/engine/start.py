@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from mirai_ds.config import UserError
+from mirai_ds.engine.gloo import take_over_gathers
 from mirai_ds.runtime.distributed import World, export_world
 
 MINIMUM_DEEPSPEED = (0, 19, 8)
@@ -51,10 +52,12 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
         handler.setLevel(logging.NOTSET)
     # A C++ build of minutes at the first CPU run, for collectives that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
+    if backend == "gloo":
+        take_over_gathers()
     if dist.is_initialized():
         return
     export_world(world)
-    backend = "nccl" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )

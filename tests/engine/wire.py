@@ -3,7 +3,10 @@ steps under the shipped DeepSpeed files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_ds.config import RunConfig, build
+from mirai_ds.engine import sharded_ema
 from mirai_ds.tools.looking.activations import Pass
 from mirai_ds.tools.looking.memory import refreshed_bytes
 from mirai_ds.tools.looking.states import States
@@ -46,6 +50,26 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def gathers_as_on_gpus() -> Iterator[None]:
+    """Meanwhile DeepSpeed's own gather of weights, and that of the average with it: on CPUs both are broadcasts."""
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    def gather(parts: list[Tensor], group: Any) -> None:
+        rank = dist.get_rank(group)
+        dist.all_gather_into_tensor(torch.empty(len(parts) * parts[rank].numel(), dtype=parts[rank].dtype), parts[rank])
+
+    places: list[tuple[Any, str, Any]] = [
+        (bf16_optimizer, "all_gather_dp_groups", utils.all_gather_dp_groups),
+        (stage_1_and_2, "all_gather_dp_groups", utils.all_gather_dp_groups), (sharded_ema, "gather_parts", gather),
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch.object(*place))
+        yield
+
+
 def counted_case(
     stage: int, precision: str, accumulation: int, zero: dict[str, Any], batch: int = 12
 ) -> tuple[dict[tuple[str, int], float], dict[tuple[str, int], float]]:
@@ -59,7 +83,7 @@ def counted_case(
     names = {p.name for s in engine.layout.shards for p in s.parameters if p.name.startswith(teacher_prefixes(config))}
     for step in range(3):
         engine.set_rates(1e-3, heads_active=True)
-        with Wire() as wire:
+        with gathers_as_on_gpus(), Wire() as wire:
             list(engine.gather_named("ema", torch.float32, names))
             for micro in toy_loader(config, dist.get_rank(), world, accumulation).micro_batches(step):
                 loss, _ = engine.forward(micro.tokens, micro.labels, micro.keys, fixed_target(config, micro, step), 1.0)

@@ -29,8 +29,8 @@ def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str
     world = World(0, 0, 1, 1)
     start_process_group(world, 5)
     config = build({
-        "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4}, "foresight": {"method": method, "warmup_epochs": 0},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4},
+        "foresight": {"method": method, "warmup_epochs": 0}, "deepspeed": {"zero_optimization": {"stage": stage}},
         "train": {"global_batch_size": 8, "precision": precision},
     })  # fmt: skip
     with random_session(config, world, torch.device("cuda", 0), 8) as session:
