@@ -1,4 +1,7 @@
-"""Between logging points the host only hands work to the device; CUDA's sync debug mode makes each wait an error."""
+"""Between logging points the host only hands work to the device; CUDA's sync debug mode makes each wait an error.
+
+Not on stage 3 and not with `overlap_comm`: there DeepSpeed waits in its backward pass for the reduction of gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("method", ["none", "mirai-e"])
 @pytest.mark.parametrize(("stage", "precision"), [
-    (0, "fp32"), (0, "bf16-autocast"), (1, "bf16"), (2, "bf16-autocast"), (2, "bf16"), (3, "bf16"),
+    (0, "fp32"), (0, "bf16-autocast"), (1, "bf16"), (2, "bf16-autocast"), (2, "bf16"),
 ])  # fmt: skip
 def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str, method: str) -> None:
     from mirai_ds.engine.start import start_process_group
@@ -30,7 +33,8 @@ def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str
     start_process_group(world, 5)
     config = build({
         "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4},
-        "foresight": {"method": method, "warmup_epochs": 0}, "deepspeed": {"zero_optimization": {"stage": stage}},
+        "foresight": {"method": method, "warmup_epochs": 0},
+        "deepspeed": {"zero_optimization": {"stage": stage, "overlap_comm": False}},
         "train": {"global_batch_size": 8, "precision": precision},
     })  # fmt: skip
     with random_session(config, world, torch.device("cuda", 0), 8) as session:
