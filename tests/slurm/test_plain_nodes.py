@@ -51,9 +51,11 @@ def test_two_nodes(launcher: object, alone: Path, tmp_path: Path) -> None:
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     rank = ["--module", "mirai_ds.train", "digits-mirai-e", *settings("train.max_steps=8"), "--run-dir", str(run)]
+    cores = sorted(os.sched_getaffinity(0))
+    # Each node has one core, as each rank under one launcher: two threads sum squares in another order than one.
     nodes = [
-        subprocess.Popen([*launcher(node, port, tmp_path), *rank], env=env, cwd=tmp_path, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(["taskset", "-c", str(cores[node % len(cores)]), *launcher(node, port, tmp_path), *rank],
+                         env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for node in (1, 0)
     ]  # fmt: skip
     for process in nodes:
