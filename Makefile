@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix test-slurm test-study check format verify kernels kernels-cuda bench bench-kernels bench-data \
+.PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda bench bench-kernels bench-data \
 	bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
@@ -28,8 +28,11 @@ demo: $(STAMP) ## train Mirai-E on real digits with 2 ranks, draw, judge: under 
 test: $(STAMP) ## the whole fast suite, two tests at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout
-	$(BIN)/python -m pytest -m matrix
+test-matrix: $(STAMP) ## the long matrices: gradients and losses over every layout, two tests at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
+
+test-exhaustive: $(STAMP) ## what the matrices leave out of their products; by hand
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal
 
 test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 13 minutes (root; slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m slurm -rs

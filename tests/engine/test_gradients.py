@@ -45,7 +45,7 @@ OFTEN = [(arm, count) for arm in ARMS for count in ([2] if arm.startswith(("mtp"
 
 def thinned() -> list[Any]:
     """Every arm on every stage with every policy at two micro-steps, and with one policy in turn at one and three; the
-    rest of the product only by hand (`-m exhaustive`)."""
+    rest of the product only by hand (`make test-exhaustive`)."""
     found = []
     for number, (arm, accumulation) in enumerate(OFTEN):
         for stage in range(4):

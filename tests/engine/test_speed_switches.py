@@ -49,7 +49,7 @@ def test_compiled_blocks(ranks: Any, plain: Any) -> None:
 
 
 def thinned() -> list[Any]:
-    """On each stage two policies in turn; the others only by hand (`-m exhaustive`): each compiles for seconds."""
+    """On each stage two policies in turn, as each compiles for seconds; the others by hand (`make test-exhaustive`)."""
     return [
         pytest.param(stage, policy,
                      marks=pytest.mark.matrix if (place - stage) % len(POLICIES) < 2 else pytest.mark.exhaustive)

@@ -51,10 +51,12 @@ def test_a_killed_run_repeats_itself_to_the_last_digit(whole: Path, tmp_path: Pa
     assert_same(run, whole, 24)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.matrix if seed < 5 else pytest.mark.exhaustive) for seed in range(10)]
+)
 def test_fifty_random_kills(whole: Path, tmp_path: Path, seed: int, record_property: Any) -> None:
-    """Ten runs; each is killed until five kills struck, then finished.  Background saves in every second run."""
+    """Ten runs, five of them only by hand (`make test-exhaustive`); each is killed until five kills struck, then
+    finished.  Background saves in every second run."""
     source = random.Random(seed)
     run, struck = tmp_path / "run-0", []
     settings = [f"checkpoint.background={str(bool(seed % 2)).lower()}", "guard.max_restarts=50"]

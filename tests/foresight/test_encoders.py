@@ -152,9 +152,15 @@ def test_presets_give_timms_features_in_their_place(name: str, tmp_path: Path, m
     assert change.argmax(1).tolist() == list(range(16))
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("grid", [16, 24])
-@pytest.mark.parametrize("name", PRESETS)
+def full_sizes() -> list[Any]:
+    """Each preset on one of the grids, in turn; on the other only by hand (`make test-exhaustive`)."""
+    return [
+        pytest.param(name, grid, marks=pytest.mark.matrix if (i + j) % 2 == 0 else pytest.mark.exhaustive)
+        for i, name in enumerate(PRESETS) for j, grid in enumerate([16, 24])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "grid"), full_sizes())
 def test_presets_at_full_size(name: str, grid: int, tmp_path: Path) -> None:
     check_preset(name, grid, tmp_path)
 

@@ -94,8 +94,16 @@ def test_no_copy_of_the_old_weights_outlives_a_resume(ranks: Any, origins: Any, 
     assert check(ranks, origins, tmp_path, (2, 2), (2, 3), "fp32", zero) <= BOUNDS["fp32"]
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("source", LAYOUTS, ids=lambda s: f"{s[0]}x-zero{s[1]}")
+def in_turn() -> list[Any]:
+    """Every world size and every stage is left once; the other sources only by hand (`make test-exhaustive`)."""
+    often = [(1, 0), (2, 2), (4, 1), (4, 3)]
+    return [
+        pytest.param(s, marks=pytest.mark.matrix if s in often else pytest.mark.exhaustive, id=f"{s[0]}x-zero{s[1]}")
+        for s in LAYOUTS
+    ]
+
+
+@pytest.mark.parametrize("source", in_turn())
 def test_from_each_layout_to_every_other(
     ranks: Any, origins: Any, tmp_path: Path, source: Any, record_property: Any
 ) -> None:

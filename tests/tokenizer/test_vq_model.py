@@ -111,8 +111,10 @@ def test_vq16_against_plain_functions(vq16: tuple[VQModel, plain_vq.State]) -> N
     assert_same_networks(*vq16, size=64, batch=1, seed=2)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("config", "size", "batch"), [(VQ16, 256, 2), (VQ16, 384, 1), (VQ8, 64, 2), (VQ8, 256, 1)])
+@pytest.mark.parametrize(("config", "size", "batch"), [
+    pytest.param(VQ16, 256, 1, marks=pytest.mark.matrix), pytest.param(VQ8, 64, 2, marks=pytest.mark.matrix),
+    pytest.param(VQ16, 384, 1, marks=pytest.mark.exhaustive), pytest.param(VQ8, 256, 1, marks=pytest.mark.exhaustive),
+])  # fmt: skip
 def test_full_networks_against_plain_functions(config: VQConfig, size: int, batch: int) -> None:
     assert_same_networks(*ruled(config, 17), size=size, batch=batch, seed=3)
 
