@@ -37,22 +37,24 @@ def bare_steps(session: Any, count: int) -> None:
     try:
         for _ in range(count):
             module.train_step(session, session.step)
-            session.step += 1
+            session.count_step()
     finally:
         module.poisoned_unless_finite = guarded
 
 
 def guarded_steps(session: Any, count: int) -> None:
-    """What `run_loop` does around a step."""
+    """What `run_loop` does around steps, whose last one is looked at."""
     from mirai_ds.runtime.control import Facts
-    from mirai_ds.train.guarded import guarded_step
+    from mirai_ds.train.guarded import settle
+    from mirai_ds.train.step import train_step
 
     for _ in range(count):
         session.beat(f"step {session.step + 1}")
         session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
-        guarded_step(session, session.step)
-        session.step += 1
+        record = train_step(session, session.step)
+        session.count_step()
         session.facts = session.control.arrived()
+    settle(session, record)
 
 
 def seconds(run: Callable[[], None], session: Any) -> float:

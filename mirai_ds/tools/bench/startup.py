@@ -98,7 +98,7 @@ def rank(arguments: list[str]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
         from mirai_ds import hooks
         from mirai_ds.engine import start
-        from mirai_ds.train import guarded, preflight, run_folder, session
+        from mirai_ds.train import loop, preflight, run_folder, session
 
         assert hooks
         stamp("imports")
@@ -106,7 +106,7 @@ def rank(arguments: list[str]) -> None:
         _stamped(run_folder, "open_run_folder", "folder")
         _stamped(session, "build_session", "session")
         _stamped(preflight, "preflight", "preflight")
-        _stamped(guarded, "train_step", "step", last=True)
+        _stamped(loop, "train_step", "step", last=True)
         return read(*args)
 
     train.read_world = first  # type: ignore[assignment]
