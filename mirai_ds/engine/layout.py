@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the fp32 master weights: the one file that touches its private attributes.
+"""Where DeepSpeed keeps the fp32 master weights.  Only this file, `update.py` and `gloo.py` touch its private parts.
 
 Every layout is described the same way, as flat shards made of pieces of named parameters, so that EMA, checkpoints and
 gathers know nothing of ZeRO stages.  `StateLayout.of` asserts that what it found really are the model's weights and
@@ -75,7 +75,7 @@ class StateLayout:
         try:
             self.shards = list(_find_shards(self.kind, self.optimizer, names))
         except (AttributeError, KeyError, IndexError, TypeError) as error:
-            raise _unexpected(self.kind, f"{type(error).__name__}: {error}") from error
+            raise unexpected(self.kind, f"{type(error).__name__}: {error}") from error
         self._assert_masters_are_the_weights()
 
     @property
@@ -144,21 +144,22 @@ class StateLayout:
                     own = parameter.data.flatten()[piece.start : piece.start + piece.length]
                 master = shard.master.detach().flatten()[piece.local : piece.local + piece.length]
                 if not torch.equal(master.to(own.device, own.dtype), own):
-                    raise _unexpected(self.kind, f"the master weights of {piece.name} are not where they should be")
+                    raise unexpected(self.kind, f"the master weights of {piece.name} are not where they should be")
             for rank in range(shard.world):
                 for piece in shard.pieces(rank):
                     held[piece.name] = held.get(piece.name, 0) + piece.length
         for name, parameter in parameters.items():
             numel = math.prod(getattr(parameter, "ds_shape", parameter.shape))
             if held.get(name) != numel:
-                raise _unexpected(self.kind, f"{name} has {numel} elements, the shards hold {held.get(name)}")
+                raise unexpected(self.kind, f"{name} has {numel} elements, the shards hold {held.get(name)}")
 
 
-def _unexpected(kind: str, detail: str) -> RuntimeError:
+def unexpected(kind: str, detail: str) -> RuntimeError:
+    """That DeepSpeed's class `kind` is not what this package was written for."""
     import deepspeed
 
     return RuntimeError(
-        f"DeepSpeed {deepspeed.__version__} lays out {kind} in an unknown way ({detail}); this version is not supported"
+        f"DeepSpeed {deepspeed.__version__}: {kind} is not as expected ({detail}); this version is not supported"
     )
 
 

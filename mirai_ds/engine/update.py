@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mirai_ds.engine.layout import unexpected
+
 
 class Update:
     """Decides about the updates of one DeepSpeed engine whose base optimizer is `base` (fused, torch's)."""
@@ -30,6 +32,7 @@ class Update:
         )
         self._clip = float(ds.gradient_clipping())
         self._since = 0  # updates since the host looked
+        self._judged = -1  # the last of them whose norm was looked into
         self._told = False  # by DeepSpeed, offloaded, that the last one was refused
         self._first = torch.full((), -1, dtype=torch.int64, device=device)  # the first refused of them
         self.refusing = torch.zeros((), device=device)  # float32: 1 from a refused update on, until the host looks
@@ -47,9 +50,16 @@ class Update:
         else:
             assert self.zero.loss_scale == 1.0
             self.zero.check_grad_overflow, self.zero.compute_grad_norm = False, True
-            self.zero.unscale_and_clip_grads = lambda *_: None
-            self.zero.scaled_global_norm = self._judge_parts  # stages 1 and 2
-            self.zero._get_norm_groups = lambda: [self._judge_parts()]  # 3
+            self._replace(self.zero, "unscale_and_clip_grads", lambda *_: None)
+            if self.stage == 3:
+                self._replace(self.zero, "_get_norm_groups", lambda: [self._judge_parts()])
+            else:
+                self._replace(self.zero, "scaled_global_norm", self._judge_parts)
+
+    def _replace(self, owner: Any, name: str, function: Any) -> None:
+        if not hasattr(owner, name):
+            raise unexpected(type(self.zero).__name__, f"it has no {name}")
+        setattr(owner, name, function)
 
     @property
     def _keeps_whole_gradients(self) -> bool:
@@ -71,13 +81,15 @@ class Update:
                 self._judge(self._norm_of([p.grad for p in self.ds.module.parameters() if p.grad is not None]))
             with self._without_questions():
                 self.ds.step()
+            if self._judged != self._since:
+                raise unexpected(type(self.zero).__name__, "its step did not ask for the gradients' norm")
         self._since += 1
 
     def look(self) -> int:
         """How many of the last updates were not made: the first that was refused and all after it.  Reads from the
         device, and lets updates be made again.  The same on every rank."""
         first, since = int(self._first), self._since
-        self._since, self._told = 0, False
+        self._since, self._judged, self._told = 0, -1, False
         if first < 0:
             return 0
         self._first.fill_(-1)
@@ -96,7 +108,7 @@ class Update:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.refusing)
 
     def _judge(self, norm: Tensor) -> Tensor:
-        self.norm = norm
+        self.norm, self._judged = norm, self._since
         self._refuse(~torch.isfinite(norm))
         self.base.found_inf = self.refusing  # type: ignore[attr-defined]
         if self._clip > 0:  # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
@@ -117,6 +129,8 @@ class Update:
         if self._keeps_whole_gradients:
             answers["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._judge(self._norm_of(input_tensors))
         kept = {name: getattr(module, name) for name in answers if hasattr(module, name)}
+        if self.stage > 0 and "is_invalid_grad_norm" not in kept:
+            raise unexpected(type(self.zero).__name__, "it judges norms by another function")
         for name in kept:
             setattr(module, name, answers[name])
         try:
