@@ -78,7 +78,7 @@ class Update:
             self._refuse(torch.full_like(self._first, self._told, dtype=torch.bool))
         else:
             if self.stage == 0:
-                self._judge(self._norm_of([p.grad for p in self.ds.module.parameters() if p.grad is not None]))
+                self._judge_whole([p.grad for p in self.ds.module.parameters() if p.grad is not None])
             with self._without_questions():
                 self.ds.step()
             if self._judged != self._since:
@@ -101,15 +101,25 @@ class Update:
         parts = [g for group in self.zero.averaged_gradients.values() if group is not None for g in group]
         total = self._norm_of(parts).square()
         dist.all_reduce(total, group=self.zero.dp_process_group)
-        return self._judge(total.sqrt())
+        norm = total.sqrt()
+        return self._judge(norm, ~torch.isfinite(norm))
+
+    def _judge_whole(self, gradients: list[Tensor]) -> Tensor:
+        """Of all averaged gradients, which every rank has.  A memory fault may make them differ on one: all refuse."""
+        norm = self._norm_of(gradients)
+        bad = (~torch.isfinite(norm)).float()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(bad)
+        return self._judge(norm, bad > 0)
 
     def _norm_of(self, tensors: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.refusing)
+        if not tensors:
+            return torch.zeros_like(self.refusing)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
 
-    def _judge(self, norm: Tensor) -> Tensor:
+    def _judge(self, norm: Tensor, bad: Tensor) -> Tensor:
         self.norm, self._judged = norm, self._since
-        self._refuse(~torch.isfinite(norm))
+        self._refuse(bad)
         self.base.found_inf = self.refusing  # type: ignore[attr-defined]
         if self._clip > 0:  # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
             self.base.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
@@ -127,7 +137,7 @@ class Update:
             "is_invalid_grad_norm": lambda norm: False, "combine_grad_norm_groups": lambda norms: norms[0],
         }  # fmt: skip
         if self._keeps_whole_gradients:
-            answers["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._judge(self._norm_of(input_tensors))
+            answers["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._judge_whole(input_tensors)
         kept = {name: getattr(module, name) for name in answers if hasattr(module, name)}
         if self.stage > 0 and "is_invalid_grad_norm" not in kept:
             raise unexpected(type(self.zero).__name__, "it judges norms by another function")

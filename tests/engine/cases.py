@@ -370,3 +370,20 @@ def nonfinite_case(stage: int, precision: str) -> dict[str, Any]:
         "then_missing": then_missing,
         "then_unchanged": [n for n in then if torch.equal(ema[n], then[n])],
     }
+
+
+def faulty_memory_case() -> dict[str, Any]:
+    """Stage 0: a gradient turns NaN on one rank after it was averaged; all ranks refuse."""
+    engine = toy_engine(config := toy_config("none", 0, "fp32"))
+    (batch,) = toy_loader(config, dist.get_rank(), dist.get_world_size(), 1).micro_batches(0)
+    engine.set_rates(1e-2, heads_active=False)
+    before = engine.gather_weights("raw", prefix="")
+    loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
+    engine.backward(loss)
+    if dist.get_rank() == 1:
+        gradient = next(p.grad for p in engine.ds.module.parameters() if p.grad is not None)
+        gradient.view(-1)[0] = float("nan")
+    engine.step()
+    missing, after = engine.look(), engine.gather_weights("raw", prefix="")
+    release(engine)
+    return {"missing": missing, "changed": [n for n in before if not torch.equal(before[n], after[n])]}

@@ -52,6 +52,10 @@ def test_nonfinite_gradients_change_nothing(ranks: Any, stage: int, precision: s
     assert ranks[2].run(cases.nonfinite_case, stage, precision) == [expected, expected]
 
 
+def test_a_gradient_that_is_bad_on_one_rank_alone_is_refused_on_all(ranks: Any) -> None:
+    assert ranks[2].run(cases.faulty_memory_case) == [{"missing": 1, "changed": []}] * 2
+
+
 @pytest.mark.parametrize(
     ("stage", "world", "precision", "recompute"),
     [(0, 2, "fp32", {}), (1, 2, "bf16", {}), (2, 2, "fp32", {"policy": "full"}), (3, 2, "bf16-autocast", {}),
