@@ -69,9 +69,12 @@ def test_compiled_blocks_with_other_methods(ranks: Any, plain: Any, method: str)
     assert off(ranks[2].run(cases.losses_case, method, 2, train=COMPILED)[0], plain[method]) <= FP32_BOUND
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 3), ("bf16-autocast", 2)])
-@pytest.mark.parametrize("switch", [{"cross_entropy": "whole"}, COMPILED])
+@pytest.mark.parametrize(("precision", "stage", "switch"), [
+    pytest.param("bf16", 3, {"cross_entropy": "whole"}, marks=pytest.mark.matrix),
+    pytest.param("bf16-autocast", 2, COMPILED, marks=pytest.mark.matrix),
+    pytest.param("bf16", 3, COMPILED, marks=pytest.mark.exhaustive),
+    pytest.param("bf16-autocast", 2, {"cross_entropy": "whole"}, marks=pytest.mark.exhaustive),
+])  # fmt: skip
 def test_switches_in_low_precision(ranks: Any, precision: str, stage: int, switch: dict[str, Any]) -> None:
     usual, switched = (
         np.array(ranks[2].run(cases.losses_case, "mirai-e", stage, 1, None, precision, train=train)[0])

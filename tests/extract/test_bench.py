@@ -25,7 +25,7 @@ def test_the_document_shows_the_measured_rows() -> None:
         assert all(row[name] for name in ("date", "device", "python", "torch", "value", "ratio"))
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_it_runs_and_adds_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.csv"
     for _ in range(2):  # the second run replaces the first one's rows

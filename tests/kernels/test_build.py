@@ -290,8 +290,9 @@ def test_a_spill_fails_the_check(
     assert registers.main() == 0
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("unit", ["avx2", "default"])
+@pytest.mark.parametrize(
+    "unit", [pytest.param("avx2", marks=pytest.mark.exhaustive), pytest.param("default", marks=pytest.mark.matrix)]
+)
 def test_the_cpu_kernel_on_lesser_vector_units(unit: str) -> None:
     """Compiled for what other machines have, with the values it has here."""
     files = [str(Path(__file__).with_name("test_values.py"))]

@@ -148,7 +148,7 @@ def settings(*changes: str) -> dict[str, Any]:
     return {"overrides": [*kept, *more, *changes]}
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_a_run_with_a_frozen_teacher_resumes_exactly(finished: Path, tmp_path: Path) -> None:
     teacher = store.folder_of(finished, 66)
     run, again = tmp_path / "run", tmp_path / "again"

@@ -12,7 +12,7 @@ from mirai_ds.checkpoint import store
 from tests.train.conftest import SMALL, numbers, small_train
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_a_run(tmp_path: Path) -> None:
     kept = [o for o in SMALL if not o.startswith(("checkpoint.", "sampling.", "score.", "foresight.warmup"))]
     overrides = [

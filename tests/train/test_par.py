@@ -23,7 +23,7 @@ def invoke(*arguments: object) -> None:
     assert done.exit_code == 0, done.output + done.stderr
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_par_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = small_train(run, *[part for o in PAR for part in ("--set", o)], "--deepspeed", "zero3")

@@ -91,7 +91,7 @@ def test_a_store_without_images_is_one_line(shop: Shop, tmp_path: Path) -> None:
     assert len(done.err.strip().splitlines()) == 1
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_original_files_give_the_same_run(shop: Shop, with_image_store: Path, tmp_path: Path) -> None:
     """No worker, the JPEGs themselves: the same numbers to the last digit."""
     done = train(shop, tmp_path / "run", mirai_i(shop), f"data.images={shop.photos}", "data.workers=0")
@@ -120,7 +120,7 @@ def test_a_file_lost_during_training_stops_every_rank_with_one_line(shop: Shop, 
     assert "Traceback" not in done.err
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 def test_mirai_e_trains_from_a_store_and_samples_are_shown(shop: Shop, tmp_path: Path) -> None:
     run = tmp_path / "run"
     method = "method: mirai-e, projector_dim: 32, warmup_epochs: 0.5"
