@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda bench bench-kernels bench-data \
-	bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
+.PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
+	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

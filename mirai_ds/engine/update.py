@@ -46,20 +46,20 @@ class Update:
         if self.stage == 0:
             self.ds._config.gradient_clipping = 0.0
         elif self._keeps_whole_gradients:
-            self.zero.clip_grad = 0.0
+            self._replace("clip_grad", 0.0)
         else:
             assert self.zero.loss_scale == 1.0
             self.zero.check_grad_overflow, self.zero.compute_grad_norm = False, True
-            self._replace(self.zero, "unscale_and_clip_grads", lambda *_: None)
+            self._replace("unscale_and_clip_grads", lambda *_: None)
             if self.stage == 3:
-                self._replace(self.zero, "_get_norm_groups", lambda: [self._judge_parts()])
+                self._replace("_get_norm_groups", lambda: [self._judge_parts()])
             else:
-                self._replace(self.zero, "scaled_global_norm", self._judge_parts)
+                self._replace("scaled_global_norm", self._judge_parts)
 
-    def _replace(self, owner: Any, name: str, function: Any) -> None:
-        if not hasattr(owner, name):
+    def _replace(self, name: str, value: Any) -> None:
+        if not hasattr(self.zero, name):
             raise unexpected(type(self.zero).__name__, f"it has no {name}")
-        setattr(owner, name, function)
+        setattr(self.zero, name, value)
 
     @property
     def _keeps_whole_gradients(self) -> bool:
@@ -84,6 +84,11 @@ class Update:
             if self._judged != self._since:
                 raise unexpected(type(self.zero).__name__, "its step did not ask for the gradients' norm")
         self._since += 1
+
+    @property
+    def unseen(self) -> int:
+        """Updates since the host looked: whether they were made is not known."""
+        return self._since
 
     def look(self) -> int:
         """How many of the last updates were not made: the first that was refused and all after it.  Reads from the

@@ -17,16 +17,16 @@ class CheckpointHook(Hook):
         self.sinks = sinks
 
     def looks(self, session: Session) -> bool:
-        """At the interval and at the end."""
+        """At the interval; the loop looks at the last step anyway."""
         every = session.config.checkpoint.every_steps
-        return session.step == session.total_steps or (every is not None and session.step % every == 0)
+        return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Publish what is complete, save when it is time."""
         config, saver = session.config.checkpoint, session.saver
         in_flight, stalled = saver.in_flight, saver.stall_seconds
         last = session.step == session.total_steps
-        due = config.every_steps is not None and session.step % config.every_steps == 0
+        due = self.looks(session)
         try:
             saver.poll(session.facts.written)
             if due or (config.at_end and last):

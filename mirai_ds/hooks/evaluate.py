@@ -45,7 +45,7 @@ class EvaluateHook(Hook):
     def looks(self, session: Session) -> bool:
         """At the interval."""
         every = session.config.evaluate.every_steps
-        return bool(every) and session.step % every == 0  # type: ignore[operator]
+        return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Measure at the interval."""

@@ -44,7 +44,7 @@ class SampleHook(Hook):
     def looks(self, session: Session) -> bool:
         """At the interval."""
         every = session.config.sampling.every_steps
-        return bool(every) and session.step % every == 0  # type: ignore[operator]
+        return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Draw at the interval."""

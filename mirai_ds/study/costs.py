@@ -82,8 +82,7 @@ def _rounds(sessions: dict[str, Any]) -> dict[str, list[float]]:
             began = time.process_time()
             for _ in range(STEPS):
                 train_step(session, session.step)
-                session.step += 1
-                session.applied_steps += 1
+                session.count_step()
             if count:
                 found[name].append((time.process_time() - began) / STEPS)
     return found

@@ -52,16 +52,7 @@ def settle(session: Session, record: StepRecord) -> StepRecord:
         session.go_back(missing)
         record = _refused(session, session.step)
         session.count_step(record.applied)
-    session.settled_step = session.step
     return record
-
-
-def guarded_step(session: Session, step: int) -> StepRecord:
-    """`train_step`, counted and settled."""
-    assert step == session.step
-    record = train_step(session, step)
-    session.count_step()
-    return settle(session, record)
 
 
 def _refused(session: Session, step: int) -> StepRecord:

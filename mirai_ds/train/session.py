@@ -71,7 +71,6 @@ class Session:
     step: int = 0
     applied_steps: int = 0
     batch_offset: int = 0  # batches that rollbacks left out
-    settled_step: int = 0  # the newest step of which is known that its update was made or what kept it from being made
     saved_step: int = -1  # the step of the newest checkpoint of this state
     log_bytes: int = -1  # where metrics.jsonl ended then; -1: it begins here
     facts: Facts = field(default_factory=Facts)  # what all ranks said before this step
@@ -131,7 +130,7 @@ class Session:
         """Collective; does nothing when this state is saved already.  Raises SaveError (`checkpoint.saver`)."""
         if self.saved_step == self.step:
             return
-        if self.settled_step != self.step:
+        if self.engine.update.unseen:
             raise RuntimeError(f"step {self.step} is not settled: the hook that saves must say so (`Hook.looks`)")
         self.beat("saving")
         self.saver.save(self.describe_state(), self.take)
@@ -193,7 +192,7 @@ class Session:
         reader = StateReader(Path(name))
         read_into(self.engine, reader)
         restore_rng(reader.rng(self.world.rank), self.device)
-        self.step = self.saved_step = self.settled_step = info.step
+        self.step = self.saved_step = info.step
         self.applied_steps, self.batch_offset, self.log_bytes = info.applied_steps, info.batch_offset, info.log_bytes
         self.memory, self.measured = copy.deepcopy(info.hooks), dict(info.metrics)
         self.engine.resume_counters(self.step, self.loader.accumulation)

@@ -38,7 +38,7 @@ def reads_case(method: str, stage: int, precision: str) -> dict[str, int]:
     with random_session(config, World(rank, rank, world, world), torch.device("cpu"), 4) as session:
         for step in range(2):
             train_step(session, step)
-            session.step += 1
+            session.count_step()
         batches = list(session.loader.micro_batches(2))
         session.loader.micro_batches = lambda step: iter(batches)  # type: ignore[method-assign, assignment]
         with DeviceReads() as reads:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from mirai_ds.engine.gloo import gather_parts
+from tests.engine.cases import fixed_target, release, toy_config, toy_engine, toy_loader
+from tests.engine.wire import Wire
 
 
 def gather_case() -> list[list[float]]:
@@ -32,15 +35,22 @@ def test_every_rank_has_every_part(ranks: Any) -> None:
         assert sorted(found[2]) == [100.0, 101.0]
 
 
-def deepspeed_gathers_case() -> list[bool]:
-    """Whether the engine's gather of updated weights is ours."""
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.runtime.zero import stage_1_and_2
+def collectives_case(stage: int, precision: str) -> list[str]:
+    """Kinds of the large collectives of a step and of a teacher's refresh."""
+    engine = toy_engine(config := toy_config("mirai-e", stage, precision))
+    engine.set_rates(1e-3, heads_active=True)
+    (micro,) = toy_loader(config, dist.get_rank(), dist.get_world_size(), 1).micro_batches(0)
+    with Wire() as wire:
+        loss, _ = engine.forward(micro.tokens, micro.labels, micro.keys, fixed_target(config, micro, 0), 1.0)
+        engine.backward(loss)
+        engine.step()
+        engine.gather_weights("ema")
+    release(engine)
+    return sorted({kind for kind, _ in wire.bytes})
 
-    from mirai_ds.engine import gloo
 
-    return [m.all_gather_dp_groups is gloo.gather_dp_groups for m in (bf16_optimizer, stage_1_and_2)]
-
-
-def test_deepspeed_uses_it(ranks: Any) -> None:
-    assert ranks[2].run(deepspeed_gathers_case) == [[True, True]] * 2
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
+def test_nothing_is_gathered_otherwise_on_cpus(ranks: Any, stage: int, precision: str) -> None:
+    for kinds in ranks[2].run(collectives_case, stage, precision):
+        assert "c10d::broadcast_" in kinds
+        assert "all-gather" not in kinds

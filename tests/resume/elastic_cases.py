@@ -15,9 +15,9 @@ from mirai_ds.config import load
 from mirai_ds.config.deepspeed_file import read
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
-from mirai_ds.train.guarded import guarded_step
+from mirai_ds.train.guarded import settle
 from mirai_ds.train.session import Session, build_session
-from mirai_ds.train.step import mean_over_ranks
+from mirai_ds.train.step import mean_over_ranks, train_step
 
 SAVED, STEPS = 4, 2
 SETTINGS = [
@@ -52,7 +52,9 @@ def _advance(session: Session, steps: int) -> tuple[list[float], list[list[int]]
             mine.append((start, cut.order.batch(session.step, start, start + cut.micro)[0].tolist()))
         everyone = sorted(part for parts in session.control.gather(mine) for part in parts)
         samples.append([index for _, part in everyone for index in part])
-        record = guarded_step(session, session.step)
+        record = train_step(session, session.step)
+        session.count_step()
+        record = settle(session, record)
         losses.append(mean_over_ranks(record.metrics)["loss"][0])
     return losses, samples
 

@@ -112,7 +112,7 @@ def test_vq16_against_plain_functions(vq16: tuple[VQModel, plain_vq.State]) -> N
 
 
 @pytest.mark.parametrize(("config", "size", "batch"), [
-    pytest.param(VQ16, 256, 1, marks=pytest.mark.matrix), pytest.param(VQ8, 64, 2, marks=pytest.mark.matrix),
+    pytest.param(VQ16, 256, 2, marks=pytest.mark.matrix), pytest.param(VQ8, 64, 2, marks=pytest.mark.matrix),
     pytest.param(VQ16, 384, 1, marks=pytest.mark.exhaustive), pytest.param(VQ8, 256, 1, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
 def test_full_networks_against_plain_functions(config: VQConfig, size: int, batch: int) -> None:

@@ -157,7 +157,7 @@ class _Trainer:
         from mirai_ds.train.step import train_step
 
         record = train_step(self.session, self.session.step)
-        self.session.step += 1
+        self.session.count_step()
         return float(record.metrics["loss"])
 
     def parts(self) -> list[tuple[Any, str, str]]:
