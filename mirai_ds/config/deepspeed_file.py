@@ -173,6 +173,8 @@ def resolve(config: RunConfig, world_size: int, cpu: bool = False) -> dict[str, 
     # True (DeepSpeed's default on stage 3) replaces torch.nn.functional.linear in the whole process, for good: other
     # engines, evaluation and torch.compile get another kernel with other rounding.
     data["zero_optimization"].setdefault("memory_efficient_linear", False)
+    # DeepSpeed's own timer, on by default, makes the host wait for the device twice a micro-batch.
+    fill.put("timers.throughput.enabled", False, "the run measuring its own throughput without waits for the device")
     data.setdefault("steps_per_print", 10**9)  # the run logs itself
     data.setdefault("zero_allow_untested_optimizer", True)  # torch's AdamW: no C++ build at the first run
     data.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -91,6 +91,7 @@ SECTIONS: dict[str, str | Keys] = {
         "output_file": TEXT,
     },
     "compile": {"deepcompile": FLAG},
+    "timers": {"throughput": SECTION},
 }
 
 OFFLOAD: dict[str, Keys] = {
@@ -141,7 +142,7 @@ ELSEWHERE = {
         "aio", "autotuning", "compression_training", "disable_allgather", "disable_python_gc", "eigenvalue",
         "expert_parallel", "graph_harvesting", "hybrid_engine", "pipeline", "progressive_layer_drop",
         "quantize_training", "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients",
-        "tensor_parallel", "timers", "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
+        "tensor_parallel", "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
     ),
     "mirai_ds does not support it",
 )  # fmt: skip

@@ -99,7 +99,7 @@ class Decoder:
         self._pool = torch.cuda.graph_pool_handle() if self.speed.graphs else None
         # Blocks share one compilation: their code is the same, their weights are inputs of it.
         self._block = _compiled(block_step) if self.speed.compile else block_step
-        self._choose = _compiled(self._next) if self.speed.compile else self._next
+        self._logits = _compiled(self._guided_logits) if self.speed.compile else self._guided_logits
 
     @torch.no_grad()
     def draw(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
@@ -153,20 +153,27 @@ class Decoder:
         x = self.x[:rows]
         for block, (key, value) in zip(model.layers, self.cache, strict=True):
             x = self._block(block, x, rope, key, value, self.position, span, mask)
-        chosen, entered = self._choose(x, guided)
+        chosen = self._draw(self._logits(x, guided))
+        entered = self.model.tok_embeddings(chosen)[:, None]
         self.tokens.index_copy_(1, self.position, chosen[:, None])
-        self.x[:rows].copy_(entered)
+        self.x[:rows].copy_(entered.repeat(2, 1, 1) if guided else entered)
         self.position.add_(1)
 
-    def _next(self, x: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
-        """Of the residual stream x (rows, 1, D): tokens (batch,) int64 and their embeddings (rows, 1, D)."""
+    def _guided_logits(self, x: Tensor, guided: bool) -> Tensor:
+        """Of the residual stream x (rows, 1, D): logits (batch, V) float32, guided."""
         logits = self.model.head(x)[:, 0]
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, self.rules.cfg_scale)
-        chosen = pick(filter_logits(logits, self.rules), self.numbers.index_select(0, self.position)[0])
-        entered = self.model.tok_embeddings(chosen)[:, None]
-        return chosen, entered.repeat(2, 1, 1) if guided else entered
+        if not guided:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return guide(conditional, unconditional, self.rules.cfg_scale)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Tokens (batch,) int64 of logits (batch, V) float32 at this position's random numbers.
+
+        Never compiled: Inductor of torch 2.11 fails on sums along more than a few thousand codes (pytorch issue
+        180221), and sorts and sums over a whole vocabulary gain nothing from fusion.
+        """
+        return pick(filter_logits(logits, self.rules), self.numbers.index_select(0, self.position)[0])
 
     def _capture(self, span: int, guided: bool) -> torch.cuda.CUDAGraph:
         """Record a step.  It is run first, on a stream of its own as capturing demands, so that libraries and compiled

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from mirai_ds.config.errors import UserError
+from mirai_ds.runtime.launch import visible_gpus
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,98 @@ def read_world(environ: dict[str, str] | None = None) -> World | None:
 
 
 def export_world(world: World) -> None:
-    """Put the place into the variables that torch.distributed reads; the address must come from the launcher."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    """Put this process's place into the variables that torch.distributed and DeepSpeed read.
+
+    The address of rank 0 is the launcher's, if it gave one.  A direct srun gives none: then it is the first node of the
+    job step, at a port that follows from the job's number.  LOCAL_RANK becomes the index of this process's GPU, which is
+    how DeepSpeed uses it: 0 where each process sees one GPU only.  Raises UserError for several nodes of unknown names.
+    """
+    address, port = rendezvous(world)
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    index = device_index(world, torch.cuda.device_count()) if use_cuda() else world.local_rank
     os.environ.update(
-        RANK=str(world.rank), LOCAL_RANK=str(world.local_rank), WORLD_SIZE=str(world.size),
+        RANK=str(world.rank), LOCAL_RANK=str(index), WORLD_SIZE=str(world.size),
         LOCAL_WORLD_SIZE=str(world.local_size), LOCAL_SIZE=str(world.local_size),
     )  # fmt: skip
 
 
+def rendezvous(world: World, environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Address and port at which the ranks meet when the launcher names none.
+
+    Raises UserError when the ranks are on several nodes and nothing says which is the first.
+    """
+    env = os.environ if environ is None else environ
+    if "SLURM_STEP_ID" not in env:
+        return "127.0.0.1", 29500
+    number = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env["SLURM_STEP_ID"])
+    port = 15000 + number % 15000  # below what kernels hand out to clients; jobs that share a node differ
+    if world.size == world.local_size and int(env.get("SLURM_STEP_NUM_NODES", "1")) == 1:
+        return "127.0.0.1", port
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    if not nodes and "MASTER_ADDR" not in env:
+        raise UserError(
+            f"{world.size} ranks on several nodes, and neither MASTER_ADDR nor SLURM_STEP_NODELIST says where rank 0 is;"
+            ' export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+        )
+    return first_host(nodes), port
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-07,9],login1` -> `gpu03`, `rack[1-2]-n[5-6]` -> `rack1-n5`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else nodes)
+
+
+def use_cuda() -> bool:
+    """Whether ranks of this process's kind run on GPUs."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def device_index(world: World, visible: int) -> int:
+    """Which of this process's `visible` GPUs is this rank's.
+
+    Launchers either show all GPUs of a node to each of its ranks, or one to each (`srun --gpus-per-task=1`).  Raises
+    UserError when there are fewer than ranks on this node.
+    """
+    if visible == 1:
+        return 0
+    if world.local_rank >= visible:
+        raise UserError(
+            f"rank {world.rank} is number {world.local_rank} on its node and sees {visible} GPUs; start at most "
+            f"{visible} ranks a node, or show more GPUs to each (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+        )
+    return world.local_rank
+
+
 def local_device(world: World) -> torch.device:
-    """The GPU of this local rank, or the CPU where there is none; CPU ranks share the cores evenly."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    """The GPU of this local rank, or the CPU where there is none; CPU ranks share the cores evenly.
+
+    Raises UserError where there are GPUs that torch cannot use, or fewer than ranks: training on the CPU instead would
+    take weeks for what was meant to take hours.  DS_ACCELERATOR=cpu asks for the CPU.
+    """
+    if use_cuda():
+        device = torch.device("cuda", device_index(world, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
+    if gpus := visible_gpus():
+        raise UserError(
+            f"{gpus} GPU{'s' * (gpus > 1)} here, but torch {torch.__version__} cannot use {'them' if gpus > 1 else 'it'}: "
+            f"{unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu"
+        )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     return torch.device("cpu")
+
+
+def unusable_because() -> str:
+    """Why torch can use none of this machine's GPUs, in a line."""
+    if torch.version.cuda is None:
+        return "it is a build without CUDA; install one with it"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.zeros(1, device="cuda")
+        except (RuntimeError, AssertionError) as error:
+            said = [str(warning.message) for warning in caught] or [str(error)]
+            return said[0].strip().splitlines()[0].removesuffix(".")
+    return "torch.cuda.is_available() is false"

@@ -12,18 +12,46 @@ import sys
 import time
 from pathlib import Path
 
+from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
-def visible_gpus() -> int:
-    """GPUs this process may use, without importing torch (seconds)."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpu_names(devices: Path = Path("/dev")) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them (an index, or the UUID of a GPU or of a
+    MIG slice), without importing torch, which takes seconds.
+
+    `devices` is where the driver's device files are.  Under WSL2 there are none, and the driver is asked.
+    """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
-    present = len([p for p in Path("/dev").glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()])
+        return []
+    present = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+    if present == 0 and (devices / "dxg").exists():
+        present = _gpus_of_the_driver()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return present
-    return min(present, len([c for c in chosen.split(",") if c.strip() and c.strip() != "-1"]))
+        return [str(index) for index in range(present)]
+    names: list[str] = []
+    for name in (part.strip() for part in chosen.split(",")):
+        # CUDA ignores what follows an entry that is not there.
+        if not name or name == "-1" or (name.isdigit() and int(name) >= present):
+            break
+        names.append(name)
+    if names and names[0].startswith("MIG-"):
+        return names[:1]  # a process sees one MIG slice, and NCCL does not connect slices
+    return names if present else []
+
+
+def _gpus_of_the_driver() -> int:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may use."""
+    return len(gpu_names())
 
 
 def free_port() -> int:
@@ -68,7 +96,11 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
     `deepspeed.launcher.launch` and not the `deepspeed` command: the command dies of SIGTERM and its ranks are killed
     without warning, this one forwards it.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    # DeepSpeed's launcher overwrites CUDA_VISIBLE_DEVICES with these: the ones that were given stay the ones used.
+    places: list[str] = (gpu_names() if gpus else []) or [str(index) for index in range(ranks)]
+    if gpus and ranks > len(places):
+        raise UserError(f"--ranks {ranks}: only {len(places)} GPUs are visible; give {len(places)} or fewer")
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": places[:ranks]}).encode()).decode()
     command = [
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
         f"--master_port={free_port()}", "--log_level=critical", "--no_local_rank", "--module", module, *arguments,

@@ -226,7 +226,8 @@ def build_session(
     seed_everything(config.seed)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not `warn_only`: torch would then go on choosing attention whose backward pass adds in any order.
+        torch.use_deterministic_algorithms(True)
         # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ds_config = resolve(config, world.size, cpu=device.type == "cpu")

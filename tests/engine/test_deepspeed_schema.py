@@ -39,6 +39,7 @@ MODELS = {
     "compile": ("deepspeed.compile.config", "CompileConfig"),
 }
 # Sections that DeepSpeed reads key by key.
+NESTED = {"timers": {"throughput": {"enabled", "synchronized"}}}  # sections of sections
 READ = ("activation_checkpointing", "flops_profiler", "torch_autocast", "data_types")
 # DeepSpeed refuses these; we refuse them with the reason.
 REMOVED = {
@@ -133,9 +134,16 @@ def test_what_deepspeed_has_removed_is_refused_by_us_first() -> None:
     assert set(config._REMOVED_ZERO_CONFIG_KEYS) == REMOVED["zero_optimization"]
 
 
+def test_sections_of_sections_are_as_deepspeed_declares_them() -> None:
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    assert set(DeepSpeedThroughputTimerConfig.model_fields) == NESTED["timers"]["throughput"]
+    assert keys_of("timers") == {"throughput": SECTION}
+
+
 def test_every_section_is_covered() -> None:
     sections = {name for name, keys in SECTIONS.items() if not isinstance(keys, str)}
-    assert sections | set(OFFLOAD) == set(MODELS) | set(READ)
+    assert sections | set(OFFLOAD) == set(MODELS) | set(READ) | set(NESTED)
     assert {key for key, kind in keys_of("zero_optimization").items() if kind == SECTION} == set(OFFLOAD)
     assert set(EXCLUDED) <= sections | set(OFFLOAD)
 
