@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mirai_ds.kernels import toolchain
+from mirai_ds.kernels.toolchain import BuildError
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("cpu", "cuda")
@@ -37,10 +38,6 @@ HEADERS = {
 }
 WAIT_SECONDS = 900.0
 _ERRORS_SHOWN = 5
-
-
-class BuildError(RuntimeError):
-    """A library that cannot be compiled here: the message says why and what helps."""
 
 
 def say_on_stderr(message: str) -> None:

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-# One library for every A100 and H100 of a cluster; newer devices compile the PTX of the last one.
+# One library for every A100 (and, by binary compatibility, A40, L40, RTX 30 and 40) and H100 of a cluster; newer
+# devices compile the PTX of the last one when they load it.
 CUDA_ARCHITECTURES = ("80", "90")
+ARCH_LIST = "TORCH_CUDA_ARCH_LIST"  # torch's own variable for extensions: "8.0;9.0+PTX"
 
 _X86_512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 # torch's name of the vector unit it uses on this machine -> compiler flags for the same one.
@@ -80,8 +83,68 @@ def host_flags(target: str) -> list[str]:
     return [*flags, "-fopenmp", f"-DCPU_CAPABILITY={unit}", f"-DCPU_CAPABILITY_{unit}", *_VECTOR_FLAGS.get(unit, [])]
 
 
+class BuildError(RuntimeError):
+    """A library that cannot be compiled here: the message says why and what helps."""
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """What a CUDA library is compiled for: compute capabilities, such as 80, as machine code and as PTX."""
+
+    machine_code: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    def run_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of this compute capability can run the library: machine code of its major version and at
+        most its minor one, or PTX of at most its capability."""
+        major, minor = capability
+        same_major = any(int(n) // 10 == major and int(n) % 10 <= minor for n in self.machine_code)
+        return same_major or any(int(n) <= 10 * major + minor for n in self.ptx)
+
+    def __str__(self) -> str:
+        return ", ".join([*(f"sm_{number}" for number in self.machine_code), *(f"PTX {number}" for number in self.ptx)])
+
+
+def architectures() -> Architectures:
+    """$TORCH_CUDA_ARCH_LIST where it is set, else CUDA_ARCHITECTURES and whatever the GPUs of this machine need beside.
+
+    Raises BuildError for a list that cannot be read.
+    """
+    if listed := os.environ.get(ARCH_LIST):
+        return read_arch_list(listed)
+    usual = Architectures(CUDA_ARCHITECTURES, CUDA_ARCHITECTURES[-1:])
+    more = {f"{major}{minor}" for major, minor in device_capabilities() if not usual.run_on((major, minor))}
+    return Architectures((*sorted(more), *usual.machine_code), usual.ptx)
+
+
+def read_arch_list(text: str) -> Architectures:
+    """Of a list such as `8.0;8.6 9.0+PTX`, as torch's extensions read it (without names such as Ampere).
+
+    Raises BuildError naming the entry that is none.
+    """
+    machine_code, ptx = [], []
+    for entry in re.split(r"[;,\s]+", text.strip("; ,")):
+        parts = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", entry)
+        if parts is None:
+            raise BuildError(f"{ARCH_LIST} = {text!r}: {entry!r} is no compute capability; write such as 8.0;9.0+PTX")
+        number = parts[1] + parts[2]
+        machine_code.append(number)
+        ptx += [number] if parts[4] else []
+    return Architectures(tuple(dict.fromkeys(machine_code)), tuple(dict.fromkeys(ptx)))
+
+
+def device_capabilities() -> set[tuple[int, int]]:
+    """Compute capabilities of the GPUs that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return set()
+    return {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+
+
 def device_flags() -> list[str]:
-    """Flags of nvcc.  Architectures in CUDA_ARCHITECTURES as machine code, the newest as PTX too."""
+    """Flags of nvcc.  Raises BuildError as `architectures` does."""
+    chosen = architectures()
     flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
-    flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
-    return [*flags, f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
+    flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen.machine_code]
+    return [*flags, *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in chosen.ptx)]

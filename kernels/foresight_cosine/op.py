@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mirai_ds.config import ConfigError
-from mirai_ds.kernels import build
+from mirai_ds.kernels import build, toolchain
 from mirai_ds.kernels.foresight_cosine import reference
 
 KERNELS = ("auto", "cuda", "cpu", "reference")
@@ -115,12 +115,24 @@ def _load(target: str, say: Callable[[str], None]) -> str | None:
     if target not in _PROBLEMS:
         try:
             torch.ops.load_library(str(build.library(target, say)))
-            _PROBLEMS[target] = None
+            _PROBLEMS[target] = _unfit_device() if target == "cuda" else None
         except build.BuildError as error:
             _PROBLEMS[target] = str(error)
         except OSError as error:  # built, but this torch or CUDA cannot load it
             _PROBLEMS[target] = f"the compiled library cannot be loaded: {error.__cause__ or error}"
     return _PROBLEMS[target]
+
+
+def _unfit_device() -> str | None:
+    """What is wrong where some GPU cannot run the library: else the first launch fails, with no word of why."""
+    compiled = toolchain.architectures()
+    for major, minor in sorted(toolchain.device_capabilities()):
+        if not compiled.run_on((major, minor)):
+            return (
+                f"the CUDA library is compiled for {compiled} ({toolchain.ARCH_LIST}) and a GPU here is "
+                f"sm_{major}{minor}; add {major}.{minor} to the list or unset it"
+            )
+    return None
 
 
 def _say_once(message: str, say: Callable[[str], None]) -> None:

@@ -38,11 +38,15 @@ def foresight_cosine(
     _check(heads, target, index, weights, counts, reduction)
     wide = torch.promote_types(target.dtype, torch.float32)
     normed_target = F.normalize(target.detach().to(wide), dim=-1, eps=EPS)
+    # How many slots have a target would be a question to the device (`nonzero`), for which the host waits: so all slots
+    # are computed, those without a target from zeros.  `where` comes before the arithmetic, else the gradient of a
+    # state that is not finite would be zero times infinity.
+    valid = (index >= 0).T[:, None, :, None]
+    rows = index.clamp(min=0).T.long()
     losses = []
     for k, states in enumerate(heads):
-        slots = torch.nonzero(index[:, k] >= 0).squeeze(1)
-        normed = F.normalize(states[:, slots].to(wide), dim=-1, eps=EPS)
-        gathered = normed_target[:, index[slots, k]]
+        normed = F.normalize(torch.where(valid[k], states, 0).to(wide), dim=-1, eps=EPS)
+        gathered = torch.where(valid[k], normed_target[:, rows[k]], 0)
         losses.append(-(normed * gathered).sum() / (counts[k].to(wide) * states.shape[0]))
     per_head = torch.stack(losses)
     weighted = weights.to(wide) * per_head

@@ -17,8 +17,8 @@ from mirai_ds.runtime.counter_random import GOLDEN, mix64, to_unit
 def keep_mask(keys: Tensor, elements: int, rate: float) -> Tensor:
     """(B, elements) bool, True with probability 1 - round(rate * 2^16) / 2^16; four 16-bit draws a 64-bit hash."""
     lanes = -(-elements // 4)
-    # `^ 0` changes nothing, but Inductor folds a bare arange times GOLDEN into an index expression, which is an int32 in
-    # its Triton kernels, and 64-bit constants do not fit ("Scalar ... is out of range for type int32").
+    # `^ 0` changes nothing, but Inductor folds a bare arange times GOLDEN into an index expression, an int32 in its
+    # Triton kernels, where 64-bit constants do not fit ("Scalar ... is out of range for type int32").
     counter = (torch.arange(1, lanes + 1, dtype=torch.int64, device=keys.device) ^ 0) * GOLDEN
     bits = mix64(keys[:, None] + counter).view(torch.int16)
     return bits[:, :elements] >= _threshold(rate) - 32768

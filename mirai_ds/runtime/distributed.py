@@ -43,9 +43,10 @@ def read_world(environ: dict[str, str] | None = None) -> World | None:
 def export_world(world: World) -> None:
     """Put this process's place into the variables that torch.distributed and DeepSpeed read.
 
-    The address of rank 0 is the launcher's, if it gave one.  A direct srun gives none: then it is the first node of the
-    job step, at a port that follows from the job's number.  LOCAL_RANK becomes the index of this process's GPU, which is
-    how DeepSpeed uses it: 0 where each process sees one GPU only.  Raises UserError for several nodes of unknown names.
+    The address of rank 0 is the launcher's, if it gave one.  A direct srun gives none: then it is the first node of
+    the job step, at a port that follows from the job's number.  LOCAL_RANK becomes the index of this process's GPU,
+    which is how DeepSpeed uses it: 0 where each process sees one GPU only.  Raises UserError for several nodes of
+    unknown names.
     """
     address, port = rendezvous(world)
     os.environ.setdefault("MASTER_ADDR", address)
@@ -72,8 +73,8 @@ def rendezvous(world: World, environ: Mapping[str, str] | None = None) -> tuple[
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     if not nodes and "MASTER_ADDR" not in env:
         raise UserError(
-            f"{world.size} ranks on several nodes, and neither MASTER_ADDR nor SLURM_STEP_NODELIST says where rank 0 is;"
-            ' export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+            f"{world.size} ranks on several nodes, and neither MASTER_ADDR nor SLURM_STEP_NODELIST says where rank 0 "
+            'is; export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
         )
     return first_host(nodes), port
 
@@ -116,10 +117,8 @@ def local_device(world: World) -> torch.device:
         torch.cuda.set_device(device)
         return device
     if gpus := visible_gpus():
-        raise UserError(
-            f"{gpus} GPU{'s' * (gpus > 1)} here, but torch {torch.__version__} cannot use {'them' if gpus > 1 else 'it'}: "
-            f"{unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu"
-        )
+        which = f"{gpus} GPUs here, but torch {torch.__version__} cannot use them"
+        raise UserError(f"{which}: {unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     return torch.device("cpu")
 

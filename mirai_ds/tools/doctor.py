@@ -106,10 +106,9 @@ def _nvcc() -> str:
 
 def _kernel_lines(torch: Any) -> list[str]:
     """What is compiled, for what, and what the alignment loss will run on."""
-    architectures = ", ".join(f"sm_{number}" for number in toolchain.CUDA_ARCHITECTURES)
     lines = [
         f"kernels     cpu ({toolchain.vector_unit()}): {_built('cpu')[1]}",
-        f"            cuda ({architectures}): {_built('cuda')[1]}",
+        f"            cuda ({_architectures()}): {_built('cuda')[1]}",
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = f"the compiled {device} kernel" if _built(device)[0] else "reference (plain PyTorch)"
@@ -117,12 +116,19 @@ def _kernel_lines(torch: Any) -> list[str]:
     return lines
 
 
+def _architectures() -> str:
+    try:
+        return str(toolchain.architectures())
+    except build.BuildError:
+        return "?"  # the build says why
+
+
 def _built(target: str) -> tuple[bool, str]:
     """Whether a target can run, and what stands in the way or where it is."""
-    path = build.find(target)
-    if path is not None:
-        return True, f"built, {path}"
     try:
+        path = build.find(target)
+        if path is not None:
+            return True, f"built, {path}"
         build.steps(target)
     except build.BuildError as error:
         return False, f"cannot be built: {error}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mirai_ds.kernels import build, registers, toolchain
+from mirai_ds.kernels.foresight_cosine import op
 
 REAL_CPU = build.SOURCES["cpu"]
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -100,6 +101,38 @@ def test_built_once_and_found_again(tiny: Path) -> None:
     assert path.stat().st_mtime_ns == before
     assert len(said) == 2
     assert sorted(p.name for p in path.parent.iterdir()) == ["build.log", "mirai_cpu.so"]
+
+
+def test_what_a_cuda_library_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_80's machine code runs on 8.x, PTX of 9.0 on all that is newer; an older device is compiled for."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(toolchain, "device_capabilities", set)
+    usual = toolchain.architectures()
+    runs = {c: usual.run_on(c) for c in [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]}
+    assert [capability for capability, fits in runs.items() if not fits] == [(7, 0), (7, 5)]
+    monkeypatch.setattr(toolchain, "device_capabilities", lambda: {(7, 5), (8, 6)})
+    assert toolchain.architectures() == toolchain.Architectures(("75", "80", "90"), ("90",))
+    assert "-gencode=arch=compute_75,code=sm_75" in toolchain.device_flags()
+
+
+def test_torchs_own_list_of_architectures_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;12.0+PTX")
+    before = build.digest("cuda")
+    assert toolchain.architectures() == toolchain.Architectures(("86", "120"), ("120",))
+    assert [flag for flag in toolchain.device_flags() if "gencode" in flag] == [
+        "-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]  # fmt: skip
+    assert not toolchain.architectures().run_on((9, 0))
+    monkeypatch.setattr(toolchain, "device_capabilities", lambda: {(9, 0)})
+    assert "compiled for sm_86, sm_120, PTX 120 (TORCH_CUDA_ARCH_LIST) and a GPU here is sm_90" in str(
+        op._unfit_device()
+    )
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert build.digest("cuda") != before
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    with pytest.raises(build.BuildError, match="'Ampere' is no compute capability"):
+        toolchain.architectures()
 
 
 def test_whatever_decides_the_code_decides_its_name(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

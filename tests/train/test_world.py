@@ -49,7 +49,8 @@ def test_where_ranks_meet_under_srun() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "first"), [
-    ("node7", "node7"), ("a,b", "a"), ("gpu[03-07,9],login1", "gpu03"), ("n[1,3]", "n1"), ("rack[1-2]-n[5-6]", "rack1-n5"),
+    ("node7", "node7"), ("a,b", "a"), ("gpu[03-07,9],login1", "gpu03"), ("n[1,3]", "n1"),
+    ("rack[1-2]-n[5-6]", "rack1-n5"),
 ])  # fmt: skip
 def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
