@@ -3,7 +3,8 @@
 Variants take turns, so that a slow moment of the machine meets all of them, and are compared as ratios of medians in
 one run, with the memory settings of training.  `eager` is the reference; `compiled` is torch.compile of the same sums
 written for it (the mask on the cosines, where the reference has it on the states too, for slots that are not finite,
-and checks its arguments); `copy` moves the fewest bytes the task allows: `projected` and the target read once, the gradient written once.
+and checks its arguments); `copy` moves the fewest bytes the task allows: `projected` and the target read once, the
+gradient written once.
 Rows go to a CSV file with device, date, versions and command; `--table` prints the README's table from such rows.
 """
 

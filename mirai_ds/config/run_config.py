@@ -180,6 +180,9 @@ class GuardConfig(Section):
     nonfinite_states: int = Field(1, ge=0, description="of such steps keep the whole state, of the others the report")
     spike: SpikeConfig = SpikeConfig()
     hang_seconds: float = Field(600, gt=0, description="without a step: stacks of all ranks, then an end")
+    first_step_seconds: float = Field(
+        3600, gt=0, description="as hang_seconds, for the first step of a process, which compiles and may be slow"
+    )
     stop_deadline_seconds: float | None = Field(None, gt=0, description="after a signal, for the step and the save")
     max_restarts: int = Field(3, ge=1, description="--resume if-present: starts in a row that died without progress")
     preflight: bool = Field(True, description="check disk, data, ranks, devices and clocks before the first step")

@@ -31,6 +31,7 @@ class StopHook(Hook):
             raise FencedError(f"{session.run}: was taken over by another start; nothing more is written")
         if not facts.stop:
             return
+        session.stop.obeyed = True
         reason = next(filter(None, session.control.gather(session.stop.reason)), "asked to stop")
         if session.step < session.total_steps:
             if session.step > 0:

@@ -35,9 +35,10 @@ class StopRequests:
         self.deadline_seconds = deadline_seconds
         self.kind, self.reason = NOTHING, ""
         self.is_saving: Callable[[], bool] = lambda: False  # whether a checkpoint is on its way
+        self.unsaved_steps: Callable[[], int] = lambda: 1  # how many steps leaving at once would lose
         self.leave: Callable[[str], None] = lambda reason: os._exit(75)
+        self.obeyed = False  # set by the loop once the ranks leave because of the request
         self._first = 0.0
-        self._timer: threading.Timer | None = None
         self._stop_file: Path | None = None
         self._looked = 0.0
 
@@ -60,8 +61,16 @@ class StopRequests:
                     self.request(kind, signal.Signals(number).name)
 
     def watch_file(self, run: Path) -> None:
-        """Also obey RUN/stop: empty means stop, the word `requeue` in it means stop and be requeued."""
+        """Also obey RUN/stop: empty means stop, the word `requeue` in it means stop and be requeued.
+
+        A thread looks for it too: the main one comes by between steps, and the first may take minutes.
+        """
         self._stop_file = run / STOP_FILE
+        threading.Thread(target=self._watch, daemon=True, name="stop file").start()
+
+    def _watch(self) -> None:
+        while self.poll() == NOTHING:
+            time.sleep(2.0)
 
     def request(self, kind: int, reason: str) -> None:
         """Ask for a stop; may be called by any thread."""
@@ -70,14 +79,20 @@ class StopRequests:
             self.kind, self.reason, self._first = kind, reason, now
             if self.deadline_seconds is not None:
                 self._leave_after(self.deadline_seconds, f"{reason}; not done within {self.deadline_seconds:g} s")
+            if self.unsaved_steps() == 0:
+                self._leave_after(LAST_SECONDS, f"{reason}; no step to save", unless=self._is_getting_on)
         elif now - self._first > SAME_EVENT_SECONDS:
             self.kind = max(self.kind, kind)
             if not self.is_saving():
                 self.leave(f"{self.reason}, then {reason}: left at once")
             self._leave_after(LAST_SECONDS, f"{self.reason}, then {reason}: left while saving")
 
-    def _leave_after(self, seconds: float, reason: str) -> None:
-        timer = threading.Timer(seconds, lambda: self.leave(reason))
+    def _is_getting_on(self) -> bool:
+        """Whether the step during which the request came has ended, or a save is under way: then the loop leaves."""
+        return self.obeyed or self.unsaved_steps() > 0 or self.is_saving()
+
+    def _leave_after(self, seconds: float, reason: str, unless: Callable[[], bool] = lambda: False) -> None:
+        timer = threading.Timer(seconds, lambda: None if unless() else self.leave(reason))
         timer.daemon = True
         timer.start()
 

@@ -16,32 +16,69 @@ BACKUP_SECONDS = 30.0
 PEERS_SECONDS = 10.0
 
 
-class Watchdog:
-    """`beat()` at each step and within long phases.  Without one for `seconds`: dump, report, exit."""
+# A machine that needs long for every step is slow, not hung: a step may take this many times as long as the slowest one
+# before it, the second step this many times as long as the first, which compiles and warms up.
+SLOWER_THAN_SLOWEST = 5.0
+SLOWER_THAN_FIRST = 2.0
 
-    def __init__(self, seconds: float, folder: Path, rank: int, world: int, on_hang: Callable[[str], None]) -> None:
+
+class Watchdog:
+    """`beat()` at each step and within long phases.  Without one for `seconds`: dump, report, exit.
+
+    The first step of a process may take `first_seconds`: it compiles, and says how fast the machine is.  Where steps
+    are slow, later ones are given more than `seconds` (`limit`).
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        folder: Path,
+        rank: int,
+        world: int,
+        on_hang: Callable[[str], None],
+        first_seconds: float | None = None,
+    ) -> None:
         self.seconds, self.folder, self.rank, self.world, self._on_hang = seconds, folder, rank, world, on_hang
-        self._phase, self._last, self._armed = "starting", time.monotonic(), True
+        self.first_seconds = max(seconds, first_seconds or seconds)
+        self._phase, self._last = "starting", time.monotonic()
+        self._in_step, self._steps = False, 0
+        self._first, self._slowest = 0.0, 0.0  # seconds of the first step and of the slowest one after it
         self._stop = threading.Event()
         self._backup = 0.0
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
         self._arm_backup()
 
     def beat(self, phase: str) -> None:
-        """Alive, and in `phase` from now on."""
-        now = time.monotonic()
+        """Alive, and in `phase` from now on; a phase that begins with `step` is a training step."""
+        now, before = time.monotonic(), self.limit
+        if self._in_step:
+            self._steps += 1
+            if self._steps == 1:
+                self._first = now - self._last
+            else:
+                self._slowest = max(self._slowest, now - self._last)
+        self._in_step = phase.startswith("step ")
         self._phase, self._last = phase, now
-        if now - self._backup > min(5.0, self.seconds / 10):
+        if now - self._backup > min(5.0, self.seconds / 10) or self.limit != before:
             self._arm_backup()
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the present phase may take."""
+        if not self._in_step:
+            return self.seconds
+        if self._steps == 0:
+            return self.first_seconds
+        return max(self.seconds, SLOWER_THAN_FIRST * self._first, SLOWER_THAN_SLOWEST * self._slowest)
 
     def _arm_backup(self) -> None:
         self._backup = time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + BACKUP_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(self.limit + BACKUP_SECONDS, exit=True)
 
     def _run(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 10)):
             silent = time.monotonic() - self._last
-            if silent > self.seconds:
+            if silent > self.limit:
                 self._give_up(silent)
 
     def _give_up(self, silent: float) -> None:

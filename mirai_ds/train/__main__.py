@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mirai_ds.checkpoint.fence import Fence, FencedError
-from mirai_ds.checkpoint.outcome import EXIT_CODES, Outcome
+from mirai_ds.checkpoint.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
 from mirai_ds.runtime.distributed import World, read_world
-from mirai_ds.runtime.signals import StopRequests
+from mirai_ds.runtime.signals import STOP, StopRequests
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -63,9 +63,10 @@ class Start:
 
     def leave(self, reason: str) -> None:
         """End this process wherever it is; the earlier checkpoints are whole."""
-        self.outcome.write_in_time("requeue", reason)
+        verdict: Verdict = "stopped" if self.stop.kind == STOP else "requeue"
+        self.outcome.write_in_time(verdict, reason)
         print(f"mirai-ds: {reason}; the last checkpoint stands", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODES["requeue"])
+        os._exit(EXIT_CODES[verdict])
 
     def train(self, config: RunConfig, run: Path, resume: str | None, fresh: bool) -> tuple[str, str]:
         """Build the session, resume if asked, run the loop; the verdict."""
@@ -136,7 +137,7 @@ class Start:
         folder = run / "hang" / f"start-{fence.mine.number:05d}"
         self.watchdog = Watchdog(
             config.guard.hang_seconds, folder, self.world.rank, self.world.size,
-            lambda text: self.outcome.write_in_time("requeue", f"hang: {text}"),
+            lambda text: self.outcome.write_in_time("requeue", f"hang: {text}"), config.guard.first_step_seconds,
         )  # fmt: skip
 
 

@@ -265,6 +265,7 @@ def build_session(
         config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, fence, control, stop,
         saver, dataset.train.digest(), teacher_digest,
     )  # fmt: skip
+    stop.unsaved_steps = lambda: session.step - max(session.saved_step, 0)
     session.notes += note
     if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
         session.notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
