@@ -30,7 +30,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     from mirai_ds.runtime.distributed import World
 
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     start_process_group(World(rank, rank, world, world), timeout_minutes=5)
     for module in PRELOAD:
         importlib.import_module(module)

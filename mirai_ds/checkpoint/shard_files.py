@@ -67,7 +67,7 @@ class SnapshotBuffers:
 def take_snapshot(engine: TrainEngine, rank: int, buffers: SnapshotBuffers) -> Snapshot:
     """Copy this rank's slices (fp32), AdamW step counters and random states."""
     tensors: dict[str, Tensor] = {f"rng/{name}": state for name, state in rng_state(engine.device).items()}
-    pieces: dict[str, tuple[int, tuple[int, ...], float]] = {}
+    places: dict[str, tuple[int, tuple[int, ...], Tensor]] = {}
     steps = engine.layout.steps()
     for kind, values in _values(engine).items():
         for shard, value, step in zip(engine.layout.shards, values, steps, strict=True):
@@ -77,9 +77,11 @@ def take_snapshot(engine: TrainEngine, rank: int, buffers: SnapshotBuffers) -> S
             for piece in shard.pieces():
                 name = f"{kind}/{piece.name}"
                 tensors[name] = buffers.copy(name, flat[piece.local : piece.local + piece.length])
-                pieces[piece.name] = (piece.start, piece.shape, float(step))
+                places[piece.name] = (piece.start, piece.shape, step)
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
+    # Read only now: a number read between the copies would wait for each of them.
+    pieces = {name: (start, shape, float(step)) for name, (start, shape, step) in places.items()}
     return Snapshot(tensors, {"pieces": json.dumps(pieces)})
 
 

@@ -108,7 +108,7 @@ class BatchLoader:
     def _read(self, number: int) -> Batch:
         if self.workers == 0:
             try:
-                return self.cut[number]
+                return self._pinned(self.cut[number])
             except UserError as error:
                 raise LocalError(str(error)) from None
         if self._stream is None or number != self._next:  # the start of a run, or a resume
@@ -118,6 +118,12 @@ class BatchLoader:
         if isinstance(batch, str):
             raise LocalError(batch)
         return batch
+
+    def _pinned(self, batch: Batch) -> Batch:
+        """In pinned memory where there is a GPU: from any other the host waits for the copy, `non_blocking` or not."""
+        if self.device.type != "cuda":
+            return batch
+        return Batch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))  # type: ignore[arg-type]
 
     def _start(self, number: int) -> Iterator[Batch | str]:
         self.close()

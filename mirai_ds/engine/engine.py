@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mirai_ds.config import RunConfig, UserError, Weights
 from mirai_ds.engine.compiled import compile_blocks
-from mirai_ds.engine.layout import StateLayout
+from mirai_ds.engine.layout import StateLayout, release_memory
 from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
 from mirai_ds.engine.start import forget_earlier_engines, quiet
@@ -157,6 +157,7 @@ class TrainEngine:
     def destroy(self) -> None:
         """Release hooks and buffers, so that another engine can live in this process."""
         self.ds.destroy()
+        release_memory(self.ds)
 
 
 def _initialize(

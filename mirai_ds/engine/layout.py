@@ -154,6 +154,20 @@ class StateLayout:
                 raise unexpected(self.kind, f"{name} has {numel} elements, the shards hold {held.get(name)}")
 
 
+def release_memory(engine: Any) -> None:
+    """Drop what keeps a destroyed engine of stage 3, and with it all device memory it had, alive as long as the process
+    (seen in DeepSpeed 0.19.8): a list of modules that each engine is entered into and never taken out of, and a cache of
+    a method that holds the method's object."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    stack: list[Any] = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
 def unexpected(kind: str, detail: str) -> RuntimeError:
     """That DeepSpeed's class `kind` is not what this package was written for."""
     import deepspeed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,15 @@ def read_case(folder: str, stage: int, precision: str, accumulation: int, recomp
     losses = advance(engine, accumulation, 4, 4)
     release(engine)
     return {"wrong": wrong, "losses": losses}
+
+
+def survivors_case(stage: int, precision: str) -> list[str]:
+    """What of a destroyed engine is still there after two steps and a collection of garbage."""
+    engine = toy_engine(toy_config("mirai-e", stage, precision, 1))
+    advance(engine, 1, 0, 2)
+    parts = {"engine": engine, "deepspeed": engine.ds, "module": engine.ds.module, "optimizer": engine.ds.optimizer}
+    watched = {name: weakref.ref(part) for name, part in parts.items()}
+    engine.destroy()
+    del engine, parts
+    gc.collect()
+    return [name for name, reference in watched.items() if reference() is not None]

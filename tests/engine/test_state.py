@@ -90,3 +90,9 @@ def test_old_deepspeed_is_refused_with_the_reason(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.19.8", "0.20.0", "1.0.0", "0.19.8+cu130"])
 def test_right_deepspeed_is_accepted(version: str) -> None:
     check_version(version)
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_a_destroyed_engine_leaves_nothing_behind(ranks: Any, stage: int, precision: str) -> None:
+    """Else the tenth engine of a process (a study, a notebook) has the device memory of nine others beside it."""
+    assert ranks[2].run(resume_cases.survivors_case, stage, precision) == [[], []]
