@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def read_arch_list(text: str) -> Architectures:
         machine_code.append(number)
         ptx += [number] if parts[4] else []
     return Architectures(tuple(dict.fromkeys(machine_code)), tuple(dict.fromkeys(ptx)))
+
+
+def read_arch_names(names: Iterable[str]) -> Architectures:
+    """Of names as torch.cuda.get_arch_list() gives them: sm_80 is machine code, compute_90 is PTX."""
+    numbers = [re.fullmatch(r"(sm|compute)_(\d+)[a-z]?", name) for name in names]
+    found = [(match[1], match[2]) for match in numbers if match]
+    return Architectures(*(tuple(n for kind, n in found if kind == wanted) for wanted in ("sm", "compute")))
 
 
 def device_capabilities() -> set[tuple[int, int]]:

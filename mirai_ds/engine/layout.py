@@ -155,9 +155,11 @@ class StateLayout:
 
 
 def release_memory(engine: Any) -> None:
-    """Drop what keeps a destroyed engine of stage 3, and with it all device memory it had, alive as long as the process
-    (seen in DeepSpeed 0.19.8): a list of modules that each engine is entered into and never taken out of, and a cache of
-    a method that holds the method's object."""
+    """Drop what keeps a destroyed engine of stage 3, and with it all its device memory, alive as long as the process.
+
+    Seen in DeepSpeed 0.19.8: a list of modules that each engine is entered into and never taken out of, and the cache
+    of a method, which holds the method's object.
+    """
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     stack: list[Any] = parameter_offload.FWD_MODULE_STACK

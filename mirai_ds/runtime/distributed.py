@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.launch import visible_gpus
@@ -121,6 +122,17 @@ def local_device(world: World) -> torch.device:
         raise UserError(f"{which}: {unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     return torch.device("cpu")
+
+
+def wait_for_ranks() -> None:
+    """Collective: a barrier of the default group.  NCCL is told the device, which it would else guess aloud."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+
+
+def leave_process_group() -> None:
+    """Collective, last: wait for all ranks and leave the default group; torch warns of groups that nobody left."""
+    wait_for_ranks()
+    dist.destroy_process_group()
 
 
 def unusable_because() -> str:

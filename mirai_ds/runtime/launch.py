@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,12 @@ def gpu_names(devices: Path = Path("/dev")) -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them (an index, or the UUID of a GPU or of a
     MIG slice), without importing torch, which takes seconds.
 
-    `devices` is where the driver's device files are.  Under WSL2 there are none, and the driver is asked.
+    `devices` is where the driver's device files are.  Under WSL2 there are none, and the driver's nvidia-smi is asked.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
     present = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
-    if present == 0 and (devices / "dxg").exists():
+    if present == 0:
         present = _gpus_of_the_driver()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -42,6 +43,8 @@ def gpu_names(devices: Path = Path("/dev")) -> list[str]:
 
 
 def _gpus_of_the_driver() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):

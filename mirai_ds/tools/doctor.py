@@ -9,11 +9,18 @@ from typing import Any
 
 from mirai_ds.config import UserError
 from mirai_ds.kernels import build, toolchain
+from mirai_ds.kernels.toolchain import read_arch_names
+from mirai_ds.runtime.distributed import unusable_because, use_cuda
 from mirai_ds.runtime.environment import cpu_name, package_versions
+from mirai_ds.runtime.launch import gpu_names
+from mirai_ds.tools.self_test import run_self_test
 
 
-def examine() -> tuple[list[str], bool]:
-    """Lines of a report, and whether training can work here."""
+def examine(self_test: bool | None = None) -> tuple[list[str], bool]:
+    """Lines of a report, and whether training can work here.
+
+    self_test: also let every GPU (without any: two CPU ranks) compute; None: where there are GPUs.
+    """
     import torch
 
     from mirai_ds.engine.start import check_version
@@ -35,13 +42,19 @@ def examine() -> tuple[list[str], bool]:
     lines.append(f"cpu         {cpu_name()}, {len(os.sched_getaffinity(0))} cores")
     advice = f"has {', '.join(fast)}: bf16 pays" if fast else "no bf16 instructions: use train.precision: fp32 on CPU"
     lines.append(f"            {advice}")
-    lines += _gpu_lines(torch)
+    found, usable = _gpu_lines(torch)
+    lines += found
+    healthy = healthy and usable
     lines.append(f"compiler    {_compiler()}")
     lines.append(f"nvcc        {_nvcc()}")
     lines += _kernel_lines(torch)
     lines += _shared_memory()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     lines.append(f"disk        {free:.0f} GiB free in {Path.cwd()}")
+    if healthy and (use_cuda() if self_test is None else self_test):
+        tested, well = run_self_test()
+        lines += tested
+        healthy = well
     lines.append(
         "verdict     " + ("ready to train" if healthy else "cannot train before the problems above are mended")
     )
@@ -68,15 +81,28 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def _gpu_lines(torch: object) -> list[str]:
-    cuda = torch.cuda  # type: ignore[attr-defined]
-    if not cuda.is_available():
-        return ["gpu         none: ranks run on the CPU with gloo"]
-    lines = []
-    for i in range(cuda.device_count()):
-        p = cuda.get_device_properties(i)
+def _gpu_lines(torch: Any) -> tuple[list[str], bool]:
+    """The GPUs, what hinders torch or the launcher from using them, and whether nothing does."""
+    names, problems = gpu_names(), []
+    if not use_cuda():
+        if not names:
+            return ["gpu         none: ranks run on the CPU with gloo"], True
+        return [f"gpu         {len(names)}, and torch can use none", f"  PROBLEM   {unusable_because()}"], False
+    lines, known = [], torch.cuda.get_arch_list()
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
         lines.append(f"gpu         {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, NCCL")
-    return lines
+        compiled = read_arch_names(known)
+        if known and not compiled.run_on((p.major, p.minor)):
+            problems.append(f"torch {torch.__version__} is compiled for {compiled}, not for this sm_{p.major}{p.minor}")
+    if not names:
+        problems.append(
+            "torch sees GPUs and `mirai-ds train` does not: no /dev/nvidia*, and no nvidia-smi to ask; start ranks by "
+            "torchrun or srun"
+        )
+    elif names[0].startswith("MIG-"):
+        lines.append("            a MIG slice: one rank, since NCCL does not connect slices")
+    return lines + [f"  PROBLEM   {problem}" for problem in problems], not problems
 
 
 def _shared_memory() -> list[str]:

@@ -92,7 +92,7 @@ def _look(session: Session) -> RankFacts:
     problem = ""
     try:
         _check_folder(session)
-        _check_device(session.device)
+        check_device(session.device)
         if rank == 0:
             _check_space(session)
             _check_data(session.config)
@@ -149,7 +149,7 @@ def _check_data(config: RunConfig) -> None:
                 raise UserError(damages[0])
 
 
-def _check_device(device: torch.device, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
+def check_device(device: torch.device, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
     """It computes: small integers, whose product is exact in any precision."""
     side = 64
     left = (torch.arange(side * side) % 3).view(side, side).float()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mirai_ds.config import UserError
-from mirai_ds.train.preflight import _check_device
+from mirai_ds.train.preflight import check_device
 from tests.fault.faulty_ranks import run_ranks
 
 
@@ -52,9 +52,9 @@ def test_a_rank_that_is_not_like_the_others(tmp_path: Path, what: str, said: str
 
 def test_a_device_that_computes_wrongly() -> None:
     cpu = torch.device("cpu")
-    _check_device(cpu)
+    check_device(cpu)
     with pytest.raises(UserError, match=r"device cpu multiplies matrices wrongly; take the node out of service"):
-        _check_device(cpu, lambda a, b: a @ b + (torch.arange(64) == 7))
+        check_device(cpu, lambda a, b: a @ b + (torch.arange(64) == 7))
 
 
 def test_another_configuration_on_one_rank(tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def test_wsl2_has_no_device_files_and_is_asked(tmp_path: Path, monkeypatch: pyte
     driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-x)'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", str(driver.parent), prepend=os.pathsep)
-    assert gpu_names(tmp_path) == []
-    (tmp_path / "dxg").touch()
     assert gpu_names(tmp_path) == ["0"]
+    driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver'; exit 9\n")
+    assert gpu_names(tmp_path) == []
 
 
 def test_the_launcher_keeps_the_gpus_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:

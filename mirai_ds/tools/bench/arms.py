@@ -211,9 +211,9 @@ class _Plain:
 
 
 def _timed(run: Callable[[], float], device: Any) -> dict[str, Any]:
-    import torch.distributed as dist
+    from mirai_ds.runtime.distributed import wait_for_ranks
 
-    dist.barrier()
+    wait_for_ranks()
     began = time.perf_counter()
     loss = run()  # read from the device: the step is over
     return {"seconds": time.perf_counter() - began, "loss": loss}

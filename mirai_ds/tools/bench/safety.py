@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.runtime.distributed import World, read_world
+from mirai_ds.runtime.distributed import World, leave_process_group, read_world
 from mirai_ds.tools.bench.rows import append
 
 MODULE = "mirai_ds.tools.bench.safety"
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, append to the results."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--block", type=int, default=1, help="steps in a turn")
@@ -251,17 +251,16 @@ def main(argv: list[str] | None = None) -> int:
         from mirai_ds.runtime.launch import launch, visible_gpus
 
         with tempfile.TemporaryDirectory() as folder:
-            return launch(MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks, visible_gpus())
+            return launch(
+                MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
+            )
     told = [a for a in argv if a not in ("--run-dir", str(args.run_dir))]
     command = " ".join([f"python -m {MODULE}", *told])
     found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
     if found:
         print(table(found), flush=True)
         append(args.out, FIELDS, found)
-    import torch.distributed as dist
-
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
     return 0
 
 

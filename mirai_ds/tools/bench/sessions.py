@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import RunConfig, build
 from mirai_ds.model import GPT
-from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.distributed import World, wait_for_ranks
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.session import Session, build_session
 
@@ -70,7 +70,7 @@ def on_random_data(config: RunConfig, folder: Path, world: World, steps: int) ->
             _write_encoder(config, folder / "encoder.safetensors")
         if config.foresight.teacher_weights is not None:
             torch.save({"model": GPT(config.model).state_dict()}, folder / "teacher.pt")
-    dist.barrier()
+    wait_for_ranks()
     return build(given | {
         "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0, "workers": 0},
         "evaluate": {"at_end": False}, "score": {"enabled": False}, "sampling": {"classes": 1},

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mirai_ds.config import RunConfig, build
-from mirai_ds.runtime.distributed import World, local_device, read_world
+from mirai_ds.runtime.distributed import World, leave_process_group, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
 from mirai_ds.tools.bench.rows import append
 from mirai_ds.tools.bench.sessions import random_session
@@ -252,14 +252,14 @@ def main(argv: list[str] | None = None) -> int:
     """Launch ranks, measure every case, print and append the rows."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int)
     parser.add_argument("--size", help="this LlamaGen size on 256 tokens instead of the small cases")
     parser.add_argument("--cases", default=":", metavar="FROM:TO", help="some of them, as in a Python slice")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     world = read_world()
     if world is None:
-        return launch(MODULE, argv, args.ranks, visible_gpus())
+        return launch(MODULE, argv, args.ranks or min(2, visible_gpus() or 2), visible_gpus())
     from mirai_ds.engine.start import start_process_group
 
     device = local_device(world)
@@ -275,8 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0:
             print(json.dumps(row), flush=True)
             append(args.out, FIELDS, [row])
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
     return 0
 
 
