@@ -66,13 +66,15 @@ def run_self_test(limit: float = LIMIT_SECONDS) -> tuple[list[str], bool]:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}" for rank in range(ranks)]
         processes = [_start(World(rank, rank, ranks, ranks), gpus, port, log) for rank, log in enumerate(logs)]
+        codes: list[int | None] = []
         for process in processes:
             try:
-                process.wait(timeout=max(1.0, end - time.monotonic()))
+                codes.append(process.wait(timeout=max(1.0, end - time.monotonic())))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        return report([log.read_text(encoding="utf-8", errors="replace") for log in logs], limit)
+                codes.append(None)
+        return report([log.read_text(encoding="utf-8", errors="replace") for log in logs], codes, limit)
 
 
 def _start(world: World, gpus: int, port: int, log: Path) -> subprocess.Popen[bytes]:
@@ -84,8 +86,11 @@ def _start(world: World, gpus: int, port: int, log: Path) -> subprocess.Popen[by
         return subprocess.Popen([sys.executable, "-m", __name__], env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
-def report(logs: list[str], limit: float) -> tuple[list[str], bool]:
-    """Lines from what each rank wrote: a check is told once, with the ranks that failed it, its cause in words."""
+def report(logs: list[str], codes: list[int | None], limit: float) -> tuple[list[str], bool]:
+    """Lines from what each rank wrote and its exit code (None: it was ended after `limit` seconds).
+
+    A check that failed is told once, for the first rank that failed it, with its cause in words.
+    """
     answers = [[Answer(**json.loads(line)) for line in log.splitlines() if line.startswith(ANSWER)] for log in logs]
     lines, healthy = [], True
     for check in CHECKS:
@@ -97,11 +102,12 @@ def report(logs: list[str], limit: float) -> tuple[list[str], bool]:
         elif len(given) == len(logs):
             detail = "; ".join(dict.fromkeys(a.detail for a in given if a.detail))
             lines.append(f"            {check}: ok, {max(a.seconds for a in given):.1f} s{detail and f', {detail}'}")
-    for rank, (mine, log) in enumerate(zip(answers, logs, strict=True)):
+    for rank, (mine, log, code) in enumerate(zip(answers, logs, codes, strict=True)):
         if all(a.ok for a in mine) and len(mine) < len(CHECKS):
             healthy = False
             said = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(ANSWER)]
-            why = in_words(said[-1]) if said else f"no answer within {limit:.0f} s; its process was ended"
+            ended = f"no answer within {limit:.0f} s" if code is None else f"its process ended with {code}"
+            why = f"{ended}; it said last: {in_words(said[-1])}" if said else ended
             lines.append(f"  PROBLEM   {CHECKS[len(mine)]} on rank {rank}: {why}")
     return ["self-test   one process a rank", *lines], healthy
 

@@ -32,7 +32,7 @@ def test_this_machine_passes_it() -> None:
 
 def test_a_failed_check_is_told_once_with_its_meaning() -> None:
     error = "CUDA error: no kernel image is available for execution on the device"
-    lines, healthy = report([log_of(0, 4), log_of(1, 1, error)], 180)
+    lines, healthy = report([log_of(0, 4), log_of(1, 1, error)], [0, 1], 180)
     assert not healthy
     problems = [line for line in lines if "PROBLEM" in line]
     assert len(problems) == 1
@@ -42,10 +42,15 @@ def test_a_failed_check_is_told_once_with_its_meaning() -> None:
 
 def test_ranks_that_do_not_answer_are_named() -> None:
     """A collective that hangs: both have passed two checks and say nothing more; one left a word."""
-    lines, healthy = report([log_of(0, 2), log_of(1, 2, noise="terminate called: NCCL error 2")], 180)
+    logs = [log_of(0, 2), log_of(1, 2, noise="terminate called: NCCL error 2"), log_of(2, 0)]
+    lines, healthy = report(logs, [None, -6, -11], 180)
     assert not healthy
-    assert "  PROBLEM   collective on rank 0: no answer within 180 s; its process was ended" in lines
-    assert any("collective on rank 1: NCCL cannot connect the GPUs" in line for line in lines)
+    assert lines[1:] == [
+        "  PROBLEM   collective on rank 0: no answer within 180 s",
+        "  PROBLEM   collective on rank 1: its process ended with -6; it said last: NCCL cannot connect the GPUs: "
+        "NCCL_DEBUG=WARN says why; in a container give --ipc=host or --shm-size 8g (terminate called: NCCL error 2)",
+        "  PROBLEM   matrix product on rank 2: its process ended with -11",
+    ]
 
 
 @pytest.mark.parametrize(("error", "meaning"), [

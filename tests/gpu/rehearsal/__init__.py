@@ -1,0 +1,1 @@
+"""A rehearsal of the CUDA path without a GPU: docs/gpu-rehearsal.md."""

@@ -1,0 +1,44 @@
+// NVML, as much as torch's allocator asks of it: which device this is, and that no fabric connects it to others.
+//
+// torch opens it under its own name, libnvidia-ml.so.1, which is a link to this library.
+namespace {
+
+constexpr int kSuccess = 0;
+constexpr int kNotSupported = 3;  // NVML_ERROR_NOT_SUPPORTED
+int the_device;
+
+}  // namespace
+
+extern "C" {
+
+int nvmlInit_v2() {
+  return kSuccess;
+}
+
+int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** device) {
+  *device = &the_device;
+  return kSuccess;
+}
+
+int nvmlDeviceGetGpuFabricInfoV(void*, void*) {
+  return kNotSupported;
+}
+
+int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, int*) {
+  return kNotSupported;
+}
+
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void*, unsigned, void*) {
+  return kNotSupported;
+}
+
+int nvmlDeviceGetComputeRunningProcesses(void*, unsigned* count, void*) {
+  *count = 0;
+  return kSuccess;
+}
+
+int nvmlSystemGetCudaDriverVersion_v2(int* version) {
+  *version = 13000;
+  return kSuccess;
+}
+}

@@ -1,0 +1,97 @@
+"""Training steps of many configurations in one process, and what each of them did: run by the tests, on a fake GPU or
+on the CPU.
+
+    python -m tests.gpu.rehearsal.steps CASES.json RESULTS.json [cpu]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirai_ds.config import build
+from mirai_ds.engine.start import start_process_group
+from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.launch import free_port
+from mirai_ds.tools.bench.sessions import random_session
+from mirai_ds.train.session import Session
+from mirai_ds.train.step import train_step
+
+WARM, TRACED = 2, 2  # allocators, buckets and AdamW's moments are there after two
+
+
+def main(cases: Path, results: Path, device: torch.device) -> None:
+    """Run each case; the results hold its error where there was one."""
+    os.environ["MASTER_PORT"] = str(free_port())
+    world = World(0, 0, 1, 1)
+    start_process_group(world, 5)
+    found = {}
+    for name, settings in json.loads(cases.read_text(encoding="utf-8")).items():
+        try:
+            found[name] = run_case(settings, world, device)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        results.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def run_case(settings: dict[str, Any], world: World, device: torch.device) -> dict[str, Any]:
+    """Warm and traced steps of one configuration.  Counts are of the traced steps, divided by their number."""
+    watched = device.type == "cuda"
+    losses, norms = [], []
+    with random_session(build(settings), world, device, WARM + TRACED + 1) as session:
+        for _ in range(WARM):
+            one_step(session, losses, norms)
+        trace = watch(session, losses, norms) if watched else {}
+        numbers = [[float(value) for value in values] for values in (losses, norms)]
+    return {"losses": numbers[0], "norms": numbers[1], **trace}
+
+
+def one_step(session: Session, losses: list[Any], norms: list[Any]) -> None:
+    """A step; its loss and norm stay on the device."""
+    record = train_step(session, session.step)
+    session.count_step()
+    losses.append(record.metrics["loss"])
+    norms.append(record.grad_norm)
+
+
+def watch(session: Session, losses: list[Any], norms: list[Any]) -> dict[str, Any]:
+    """The traced steps on a fake device."""
+    from tests.gpu.rehearsal.counters import Operators
+    from tests.gpu.rehearsal.device import _INSTALLED
+    from tests.gpu.rehearsal.library import Trace
+
+    operators, fake = Operators(), _INSTALLED[0] if _INSTALLED else None
+    if fake is not None:
+        fake.watcher = operators
+    with Trace() as trace, nullcontext():
+        for _ in range(TRACED):
+            one_step(session, losses, norms)
+    if fake is not None:
+        fake.watcher = None
+    missing = dict(fake.missing) if fake is not None else {}
+    if fake is not None:
+        fake.missing.clear()
+    return {
+        "launches": trace.count("kernel") / TRACED,
+        "pageable": {name: trace.bytes("copy", name) for name in ("pageable",)}["pageable"],
+        "pinned": trace.bytes("copy", "pinned") / TRACED,
+        "waits": {f"{call} in {who}": count / TRACED for (call, who), count in trace.waits.items()},
+        "collectives": trace.count("collective") / TRACED,
+        "bytes": {name: count / TRACED for name, count in operators.bytes.most_common()},
+        "mixed": dict(operators.mixed), "attention": dict(operators.attention), "missing": missing,
+        "kernels": {name[:160]: count / TRACED for name, count in trace.launches().most_common(40)},
+        "allocated": torch.cuda.max_memory_allocated(),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    on_cpu = sys.argv[3:] == ["cpu"]
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), torch.device("cpu") if on_cpu else torch.device("cuda", 0))
