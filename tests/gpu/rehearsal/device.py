@@ -11,7 +11,8 @@ import ctypes
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _NO_VALUES = {
 }  # fmt: skip
 # How large their outputs are depends on values: the real ones wait for the device.
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+Watcher = Callable[[Any, list[Tensor], list[Tensor]], None]  # of an operator, its inputs and its outputs
 _NAMESPACES = ("aten", "prims", "mirai")
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -91,7 +93,7 @@ class FakeDevice(TorchDispatchMode):
         super().__init__()
         self.limit = limit
         self.missing: Counter[str] = Counter()
-        self.watcher: Callable[[Any, list[Tensor], list[Tensor]], None] | None = None
+        self.watcher: Watcher | None = None
         self._replayed = Replayed()
         self._cpu_library_tried = False
 
@@ -235,9 +237,24 @@ class _seeded:  # noqa: N801
 _INSTALLED: list[FakeDevice] = []
 
 
-def installed() -> FakeDevice:
-    """The one that `install` made in this process."""
-    return _INSTALLED[0]
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[Counter[str]]:
+    """Tell `watcher` of each operator; yields what could not be computed.  Nothing is told where nothing is computed."""
+    missing: Counter[str] = Counter()
+    for fake in _INSTALLED:
+        fake.missing.clear()
+        fake.watcher = watcher
+    try:
+        yield missing
+    finally:
+        for fake in _INSTALLED:
+            fake.watcher = None
+            missing.update(fake.missing)
+
+
+def not_computed() -> Counter[str]:
+    """What could not be computed in this process so far, and why."""
+    return sum((fake.missing for fake in _INSTALLED), Counter())
 
 
 def install() -> None:
@@ -246,11 +263,13 @@ def install() -> None:
     torch.backends.cudnn.enabled = False  # cuDNN is none of the fake's libraries
     torch.backends.cuda.enable_cudnn_sdp(False)
     chosen = os.environ.get("MIRAI_FAKE_VALUES", "all")
+    _print_from_host()
+    if chosen == "none":
+        torch.equal = lambda *_: True  # type: ignore[assignment]  # nothing is known of what no kernel computed
     if chosen == "none" or _INSTALLED:
         return
     _INSTALLED.append(FakeDevice(float("inf") if chosen == "all" else float(chosen)))
     _INSTALLED[0].__enter__()
-    _print_from_host()
     # A mode belongs to a thread; those that are started later need it too (autograd's own inherit it).
     begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
 

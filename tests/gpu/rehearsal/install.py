@@ -70,7 +70,7 @@ def _device_files(launch: ModuleType) -> None:
 
 def record() -> dict[str, Any]:
     """What this process did on fake devices: launches by physical device, operators without values."""
-    from tests.gpu.rehearsal.device import _INSTALLED
+    from tests.gpu.rehearsal.device import not_computed
     from tests.gpu.rehearsal.library import library
 
     devices = range(int(os.environ["MIRAI_FAKE_GPUS"]))
@@ -78,7 +78,7 @@ def record() -> dict[str, Any]:
     return {
         "command": sys.argv, "rank": int(os.environ.get("RANK", -1)),
         "launches": {index: count for index, count in launches.items() if count},
-        "missing": dict(_INSTALLED[0].missing) if _INSTALLED else {},
+        "missing": dict(not_computed()),
     }  # fmt: skip
 
 
