@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -55,6 +56,8 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     backend = "nccl" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
     if backend == "gloo":
         take_over_gathers()
+    # Calls that torch renames are DeepSpeed's: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if dist.is_initialized():
         return
     export_world(world)

@@ -1,5 +1,7 @@
 """Between logging points the host only hands work to the device; CUDA's sync debug mode makes each wait an error.
 
+It does not see `torch.cuda.synchronize`; the rehearsal on a fake GPU counts that too.
+
 Not on stage 3 and not with `overlap_comm`: there DeepSpeed waits in its backward pass for the reduction of gradients.
 """
 
@@ -32,8 +34,8 @@ def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str
     world = World(0, 0, 1, 1)
     start_process_group(world, 5)
     config = build({
-        "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4},
-        "foresight": {"method": method, "warmup_epochs": 0},
+        "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4, "vocab_size": 512, "block_size": 64},
+        "foresight": {"method": method, "warmup_epochs": 0, **({} if method == "none" else {"projector_dim": 128})},
         "deepspeed": {"zero_optimization": {"stage": stage, "overlap_comm": False}},
         "train": {"global_batch_size": 8, "precision": precision},
     })  # fmt: skip

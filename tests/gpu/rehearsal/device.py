@@ -239,7 +239,7 @@ _INSTALLED: list[FakeDevice] = []
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[Counter[str]]:
-    """Tell `watcher` of each operator; yields what could not be computed.  Nothing is told where nothing is computed."""
+    """Tell `watcher` of each operator, if any are computed; yields what could not be."""
     missing: Counter[str] = Counter()
     for fake in _INSTALLED:
         fake.missing.clear()

@@ -7,6 +7,15 @@ constexpr int kSuccess = 0;
 constexpr int kNotSupported = 3;  // NVML_ERROR_NOT_SUPPORTED
 int the_device;
 
+// nvmlGpuFabricInfo_v2_t, as far as torch reads it.
+struct FabricInfo {
+  unsigned version;
+  unsigned char cluster[16];
+  int status;
+  unsigned clique;
+  unsigned char state;
+};
+
 }  // namespace
 
 extern "C" {
@@ -20,8 +29,12 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** device) {
   return kSuccess;
 }
 
-int nvmlDeviceGetGpuFabricInfoV(void*, void*) {
-  return kNotSupported;
+// The answer of a device without NVLink switches: a state of 0, "not supported".
+int nvmlDeviceGetGpuFabricInfoV(void*, FabricInfo* info) {
+  const unsigned version = info->version;
+  *info = {};
+  info->version = version;
+  return kSuccess;
 }
 
 int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, int*) {
