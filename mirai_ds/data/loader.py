@@ -25,6 +25,7 @@ from mirai_ds.data.token_source import TokenSource
 
 MAX_AUTO_WORKERS = 8
 READ_BYTES = 16 * 2**20
+NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batch(NamedTuple):
@@ -132,7 +133,12 @@ class BatchLoader:
             prefetch_factor=self.prefetch, pin_memory=self.device.type == "cuda", worker_init_fn=_quiet_worker,
             generator=torch.Generator(),  # else it would draw from the process's own
         )  # fmt: skip
-        return iter(loader)
+        # A worker begins with its parent's mask: no signal reaches it before `_quiet_worker` has run.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """End the workers."""
@@ -141,8 +147,9 @@ class BatchLoader:
 
 def _quiet_worker(_: int) -> None:
     """The rank decides what a signal means and ends its workers; they see its death themselves."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_WORKERS)
     warnings.filterwarnings("ignore", module="PIL")  # remarks on files, once for each worker
 
 

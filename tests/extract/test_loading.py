@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,18 @@ def test_workers_do_not_touch_the_process_own_randomness(store: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_signals_to_the_whole_group_leave_the_workers_alone(store: Path, packed: Path) -> None:
-    """A scheduler signals every process: the rank must still be able to finish its step and save."""
+def test_signals_to_the_whole_group_leave_the_workers_alone(
+    store: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals every process: the rank must still be able to finish its step and save.  Worker 1 is still
+    starting when the signals come."""
+    quiet = loader._quiet_worker
+
+    def late(number: int) -> None:
+        time.sleep(2.0 * number)
+        quiet(number)
+
+    monkeypatch.setattr(loader, "_quiet_worker", late)
     source = opened(store, packed)
     plain = batches(source, range(6), 0)
     reader = BatchLoader(source, DataOrder(18, 6, 3), 3, 0, 2, CPU, True, 2)
