@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
-	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-check gpu-tests gpu-sanitize gpu-bench clean
+	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-check gpu-bundle clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,30 +79,14 @@ bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
 	$(BIN)/python -m mirai_ds.tools.looking.measured --ranks 2
 
-gpu-check: gpu-tests gpu-sanitize gpu-bench ## on a machine with a GPU, without a venv: the three below
+gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU, no GPU needed: 15 minutes (nvcc's headers and a C++ compiler)
+	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal
 
-gpu-tests: # kernels, ZeRO steps of GPT-B, sampling; reference vectors
-	$(PYTHON) -m mirai_ds.kernels.registers
-	$(PYTHON) -m pytest -m gpu -rs
-	$(PYTHON) -m mirai_ds verify tests/fixtures/*.npz
+gpu-check: ## on a machine with a GPU, no venv needed: checks in slices; SLICE=1-3 OUT=folder ARGS=--list
+	$(PYTHON) -m tests.gpu.check $(if $(SLICE),--slice $(SLICE)) $(ARGS)
 
-gpu-sanitize: # out-of-bounds accesses and races
-	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(PYTHON) -m tests.gpu.sanitized || exit 1; done; \
-		else echo "gpu-sanitize: SKIPPED, no compute-sanitizer here"; fi
-
-gpu-bench: # rows for kernels/results.csv
-	$(PYTHON) -m mirai_ds.kernels.bench --device cuda
-	$(PYTHON) -m mirai_ds.tools.traffic --device cuda
-	$(PYTHON) -m mirai_ds.extract.bench --device cuda
-	$(PYTHON) -m mirai_ds.tools.bench.safety --ranks 1
-	$(PYTHON) -m mirai_ds.tools.bench.sampling --device cuda
-	$(PYTHON) -m mirai_ds.tools.looking.measured --size GPT-B --ranks 1
-	$(PYTHON) -m mirai_ds.tools.looking.measured --size GPT-XL --ranks 1
-	for size in "B 64" "L 32" "XL 16"; do set -- $$size; \
-		$(PYTHON) -m mirai_ds bench step plain overhead --size GPT-$$1 --batch $$2 --methods none,E,I || exit 1; done
-	$(PYTHON) -m mirai_ds bench step switches --size GPT-XL --batch 16
+gpu-bundle: $(STAMP) ## what a bare GPU machine without a network needs, into one tar; ARGS='--python 3.12 --torch 2.11.0'
+	$(BIN)/python -m tests.gpu.check.bundle $(ARGS)
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

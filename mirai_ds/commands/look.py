@@ -112,7 +112,7 @@ def flops(
 @click.option("--device", required=True, metavar="NAME|cpu:GIB", help="E.g. a100-80g; another name lists them.")
 @click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/.")
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Sequences a rank runs at once; default the recipe's.")
-@click.option("--mfu", type=float, default=0.45, show_default=True, help="Assumed share of the device's peak.")
+@click.option("--mfu", type=float, help="Share of the device's peak; default what was measured there, else 0.45.")
 @click.option("--images", type=click.IntRange(min=1), help="Training images; default ImageNet's 1,281,167.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="As in train; repeatable.")
 @JSON

@@ -18,6 +18,7 @@ from mirai_ds.tools.looking.states import States
 from mirai_ds.tools.scaling.cluster import Cluster, Compute, StepTime, step_time
 from mirai_ds.tools.scaling.collectives import collectives
 from mirai_ds.tools.scaling.outlook import assumptions, scaling_rows, scaling_table, sent_rows, sent_table
+from mirai_ds.tools.scaling.speed import Utilisation, utilisation
 from mirai_ds.train.preflight import FP32_COPIES
 from mirai_ds.train.schedule import total_steps
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 IMAGENET = 1_281_167
 DIGITS = 1_797
-MFU_SPREAD = 0.2  # the range of step times is at (1 - this) and (1 + this) times the assumed MFU
+MFU_SPREAD = 0.2  # the range of step times is at (1 - this) and (1 + this) times the MFU
 POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("none", {"policy": "none"}), ("every-n 2", {"policy": "every-n", "every": 2}), ("mlp", {"policy": "mlp"}),
     ("full", {"policy": "full"}),
@@ -43,7 +44,7 @@ class Request:
     device: str
     deepspeed: str | None = None
     micro_batch: int | None = None
-    mfu: float = 0.45
+    mfu: float | None = None  # None: what was measured there, else an assumption
     images: int | None = None
     overrides: tuple[str, ...] = ()
 
@@ -78,7 +79,8 @@ class Plan:
     flops: dict[str, float]  # a rank's, of an aligned step
     recomputed: float
     sent: list[dict[str, Any]]  # `scaling.outlook.sent_rows`
-    time: tuple[StepTime, StepTime, StepTime] | None  # at the higher, at the lower, at the assumed MFU
+    utilisation: Utilisation
+    time: tuple[StepTime, StepTime, StepTime] | None  # at the higher, at the lower, at the MFU itself
     plain_share: float  # of steps before alignment starts
     steps: int
     steps_per_epoch: int
@@ -125,7 +127,7 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     """Raises UserError for an unknown device or recipe and whatever the configuration refuses.  other_choices: find
     what fits on every stage too."""
     device = find_device(request.device)
-    if not 0 < request.mfu <= 1:
+    if request.mfu is not None and not 0 < request.mfu <= 1:
         raise UserError(f"--mfu {request.mfu:g}: must be in (0, 1], e.g. 0.45")
     config = configured(request)
     world = request.world
@@ -147,16 +149,16 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     cluster, teacher = Cluster(device, request.nodes, request.gpus), refreshed_bytes(config)
     seconds = _seconds(device, work, flops, recomputed)
     found = collectives(states, teacher)
+    used = utilisation(device, config, work.micro, request.mfu)
     times = scaling = same = None
     if device.peak(work.precision):
         fast, slow, likely = (
-            step_time(cluster, found, seconds(request.mfu * factor, 1.0, states.accumulation))
+            step_time(cluster, found, seconds(used.mfu * factor, 1.0, states.accumulation))
             for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
         )
         times = fast, slow, likely
         scaling, same = (
-            scaling_rows(cluster, states, teacher, partial(seconds, request.mfu), batch, grows)
-            for grows in (True, False)
+            scaling_rows(cluster, states, teacher, partial(seconds, used.mfu), batch, grows) for grows in (True, False)
         )
     per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
     steps = total_steps(config.train, per_epoch)
@@ -164,7 +166,7 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     choices = _choices(request, config, device) if other_choices else []
     return Plan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
-        sent_rows(cluster, found), times, min(1.0, warmup / steps), steps, per_epoch,
+        sent_rows(cluster, found), used, times, min(1.0, warmup / steps), steps, per_epoch,
         4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
     )  # fmt: skip
 
@@ -256,13 +258,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "flops_a_rank": plan.flops | {"recomputed": plan.recomputed},
         "sent_bytes": {row["name"]: row["sent_bytes"] for row in plan.sent}, "communication": plan.sent,
         "bus_bytes_per_s": _finite(plan.cluster.bandwidth()),
-        "mfu": r.mfu, "mfu_spread": MFU_SPREAD,
+        "mfu": plan.utilisation.mfu, "mfu_source": plan.utilisation.source, "mfu_spread": MFU_SPREAD,
         "step_seconds": [plan.time[0].overlapped, plan.time[1].exposed] if plan.time else None,
         "expected_step_seconds": plan.time[2].expected if plan.time else None,
         "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch,
         "days": [s / 86400 for s in seconds] if seconds else None,
         "checkpoint_bytes": plan.checkpoint, "checkpoints_kept": plan.kept, "scaling": plan.scaling,
-        "scaling_same_batch": plan.same_batch, "assumptions": assumptions(plan.cluster, r.mfu) if plan.time else [],
+        "scaling_same_batch": plan.same_batch,
+        "assumptions": assumptions(plan.cluster, plan.utilisation.mfu) if plan.time else [],
     }  # fmt: skip
 
 
@@ -362,12 +365,12 @@ def _communication(plan: Plan) -> list[RenderableType]:
         parts += [scaling_table(plan.scaling, "each rank keeps its images, the global batch grows"), Text()]
         title = "the global batch stays, each rank's share shrinks"
         parts += [scaling_table(plan.same_batch, title), Text()]
-        parts += [Text(f"assumed: {line}") for line in assumptions(plan.cluster, plan.request.mfu)]
+        parts += [Text(f"assumed: {line}") for line in assumptions(plan.cluster, plan.utilisation.mfu)]
     return parts
 
 
 def _notes(plan: Plan) -> list[str]:
-    d, r, a = plan.device, plan.request, plan.allowance
+    d, u, a = plan.device, plan.utilisation, plan.allowance
     notes = [
         f"with allowances = sum + {a.share:.0%} (rounding, fragmentation) + {a.fixed:g} GiB "
         + ("(CUDA context, cuBLAS, NCCL)" if d.gpu else "(Python and libraries)")
@@ -375,7 +378,8 @@ def _notes(plan: Plan) -> list[str]:
     ]
     if plan.time is not None:
         notes += [
-            f"MFU {r.mfu:g} is assumed (--mfu), the range is {1 + MFU_SPREAD:g} and {1 - MFU_SPREAD:g} times it; peak "
+            f"MFU {u.mfu:.3g}: {u.source}",
+            f"the range is {1 + MFU_SPREAD:g} and {1 - MFU_SPREAD:g} times that MFU; peak "
             f"{d.peak(plan.work.precision) / 1e12:g} TFLOP/s; the fast end hides all communication, the slow end none; "
             "evaluation, samples and checkpoints come on top",
         ]

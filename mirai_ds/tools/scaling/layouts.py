@@ -63,18 +63,20 @@ def best(machine: Machine, recipe: str) -> Plan:
 def machines_table() -> list[str]:
     """A line a machine and recipe."""
     lines = [
-        "| machine | file | recipe | micro batch x accumulation, recompute | GiB of | step, s | images/s | efficiency "
-        "| why |",
-        "|---|---|---|---|---:|---:|---:|---:|---|",
+        "| machine | file | recipe | micro batch x accumulation, recompute | GiB of | MFU | step, s | images/s "
+        "| efficiency | why |",
+        "|---|---|---|---|---:|---|---:|---:|---:|---|",
     ]
     for machine in MACHINES:
         for recipe in machine.recipes:
             found = best(machine, recipe)
-            time = "- | - | -"
+            time = "- | - | - | -"
             if found.time:
                 step = found.time[2]
                 rate = found.config.train.global_batch_size / step.expected
-                time = f"{step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
+                used = found.utilisation
+                mfu = f"{used.mfu:.2f} {'measured' if used.measured else 'assumed'}"
+                time = f"{mfu} | {step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
             lines.append(
                 f"| {machine.name} | `{machine.file}` | `{recipe}` | {found.work.micro} x {found.states.accumulation}, "
                 f"{found.config.train.recompute.policy} | {found.needed / GIB:.1f} of {found.device.memory:g} | "

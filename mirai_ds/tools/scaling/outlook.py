@@ -67,7 +67,7 @@ def assumptions(cluster: Cluster, mfu: float) -> list[str]:
     """What the rows rest on, one sentence each."""
     d = cluster.device
     return [
-        f"matrix products run at MFU {mfu:g} whatever a rank's batch; a step without communication has efficiency 1",
+        f"matrix products run at MFU {mfu:.3g} whatever a rank's batch; a step without communication has efficiency 1",
         f"links: {d.link / 1e9:g} GB/s within a node, {d.network / 1e9:g} GB/s a GPU between nodes, one way, at "
         f"{LINK_EFFICIENCY:.0%} (the network is an assumption); nodes are not slowed by others' traffic",
         "NCCL's rings go over all GPUs of a node before they leave it, one ring a port: a byte crosses the network "

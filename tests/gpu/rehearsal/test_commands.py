@@ -110,8 +110,9 @@ def test_what_follows_a_run(fake_gpu: FakeGpu, tmp_path: Path) -> None:
     run, out = str(tmp_path / "run"), tmp_path / "samples.npz"
     train = ["train", "digits-mirai-e", *SETS, "--run-dir", run]
     for arguments in (
-        [*train, "--set", "train.max_steps=3"], [*train, "--set", "sampling.at_end=true", "--resume", "auto"], ["sample", run, "--classes", "1,2"],
-        ["sample", run, "--num", "12", "--batch", "8", "--out", str(out)], ["map", run], ["inspect", run],
+        [*train, "--set", "train.max_steps=3"], [*train, "--set", "sampling.at_end=true", "--resume", "auto"],
+        ["sample", run, "--classes", "1,2"], ["sample", run, "--num", "12", "--batch", "8", "--out", str(out)],
+        ["map", run], ["inspect", run],
         ["plan", "mirai-e-b-80", "--gpus", "1", "--device", "a100-80g"], ["doctor"],
     ):  # fmt: skip
         done = fake_gpu("-m", "mirai_ds", *arguments)

@@ -1,9 +1,9 @@
 """The tests that need a GPU run on a fake one, so that none of them meets its first bug on a rented machine.
 
-What is left out here, and why: tests/gpu/test_foresight_cosine.py looks into our own CUDA kernel, whose values a fake has
-not (tests/kernels runs its source on the CPU instead); `zero_trains_gpt_b` and `vq16` would take an hour at full size
-(test_steps.py has the same at a small one); test_memory.py is test_real_sizes.py; of the samplers' tests one for each
-way to draw.
+What is left out here, and why: of tests/gpu/test_foresight_cosine.py what looks into our own CUDA kernel, which does
+not run on a fake (tests/kernels runs its source on the CPU instead); `zero_trains_gpt_b` and `vq16` would take an hour at
+full size (test_steps.py has the same at a small one); test_memory.py is test_real_sizes.py; of the samplers' tests one
+for each way to draw.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def test_the_margin_and_allowances() -> None:
 def test_the_command(tmp_path: Path) -> None:
     done = cli(recipe(tmp_path), "--nodes", 2, "--gpus", 8, "--device", "a100-80g")
     assert done.exit_code == 0, done.output
-    for text in ("ZeRO-2", "fits a100-80g", "next-token loss", "MFU 0.45 is assumed", "512", "GB a checkpoint"):
+    for text in ("ZeRO-2", "fits a100-80g", "next-token loss", "MFU 0.45: an assumption", "512", "GB a checkpoint"):
         assert text in done.output
     record = json.loads(cli(recipe(tmp_path), "--device", "rtx4090", "--gpus", 1, "--json").output)
     assert record["memory"]["fits"] is False
