@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from mirai_ds.tools.bench.device_time import device_time
 
 MODULE = "mirai_ds.tools.bench.arms"
 MAX_STEPS = 200  # that there is data for
@@ -26,7 +28,8 @@ MAX_STEPS = 200  # that there is data for
 
 @dataclass
 class Arm:
-    """What to run: the plain baseline or the trainer, on a recipe with overrides, in an environment."""
+    """What to run: the plain baseline or the trainer, on a recipe with overrides, in an environment.  module: another
+    program that answers the same commands, with `settings` of its own."""
 
     name: str
     recipe: str
@@ -36,6 +39,8 @@ class Arm:
     ranks: int = 1
     threads: int = 1
     gpus: int = 0
+    module: str = MODULE
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Workers:
@@ -57,7 +62,7 @@ class Workers:
             job = json.dumps(vars(arm))
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", MODULE, job],
+                    [sys.executable, "-m", arm.module, job],
                     env=environment,
                     text=True,
                     stdin=subprocess.PIPE,
@@ -147,6 +152,16 @@ class Stopwatch:
                 delattr(owner, attribute)
 
 
+class Steppable(Protocol):
+    """What a worker steps: `step` reads the loss, `launch` need not, `parts` are (owner, method, name) to time."""
+
+    device: Any
+
+    def step(self) -> float: ...
+    def launch(self) -> Any: ...
+    def parts(self) -> list[tuple[Any, str, str]]: ...
+
+
 class _Trainer:
     """The real step."""
 
@@ -154,11 +169,15 @@ class _Trainer:
         self.session, self.device = session, session.device
 
     def step(self) -> float:
+        return float(self.launch())
+
+    def launch(self) -> Any:
+        """A step whose loss stays on the device, as between logging points."""
         from mirai_ds.train.step import train_step
 
         record = train_step(self.session, self.session.step)
         self.session.count_step()
-        return float(record.metrics["loss"])
+        return record.metrics["loss"]
 
     def parts(self) -> list[tuple[Any, str, str]]:
         s = self.session
@@ -201,6 +220,10 @@ class _Plain:
         self.done += 1
         return self.trainer.step(batch.tokens, batch.labels, batch.images, multiplier)["loss"]
 
+    def launch(self) -> float:
+        """It reads its losses in every step."""
+        return self.step()
+
     def parts(self) -> list[tuple[Any, str, str]]:
         t = self.trainer
         return [
@@ -210,16 +233,27 @@ class _Plain:
         ]  # fmt: skip
 
 
-def _timed(run: Callable[[], float], device: Any) -> dict[str, Any]:
+def _timed(what: Steppable) -> dict[str, Any]:
     from mirai_ds.runtime.distributed import wait_for_ranks
 
     wait_for_ranks()
     began = time.perf_counter()
-    loss = run()  # read from the device: the step is over
+    loss = what.step()  # read from the device: the step is over
     return {"seconds": time.perf_counter() - began, "loss": loss}
 
 
-def _parts(what: _Trainer | _Plain) -> dict[str, Any]:
+def _in_a_row(what: Steppable, steps: int) -> dict[str, float]:
+    """Seconds a step of several that nobody waits for between them, and until the host was through with them."""
+    what.step()
+    began = time.perf_counter()
+    for _ in range(steps - 1):
+        what.launch()
+    host = time.perf_counter() - began
+    loss = what.step()
+    return {"seconds": (time.perf_counter() - began) / steps, "host": host / max(1, steps - 1), "loss": loss}
+
+
+def _parts(what: Steppable) -> dict[str, Any]:
     import torch.distributed as dist
 
     watch = Stopwatch(what.device)
@@ -254,7 +288,7 @@ def _resident_peak() -> int:
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
-def _memory(what: _Trainer | _Plain, empty: int) -> dict[str, int]:
+def _memory(what: Steppable, empty: int) -> dict[str, int]:
     """Bytes beyond `empty`, what the process held before anything was built: before a step, and at most within it.  On
     a GPU the caching allocator's; on a CPU malloc's, looked at every two milliseconds, so that compiled code counts."""
     if what.device.type == "cuda":
@@ -299,15 +333,21 @@ def serve(job: dict[str, Any]) -> None:
         empty = allocated_by_malloc() if device.type == "cpu" else 0
         if job["plain"]:
             folder = stack.enter_context(shared_folder(world))
-            what: _Trainer | _Plain = _Plain(on_random_data(config, folder, world, MAX_STEPS), world, device)
+            what: Steppable = _Plain(on_random_data(config, folder, world, MAX_STEPS), world, device)
         else:
             what = _Trainer(stack.enter_context(random_session(config, world, device, MAX_STEPS)))
-        commands: dict[str, Callable[[], dict[str, Any]]] = {
-            "step": lambda: _timed(what.step, device), "parts": lambda: _parts(what),
-            "memory": lambda: _memory(what, empty),
-        }  # fmt: skip
-        for line in sys.stdin:
-            print(json.dumps(commands[line.strip()]()), flush=True)
+        obey(what, empty)
+
+
+def obey(what: Steppable, empty: int = 0) -> None:
+    """Answer the parent's commands until it closes the line; `empty`: bytes held before anything was built."""
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "step": lambda: _timed(what), "run": lambda steps: _in_a_row(what, steps), "parts": lambda: _parts(what),
+        "memory": lambda: _memory(what, empty), "profile": lambda steps: device_time(what.launch, steps),
+    }  # fmt: skip
+    for line in sys.stdin:
+        name, *numbers = line.split()
+        print(json.dumps(commands[name](*map(int, numbers))), flush=True)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ def race(group: str, estimate: float) -> Step:
     return Step(f"race {group}", command, estimate, 400, "lines", variable="PEERS")
 
 
+def peer_sampling(size: str, batch: int, estimate: float) -> Step:
+    """LlamaGen's own sampler; `sampling` is ours."""
+    command = module("tests.gpu.check.peer_sampling", "{peers}", "--size", size, "--batch", str(batch))
+    return Step(f"peer sampling {size} {batch}", command, estimate, 240, "lines", variable="PEERS")
+
+
 DEMO = ("train.max_steps=40", "logging.every_steps=5", "evaluate.at_end=false", "sampling.at_end=false",
         "score.enabled=false")  # fmt: skip
 DEMO_WORDS = tuple(word for setting in DEMO for word in ("--set", setting))
@@ -149,6 +155,10 @@ SLICES = (
         step_times("GPT-XL", 16, "switches", "E", 200, "--switches", "recompute mlp,recompute full,bf16"),
     )),
     Slice(13, "peers", (race("B32", 150), race("B32-none", 120), race("XL16", 120), race("B128", 100))),
+    Slice(14, "peers, more", (
+        race("L32", 150), peer_sampling("GPT-B", 32, 70), peer_sampling("GPT-B", 256, 70),
+        peer_sampling("GPT-L", 32, 90),
+    )),
 )  # fmt: skip
 
 
