@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
-	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-check gpu-bundle clean
+	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` 
 
 gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU, no GPU needed: 15 minutes (nvcc's headers and a C++ compiler)
 	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal
+
+gpu-rehearse-oldest: ## the same with the oldest PyTorch that is supported, in .venv-oldest; by hand, before a release
+	PIP_CONSTRAINT=$(CURDIR)/tests/gpu/rehearsal/oldest.txt $(MAKE) VENV=.venv-oldest gpu-rehearse
 
 gpu-check: ## on a machine with a GPU, no venv needed: checks in slices; SLICE=1-3 OUT=folder ARGS=--list
 	$(PYTHON) -m tests.gpu.check $(if $(SLICE),--slice $(SLICE)) $(ARGS)

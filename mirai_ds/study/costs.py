@@ -1,7 +1,7 @@
 """What a step of each arm costs, measured apart from the runs: the machine may be shared, so CPU time and ratios.
 
-All arms' sessions live in one process and take turns, a few steps each; what counts is an arm's CPU time over the
-baseline's in the same round.
+All arms' sessions live in one process and take turns, a few steps each; what counts is an arm's time over the
+baseline's in the same round.  Time is the process's CPU time; where a GPU trains, the clock's, its work included.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ Costs = dict[str, dict[str, float]]
 
 
 def measure_costs(study: Study, arms: list[Arm], folder: Path) -> Costs:
-    """By arm: CPU ms of an aligned step (of mtp and the baseline: of any), its ratio to the baseline's, the ratio's
+    """By arm: ms of an aligned step (of mtp and the baseline: of any), its ratio to the baseline's, the ratio's
     quartiles over rounds, the ratio of FLOPs, and the first aligned step.  For a process of its own: it starts a
     process group."""
+    from mirai_ds.runtime.distributed import use_cuda
     from mirai_ds.runtime.launch import free_port
 
     os.environ["MASTER_PORT"] = str(free_port())
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not use_cuda():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses aloud
     configs = {arm.name: run_config(study, arm, 0, folder) for arm in arms}
     with tempfile.TemporaryDirectory() as scratch:
         sessions = {name: _session(config, Path(scratch) / name) for name, config in configs.items()}
@@ -40,7 +42,7 @@ def measure_costs(study: Study, arms: list[Arm], folder: Path) -> Costs:
         ratios = np.asarray(seconds[name]) / np.asarray(seconds[BASELINE])
         low, ratio, high = np.percentile(ratios, (25, 50, 75))
         found[name] = {
-            "cpu_ms": float(1000 * base * ratio), "ratio": float(ratio), "ratio_low": float(low),
+            "step_ms": float(1000 * base * ratio), "ratio": float(ratio), "ratio_low": float(low),
             "ratio_high": float(high), "flops_ratio": _flops(session) / _flops(sessions[BASELINE]),
             "aligned_from": float(first_aligned(configs[name], session.order.steps_per_epoch)),
         }  # fmt: skip
@@ -73,19 +75,29 @@ def _session(config: RunConfig, run: Path) -> Any:
 
 
 def _rounds(sessions: dict[str, Any]) -> dict[str, list[float]]:
-    """CPU seconds of a step, round by round; the first round warms up and is left out."""
+    """Seconds of a step, round by round; the first round warms up and is left out."""
     from mirai_ds.train.step import train_step
 
     found: dict[str, list[float]] = {name: [] for name in sessions}
     for count in range(ROUNDS + 1):
         for name, session in sessions.items():
-            began = time.process_time()
+            began = _now(session.device)
             for _ in range(STEPS):
                 train_step(session, session.step)
                 session.count_step()
             if count:
-                found[name].append((time.process_time() - began) / STEPS)
+                found[name].append((_now(session.device) - began) / STEPS)
     return found
+
+
+def _now(device: Any) -> float:
+    """Seconds of the clock that costs are measured by."""
+    if device.type != "cuda":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _flops(session: Any) -> float:
@@ -97,10 +109,10 @@ def _flops(session: Any) -> float:
 
 
 def run_seconds(costs: Costs, arm: str, steps: int) -> float:
-    """CPU seconds of a run's training steps."""
-    base, own = costs[BASELINE]["cpu_ms"], costs[arm]
+    """Seconds of a run's training steps."""
+    base, own = costs[BASELINE]["step_ms"], costs[arm]
     warm = min(steps, int(own["aligned_from"]))
-    return (base * warm + own["cpu_ms"] * (steps - warm)) / 1000
+    return (base * warm + own["step_ms"] * (steps - warm)) / 1000
 
 
 def compute_spent(cost: dict[str, float], steps: Any) -> Any:

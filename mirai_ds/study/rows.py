@@ -54,7 +54,7 @@ class CostRow:
 
     study: str
     arm: str
-    cpu_ms: float
+    step_ms: float
     ratio: float
     ratio_low: float
     ratio_high: float

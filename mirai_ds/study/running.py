@@ -25,7 +25,7 @@ from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_dataset
 from mirai_ds.runtime.environment import cpu_name, package_versions
-from mirai_ds.runtime.launch import free_port, launch_environment
+from mirai_ds.runtime.launch import free_port, launch_environment, visible_gpus
 from mirai_ds.study.arms import (
     ARMS,
     ENCODER_SET,
@@ -72,12 +72,12 @@ def runs_folder(folder: Path, planned: Planned) -> Path:
 def make_plan(
     study: Study, folder: Path, costs: Costs, arms: list[Arm], seeds: int | None, budget_seconds: float | None
 ) -> Plan:
-    """Runs in order until the budget is spent.  Expected seconds are CPU time: a shared machine takes longer."""
+    """Runs in order until the budget is spent; on a CPU seconds are its time, and a shared machine takes longer."""
     config = run_config(study, arms[0], 0, folder)
     steps, held_out = length(config)
     points, batch = steps // (config.evaluate.every_steps or steps) + 1, config.train.global_batch_size
     looked = points * min(held_out, config.evaluate.max_samples or held_out) * 2
-    overhead = START_SECONDS + FORWARD_SHARE * looked / batch * costs[arms[0].name]["cpu_ms"] / 1000
+    overhead = START_SECONDS + FORWARD_SHARE * looked / batch * costs[arms[0].name]["step_ms"] / 1000
     plan, spent = Plan([], [], []), 0.0
     for planned in planned_runs(study, arms, seeds):
         if (runs_folder(folder, planned) / ROW).is_file():
@@ -107,7 +107,8 @@ def run_study(
     ready(study, folder, arms, source, say)
     costs = known_costs(study, folder, arms, say)
     plan = make_plan(study, folder, costs, arms, seeds, budget_seconds)
-    say(f"{len(plan.done)} runs are done, {len(plan.chosen)} to do, about {plan.seconds / 60:.0f} minutes of CPU time")
+    about = f"about {plan.seconds / 60:.0f} minutes of {device_name()[0]} time"
+    say(f"{len(plan.done)} runs are done, {len(plan.chosen)} to do, {about}")
     for planned, seconds in plan.chosen:
         if budget_seconds is not None and time.monotonic() - began + seconds > budget_seconds:
             say(f"stopped before {planned.name}: the budget is spent; the same command goes on")
@@ -141,7 +142,7 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
         facts |= {
             "study": study.name,
             "date": str(datetime.date.today()),
-            "device": f"{cpu_name()}, {len(os.sched_getaffinity(0))} core(s) used",
+            "device": device_name()[1],
             "versions": package_versions(),
         }
         facts |= prepare(study, folder, source)
@@ -153,6 +154,15 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
         facts |= pretrain_encoder(study, folder)
         write_json(path, facts)
     return facts
+
+
+def device_name() -> tuple[str, str]:
+    """Where runs train: in a word, and by name.  One GPU where there is one, else the CPU."""
+    if visible_gpus():
+        import torch
+
+        return "GPU", torch.cuda.get_device_name(0)
+    return "CPU", f"{cpu_name()}, {len(os.sched_getaffinity(0))} core(s) used"
 
 
 def known_costs(study: Study, folder: Path, arms: list[Arm], say: Say) -> Costs:
@@ -180,7 +190,7 @@ def train(study: Study, planned: Planned, folder: Path) -> None:
         return
     command = [sys.executable, "-m", "mirai_ds.train", study.recipe, "--run-dir", str(run), "--resume", "if-present"]
     command += [part for one in overrides(study, planned.arm, planned.seed, folder) for part in ("--set", one)]
-    env = {**launch_environment(1, 0), "MASTER_PORT": str(free_port())}
+    env = {**launch_environment(1, min(1, visible_gpus())), "MASTER_PORT": str(free_port())}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ from mirai_ds.study.measure import curve
 from tests.one_line import one_line
 
 COSTS = {
-    arm.name: {"cpu_ms": 100.0 if arm.name == BASELINE else 200.0, "ratio": 2.0, "aligned_from": 50.0} for arm in ARMS
+    arm.name: {"step_ms": 100.0 if arm.name == BASELINE else 200.0, "ratio": 2.0, "aligned_from": 50.0} for arm in ARMS
 }
-COST = {"cpu_ms": 1.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "flops_ratio": 1.0, "aligned_from": 0.0}
+COST = {"step_ms": 1.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "flops_ratio": 1.0, "aligned_from": 0.0}
 DIGITS = STUDIES["digits"]
 
 
