@@ -1,0 +1,58 @@
+"""Measured utilisations: equal to the committed rows, used where a step like them is planned, else an assumption."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from mirai_ds.config import load
+from mirai_ds.tools.looking.devices import DEVICES
+from mirai_ds.tools.scaling.speed import ASSUMED_MFU, MEASURED, mfu_of, utilisation
+
+ROWS = Path(__file__).resolve().parents[3] / "docs" / "results" / "gpu.csv"
+ARMS = {"none": "as shipped: ZeRO-2, compile `none`", "blocks": "ZeRO-0, compile `blocks` (mended by hand)"}
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.size}-{row.batch}-{row.compiled}")
+def test_they_are_the_committed_rows(row: object) -> None:
+    m = row
+    with ROWS.open(newline="", encoding="utf-8") as file:
+        found = [
+            r for r in csv.DictReader(file)
+            if (r["subject"], r["metric"], r["method"], r["model"], r["batch"], r["variant"])
+            == ("train step", "step", "E", m.size, str(m.batch), ARMS[m.compiled])  # type: ignore[attr-defined]
+        ]  # fmt: skip
+    assert [float(r["value"]) for r in found] == [m.milliseconds]  # type: ignore[attr-defined]
+    assert all(r["date"] in m.source and r["card"] in m.source for r in found)  # type: ignore[attr-defined]
+
+
+def test_the_mfus_are_those_that_were_reported() -> None:
+    """0.07, 0.17, 0.10 and 0.09 as shipped, by the printed peak of 989 TFLOP/s."""
+    found = {(m.size, m.batch): mfu_of(m) for m in MEASURED if m.compiled == "none"}
+    told = {("GPT-B", 32): 0.07, ("GPT-B", 128): 0.17, ("GPT-L", 32): 0.10, ("GPT-XL", 16): 0.09}
+    assert found == pytest.approx(told, abs=0.006)
+
+
+def test_the_nearest_batch_counts_and_none_that_is_far() -> None:
+    h200, config = DEVICES["h200-141g"], load("mirai-e-b", [])
+    by_batch = {m.batch: mfu_of(m) for m in MEASURED if (m.size, m.compiled) == ("GPT-B", "none")}
+    for micro, batch in ((32, 32), (16, 32), (48, 32), (128, 128), (100, 128), (256, 128)):
+        found = utilisation(h200, config, micro)
+        assert found.measured
+        assert found.mfu == by_batch[batch]
+        assert f"batch {batch}" in found.source
+    for micro in (8, 15, 257):
+        assert utilisation(h200, config, micro).mfu == ASSUMED_MFU
+
+
+def test_what_was_not_measured_is_an_assumption_and_says_so() -> None:
+    h200, config = DEVICES["h200-141g"], load("mirai-e-b", [])
+    for device, settings in ((DEVICES["a100-80g"], []), (h200, ["train.precision=fp32"])):
+        found = utilisation(device, load("mirai-e-b", settings), 32)
+        assert (found.mfu, found.measured) == (ASSUMED_MFU, False)
+        assert "assumption" in found.source
+    compiled = utilisation(h200, load("mirai-e-b", ["train.compile=blocks"]), 32)
+    assert compiled.mfu == pytest.approx(mfu_of(MEASURED[0]) * 101.6 / 56.6)
+    assert utilisation(h200, config, 32, asked=0.3).mfu == 0.3
