@@ -114,6 +114,7 @@ def local_device(world: World) -> torch.device:
     take weeks for what was meant to take hours.  DS_ACCELERATOR=cpu asks for the CPU.
     """
     if use_cuda():
+        repeatable_cublas()
         device = torch.device("cuda", device_index(world, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
@@ -122,6 +123,12 @@ def local_device(world: World) -> torch.device:
         raise UserError(f"{which}: {unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     return torch.device("cpu")
+
+
+def repeatable_cublas() -> None:
+    """Ask cuBLAS for workspaces that make its sums repeatable.  It counts if set before a process's first matrix product:
+    older releases of torch (2.8) look once, and then refuse to train deterministically."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def wait_for_ranks() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runtime.control import Control, Facts
-from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.distributed import World, repeatable_cublas
 from mirai_ds.runtime.environment import code_version
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.agree import on_every_rank
@@ -225,7 +224,7 @@ def build_session(
     """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
     seed_everything(config.seed)
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        repeatable_cublas()
         # Not `warn_only`: torch would then go on choosing attention whose backward pass adds in any order.
         torch.use_deterministic_algorithms(True)
         # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
