@@ -42,6 +42,15 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, rows: 
     return loss
 
 
+def _gradient(logits: Tensor, wanted: Tensor, picked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax less one where wanted, in `dtype`; overwrites the log-softmax `logits` (R, V).  wanted, picked (R, 1)."""
+    if not logits.is_cuda:
+        return logits.exp_().scatter_(1, wanted, picked.exp() - 1).to(dtype)
+    # Deterministic torch scatters by sorting on a GPU, and in its older releases (2.8) the host waits for that.
+    is_wanted = torch.arange(logits.shape[1], device=logits.device) == wanted
+    return torch.add(logits.exp_(), is_wanted, alpha=-1, out=torch.empty_like(logits, dtype=dtype))
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -62,7 +71,7 @@ class _Chunked(torch.autograd.Function):
                 loss -= picked.sum()
                 if not (for_states or for_weight):
                     continue
-                grad = logits.exp_().scatter_(1, wanted, picked.exp() - 1).to(dtype)
+                grad = _gradient(logits, wanted, picked, dtype)
                 if grad_states is not None:
                     torch.mm(grad, matrix, out=grad_states[start : start + rows])
                 if for_weight:

@@ -126,7 +126,7 @@ def local_device(world: World) -> torch.device:
 
 
 def repeatable_cublas() -> None:
-    """Ask cuBLAS for workspaces that make its sums repeatable.  It counts if set before a process's first matrix product:
+    """Ask cuBLAS for workspaces that make its sums repeatable.  It counts if set before the first matrix product:
     older releases of torch (2.8) look once, and then refuse to train deterministically."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

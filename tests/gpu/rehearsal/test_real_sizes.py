@@ -54,12 +54,14 @@ def results(fake_gpu: FakeGpu, tmp_path_factory: pytest.TempPathFactory) -> dict
     return run(fake_gpu, tmp_path_factory.mktemp("sizes"), CASES, 90)
 
 
-def run(fake_gpu: FakeGpu, folder: Path, cases: dict[str, Any], capability: int) -> dict[str, Any]:
+def run(
+    fake_gpu: FakeGpu, folder: Path, cases: dict[str, Any], capability: int, values: str = "none"
+) -> dict[str, Any]:
     """What these cases did on a GPU of this capability, compiled anew."""
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     script = ["-m", "tests.gpu.rehearsal.steps", str(folder / "cases.json"), str(folder / "results.json")]
     fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-    fake_gpu(*script, values="none", capability=capability, env=fresh)
+    fake_gpu(*script, values=values, capability=capability, env=fresh)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for name, result in found.items():
         assert "error" not in result, f"{name}: {result['error']}"
@@ -71,6 +73,16 @@ def test_launches_are_within_their_budget(results: dict[str, Any], name: str) ->
     """Each launch costs the host 5 to 25 us, which is what bounds a step today."""
     assert results[name]["launches"] <= ALLOWED * BUDGETS["launches"][name]
     assert results[name]["launches"] >= BUDGETS["launches"][name] / 1.15, "better: lower the budget"
+
+
+def test_operators_move_no_more_bytes_than_budgeted(fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    """What eager operators read and write, by their shapes: device time is mostly that."""
+    budgets = BUDGETS["gigabytes"]
+    found = run(fake_gpu, tmp_path, {name: CASES[name] for name in budgets}, 90, values="1")
+    moved = {name: sum(result["bytes"].values()) / 1e9 for name, result in found.items()}
+    assert moved.keys() == budgets.keys()
+    for name, budget in budgets.items():
+        assert budget / 1.03 <= moved[name] <= 1.03 * budget, f"{name}: better or worse, set the budget"
 
 
 @pytest.mark.parametrize("name", CASES)
