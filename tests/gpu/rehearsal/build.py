@@ -21,7 +21,8 @@ from mirai_ds.kernels import toolchain
 
 SOURCES = Path(__file__).with_name("fake_cuda")
 LIBRARY = "libmirai_fake_cuda.so"
-OPENED_BY_NAME = ("libcuda.so.1", "libnvidia-ml.so.1")  # by Triton and torch, at run time
+# By Triton and torch, at run time; older Triton links to the first name.
+OPENED_BY_NAME = ("libcuda.so", "libcuda.so.1", "libnvidia-ml.so.1")
 NEEDED = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")  # the runtime's pip package lacks the last one
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w")
 SECONDS = 300
@@ -110,7 +111,7 @@ def _cuda_of_torch() -> str | Unavailable:
 
 
 def _digest(headers: Path) -> str:
-    text = hashlib.sha256(repr((FLAGS, BODIES, header_version(headers))).encode())
+    text = hashlib.sha256(repr((FLAGS, BODIES, OPENED_BY_NAME, header_version(headers))).encode())
     for path in sorted(SOURCES.iterdir()):
         text.update(path.name.encode() + path.read_bytes())
     return text.hexdigest()[:16]
