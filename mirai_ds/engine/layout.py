@@ -157,13 +157,14 @@ class StateLayout:
 def release_memory(engine: Any) -> None:
     """Drop what keeps a destroyed engine of stage 3, and with it all its device memory, alive as long as the process.
 
-    Seen in DeepSpeed 0.19.8: a list of modules that each engine is entered into and never taken out of, and the cache
-    of a method, which holds the method's object.
+    Seen in DeepSpeed 0.19.8: a list of modules that each engine is entered into and never taken out of, nor is a module
+    whose recomputation torch ends early; and the cache of a method, which holds the method's object.
     """
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     stack: list[Any] = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module is not engine.module]
+    own = set(engine.module.modules())
+    stack[:] = [module for module in stack if module not in own]
     for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):

@@ -74,9 +74,9 @@ def read_case(folder: str, stage: int, precision: str, accumulation: int, recomp
     return {"wrong": wrong, "losses": losses}
 
 
-def survivors_case(stage: int, precision: str) -> list[str]:
+def survivors_case(stage: int, precision: str, recompute: dict[str, Any]) -> list[str]:
     """What of a destroyed engine is still there after two steps and a collection of garbage."""
-    engine = toy_engine(toy_config("mirai-e", stage, precision, 1))
+    engine = toy_engine(toy_config("mirai-e", stage, precision, 1, recompute=recompute))
     advance(engine, 1, 0, 2)
     parts = {"engine": engine, "deepspeed": engine.ds, "module": engine.ds.module, "optimizer": engine.ds.optimizer}
     watched = {name: weakref.ref(part) for name, part in parts.items()}

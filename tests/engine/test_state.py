@@ -92,7 +92,18 @@ def test_right_deepspeed_is_accepted(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_destroyed_engine_leaves_nothing_behind(ranks: Any, stage: int, precision: str) -> None:
+RECOMPUTED = [
+    {"policy": "full"}, {"policy": "every-n", "every": 2}, {"policy": "mlp"},
+    {"policy": "full", "implementation": "deepspeed"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "precision", "recompute"), [
+    *((stage, precision, {"policy": "none"}) for stage, precision in LAYOUTS),
+    *((stage, "bf16-autocast", recompute) for stage in (2, 3) for recompute in RECOMPUTED),
+])  # fmt: skip
+def test_a_destroyed_engine_leaves_nothing_behind(
+    ranks: Any, stage: int, precision: str, recompute: dict[str, Any]
+) -> None:
     """Else the tenth engine of a process (a study, a notebook) has the device memory of nine others beside it."""
-    assert ranks[2].run(resume_cases.survivors_case, stage, precision) == [[], []]
+    assert ranks[2].run(resume_cases.survivors_case, stage, precision, recompute) == [[], []]

@@ -47,6 +47,7 @@ CASES = {
 } | {
     "mirai-e, stage 3, compile none": case("mirai-e", 3, "none"),
     "mirai-e, stage 2, recompute full": case("mirai-e", 2, "none", "full"),
+    "mirai-e, stage 3, recompute full": case("mirai-e", 3, "none", "full"),
 }
 
 
