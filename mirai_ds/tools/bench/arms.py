@@ -29,7 +29,7 @@ MAX_STEPS = 200  # that there is data for
 @dataclass
 class Arm:
     """What to run: the plain baseline or the trainer, on a recipe with overrides, in an environment.  module: another
-    program that answers the same commands, with `settings` of its own."""
+    program that answers the same commands, with `settings` of its own; the baseline's may say `compiled`."""
 
     name: str
     recipe: str
@@ -194,7 +194,7 @@ class _Trainer:
 class _Plain:
     """The baseline's."""
 
-    def __init__(self, config: Any, world: Any, device: Any) -> None:
+    def __init__(self, config: Any, world: Any, device: Any, compiled: bool) -> None:
         from mirai_ds.config.deepspeed_file import batch_arithmetic
         from mirai_ds.data import BatchLoader, DataOrder, load_dataset
         from mirai_ds.tools.bench.plain import PlainTrainer
@@ -210,7 +210,12 @@ class _Plain:
         self.loader = BatchLoader(dataset.train, order, micro, world.rank, world.size, device, images=watches,
                                   prefetch=2, workers=0)  # fmt: skip
         encoder = build_teacher(config, device)[0] if watches else None
-        self.trainer, self.config, self.device, self.done = PlainTrainer(config, device, encoder), config, device, 0
+        self.trainer, self.config, self.device, self.done = (
+            PlainTrainer(config, device, encoder, compiled),
+            config,
+            device,
+            0,
+        )
 
     def step(self) -> float:
         from mirai_ds.foresight import alignment_multiplier
@@ -333,7 +338,9 @@ def serve(job: dict[str, Any]) -> None:
         empty = allocated_by_malloc() if device.type == "cpu" else 0
         if job["plain"]:
             folder = stack.enter_context(shared_folder(world))
-            what: Steppable = _Plain(on_random_data(config, folder, world, MAX_STEPS), world, device)
+            compiled = job["settings"].get("compiled", False)
+            config = on_random_data(config, folder, world, MAX_STEPS)
+            what: Steppable = _Plain(config, world, device, compiled)
         else:
             what = _Trainer(stack.enter_context(random_session(config, world, device, MAX_STEPS)))
         obey(what, empty)

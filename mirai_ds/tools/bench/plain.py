@@ -1,4 +1,4 @@
-"""The plain baseline: the training step as LlamaGen's and the Mirai authors' scripts write it, in eager PyTorch.
+"""The plain baseline: the training step as LlamaGen's and the Mirai authors' scripts write it, in plain PyTorch.
 
   DDP over the whole model with its heads, fp32 weights, fused AdamW, the norm of all gradients clipped
   bf16 autocast of the student, or fp32; all logits in fp32, cross-entropy of all of them at once
@@ -80,16 +80,18 @@ def plain_block(block: Any, x: Tensor, rope: Tensor, training: bool) -> Tensor:
 
 
 class PlainTrainer:
-    """One rank.  A process group must exist; `encoder` is Mirai-I's teacher (an `EncoderTeacher`), in fp32."""
+    """One rank.  A process group must exist; `encoder` is Mirai-I's teacher (an `EncoderTeacher`), in fp32.  compiled:
+    the model by torch.compile, inside DDP as in the authors' scripts; the teacher stays eager."""
 
-    def __init__(self, config: RunConfig, device: torch.device, encoder: Any = None) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, encoder: Any = None, compiled: bool = False) -> None:
         foresight = config.foresight
         self.config, self.device, self.encoder = config, device, encoder
         model = PlainModel(config, encoder.feature_dim if encoder else None).to(device)
         self.optimizer = adamw(model, config)
         self.ema = copy.deepcopy(model.gpt).requires_grad_(False)
         self.teacher = copy.deepcopy(model.gpt).requires_grad_(False).eval() if foresight.method == "mirai-e" else None
-        self.ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        trained: Any = torch.compile(model) if compiled else model
+        self.ddp = nn.parallel.DistributedDataParallel(trained, gradient_as_bucket_view=True)
         self.autocast = config.train.precision != "fp32"
         if foresight.active:
             self.table = index_table(foresight, config.model.grid)
