@@ -17,6 +17,7 @@ from tests.gpu.check.native_rows import one
 
 MODULE = "tests.gpu.check.losses"
 STEPS = 50
+TOLD = (1, 10, 25, 50)  # steps whose losses are rows
 # Largest relative difference of a loss.  fp32: the sums differ in order, and 50 steps of AdamW make a difference grow;
 # autocast: a bf16 product is rounded to 2^-9, in other places on either device.
 BOUNDS = {"fp32": 1e-3, "bf16-autocast": 2e-2}
@@ -33,8 +34,8 @@ def settings(precision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def losses(precision: str, device_name: str) -> list[float]:
-    """Of `STEPS` steps in this process, which has no other engine."""
+def losses(precision: str, device_name: str, steps: int) -> list[float]:
+    """Of so many steps in this process, which has no other engine."""
     import torch
 
     from mirai_ds.config import build
@@ -49,17 +50,17 @@ def losses(precision: str, device_name: str) -> list[float]:
     world, device = World(0, 0, 1, 1), torch.device(device_name, *([0] if device_name == "cuda" else []))
     start_process_group(world, 5)
     found = []
-    with random_session(build(settings(precision)), world, device, STEPS) as session:
-        for _ in range(STEPS):
+    with random_session(build(settings(precision)), world, device, steps) as session:
+        for _ in range(steps):
             found.append(train_step(session, session.step).metrics["loss"])
             session.count_step()
         return [float(loss) for loss in found]
 
 
-def elsewhere(precision: str, device: str) -> list[float]:
+def elsewhere(precision: str, device: str, steps: int) -> list[float]:
     """The same in a process of its own: DeepSpeed chooses its device once a process."""
     environment = dict(os.environ) | ({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    command = [sys.executable, "-m", MODULE, "--precision", precision, "--device", device]
+    command = [sys.executable, "-m", MODULE, "--precision", precision, "--device", device, "--steps", str(steps)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: list[float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
     return found
@@ -69,19 +70,22 @@ def main(argv: list[str] | None = None) -> int:
     """Print rows; 1 where a loss differs by more than its bound."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.check.losses", description=__doc__)
     parser.add_argument("--precision", choices=list(BOUNDS), default="fp32")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="print the losses of this device alone")
     args = parser.parse_args(argv)
     if args.device:
-        print(json.dumps(losses(args.precision, args.device)))
+        print(json.dumps(losses(args.precision, args.device, args.steps)))
         return 0
-    cpu, gpu = (elsewhere(args.precision, device) for device in ("cpu", "cuda"))
+    cpu, gpu = (elsewhere(args.precision, device, args.steps) for device in ("cpu", "cuda"))
     worst = max(abs(a - b) / abs(a) for a, b in zip(cpu, gpu, strict=True))
     about = {"model": "128x4", "method": "E", "batch": "16", "precision": args.precision}
     rows = [
-        one("losses", "loss", f"{values[step]:.6g}", "nats", variant=f"{device}, step {step + 1}", **about)
-        for device, values in (("cpu", cpu), ("gpu", gpu)) for step in (0, 9, 24, STEPS - 1)
+        one("losses", "loss", f"{values[step - 1]:.6g}", "nats", variant=f"{device}, step {step}", **about)
+        for device, values in (("cpu", cpu), ("gpu", gpu)) for step in TOLD if step <= args.steps
     ]  # fmt: skip
-    rows.append(one("losses", "largest relative difference", f"{worst:.3g}", "", variant=f"{STEPS} steps", **about))
+    rows.append(
+        one("losses", "largest relative difference", f"{worst:.3g}", "", variant=f"{args.steps} steps", **about)
+    )
     print("\n".join(map(json.dumps, rows)))
     if worst > BOUNDS[args.precision]:
         print(f"error: losses differ by {worst:.3g}, more than {BOUNDS[args.precision]:g}", file=sys.stderr)

@@ -24,7 +24,7 @@ BUDGETS: dict[str, Any] = json.loads(Path(__file__).with_name("budgets.json").re
 ALLOWED = 1.03 if torch.__version__.startswith(BUDGETS["torch"]) else 1.15
 CUBLAS_WORKSPACES = 64 * 2**20  # torch's allocator has them, the plan does not count them
 
-SMALLEST_BLOCK = 512  # bytes that torch's allocator gives at least
+KEPT = 2**20  # bytes that torch 2.8 and 2.11 keep for themselves, after one engine as after eight
 
 
 def case(method: str, stage: int, compiled: str, policy: str = "none") -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_memory_is_as_planned_and_comes_back(results: dict[str, Any], name: str)
     share = (results[name]["peak"] - CUBLAS_WORKSPACES) / planned
     low, high = (0.8, 1.0) if "blocks" in name else (0.95, 1.05)
     assert low <= share <= high
-    assert 0 <= results[name]["left"] - CUBLAS_WORKSPACES <= SMALLEST_BLOCK  # torch 2.8 keeps one, however many steps
+    assert 0 <= results[name]["left"] - CUBLAS_WORKSPACES <= KEPT
 
 
 def test_blocks_compile_for_an_a100_too(fake_gpu: FakeGpu, tmp_path: Path) -> None:
