@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirai_ds.model.gpt import GPT, KVCache
 from mirai_ds.model.par_sampling import sample_par_tokens
@@ -70,6 +71,10 @@ def block_step(
     return h + block.feed_forward(block.ffn_norm(h))
 
 
+# Not cuDNN's, which torch prefers on an H100: it makes a plan for each length of the keys.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class Decoder:
     """Draws batches of at most `batch` images from one model by one set of rules; allocates everything once.
 
@@ -109,7 +114,8 @@ class Decoder:
         if n == 0:
             return labels.new_empty(0, self.model.config.block_size)
         if self.model.config.par_tokens is not None:
-            return sample_par_tokens(self.model, labels, indices, self.rules, seed)
+            with sdpa_kernel(ATTENTION):
+                return sample_par_tokens(self.model, labels, indices, self.rules, seed)
         self.begin(labels, indices, seed)
         for place in range(self.model.config.block_size):
             self.advance(place)
@@ -133,11 +139,12 @@ class Decoder:
         """Draw the token at `place`, the one after the last drawn."""
         span = min(self.model.config.block_size, (place // self.stretch + 1) * self.stretch)
         guided = self.guided and not self._unguided_from(place)
-        if not self.speed.graphs:
-            self.step(span, guided)
-            return
-        if (span, guided) not in self._graphs:
-            self._graphs[span, guided] = self._capture(span, guided)
+        with sdpa_kernel(ATTENTION):
+            if not self.speed.graphs:
+                self.step(span, guided)
+                return
+            if (span, guided) not in self._graphs:
+                self._graphs[span, guided] = self._capture(span, guided)
         self._graphs[span, guided].replay()
 
     def _unguided_from(self, place: int) -> bool:
