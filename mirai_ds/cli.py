@@ -44,7 +44,11 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME of the recipe.")
 @click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest whole checkpoint, or a step.")
 @click.option("--fresh", is_flag=True, help="Set an earlier run of this name aside (renamed, not deleted).")
-@click.option("--ranks", type=click.IntRange(min=1), help="Local ranks; default one a GPU, else launch.cpu_ranks.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Local ranks; default one a GPU (fewer where the batch cannot be shared), else launch.cpu_ranks.",
+)
 @mistakes_in_one_line
 def train(
     recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None,
@@ -62,7 +66,7 @@ def train(
     from mirai_ds.checkpoint.outcome import EXIT_CODES, NAME, VARIABLE
     from mirai_ds.checkpoint.outcome import read as read_outcome
     from mirai_ds.checkpoint.store import check_run_folder
-    from mirai_ds.config.deepspeed_file import resolve
+    from mirai_ds.config.deepspeed_file import ranks_that_fit, resolve
     from mirai_ds.config.errors import UserError
     from mirai_ds.config.load import load
     from mirai_ds.runtime.launch import launch, visible_gpus
@@ -82,7 +86,14 @@ def train(
         return
     config = load(recipe, overrides, deepspeed)
     gpus = visible_gpus()
-    count = ranks or gpus or config.launch.cpu_ranks
+    count = ranks or (ranks_that_fit(config, gpus) if gpus else config.launch.cpu_ranks)
+    if not ranks and count < gpus:
+        batch = config.train.global_batch_size
+        click.echo(
+            f"mirai-ds: a step's {batch} sequences cannot be shared evenly by {gpus} GPUs: training on {count}; "
+            f"set train.global_batch_size, e.g. {(batch // gpus + 1) * gpus}, to use all",
+            err=True,
+        )
     resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
     run = run_dir or Path(config.output_dir) / config.name
     check_run_folder(run, resume, fresh)

@@ -6,6 +6,7 @@ DeepSpeed itself crashes on "auto" and trusts the rest, so what reaches `deepspe
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -118,6 +119,15 @@ def batch_arithmetic(config: RunConfig, world_size: int) -> tuple[int, int]:
             f"{micro * steps * world_size}; leave micro_batch_size or grad_accum_steps out",
         )
     return micro, steps
+
+
+def ranks_that_fit(config: RunConfig, most: int) -> int:
+    """The largest number of ranks up to `most` that share a global batch evenly; `most` where none does."""
+    for ranks in range(most, 0, -1):
+        with suppress(ConfigError):
+            batch_arithmetic(config, ranks)
+            return ranks
+    return most
 
 
 class _Filler:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from mirai_ds.config import RunConfig, UserError, build
-from mirai_ds.config.deepspeed_file import batch_arithmetic, check_keys, packaged_names, read, reduce_bucket, resolve
+from mirai_ds.config.deepspeed_file import (
+    batch_arithmetic,
+    check_keys,
+    packaged_names,
+    ranks_that_fit,
+    read,
+    reduce_bucket,
+    resolve,
+)
 from mirai_ds.config.deepspeed_schema import COUNT, FLAG, INTEGER, NAMES, NUMBER, SIZE, TEXT, is_a
 from mirai_ds.config.load import load
 from mirai_ds.config.sizes import parameter_count, projector_parameters
@@ -252,6 +260,14 @@ KINDS = {
     TEXT: (("", "a"), (1, None, [])),
     NAMES: (([], ["a"]), ("a", [1], ("a",))),
 }
+
+
+@pytest.mark.parametrize(("train", "most", "fits"), [
+    ({"global_batch_size": 32}, 8, 8), ({"global_batch_size": 32}, 7, 4), ({"global_batch_size": 32}, 3, 2),
+    ({"global_batch_size": 31}, 8, 1), ({"global_batch_size": 32, "micro_batch_size": 8}, 8, 4),
+])  # fmt: skip
+def test_as_many_ranks_as_share_a_batch(train: dict[str, int], most: int, fits: int) -> None:
+    assert ranks_that_fit(build({"train": train}), most) == fits
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,7 +57,7 @@ def quiet(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize(("gpus", "visible", "expected"), [
-    (1, None, [[0]]), (8, "4,5", [[4], [5]]), (8, None, [[device] for device in range(8)]),
+    (1, None, [[0]]), (8, "4,5", [[4], [5]]), (8, None, [[device] for device in range(8)]), (3, None, [[0], [1]]),
 ])  # fmt: skip
 def test_training_runs_on_the_gpus_that_were_given(
     fake_gpu: FakeGpu, tmp_path: Path, on_cpu: list[float], gpus: int, visible: str | None, expected: list[list[int]]
