@@ -74,6 +74,8 @@ class Workers:
         """Send a command to all ranks; their answers.  Raises RuntimeError when one has ended."""
         for process in self.processes:
             assert process.stdin is not None
+            if process.stdin.closed:
+                raise RuntimeError(f"{self.arm.name}: its process has ended before")
             process.stdin.write(command + "\n")
             process.stdin.flush()
         return [self._answer(process) for process in self.processes]
@@ -210,12 +212,8 @@ class _Plain:
         self.loader = BatchLoader(dataset.train, order, micro, world.rank, world.size, device, images=watches,
                                   prefetch=2, workers=0)  # fmt: skip
         encoder = build_teacher(config, device)[0] if watches else None
-        self.trainer, self.config, self.device, self.done = (
-            PlainTrainer(config, device, encoder, compiled),
-            config,
-            device,
-            0,
-        )
+        self.trainer = PlainTrainer(config, device, encoder, compiled)
+        self.config, self.device, self.done = config, device, 0
 
     def step(self) -> float:
         from mirai_ds.foresight import alignment_multiplier
