@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -79,8 +79,8 @@ bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
 	$(BIN)/python -m mirai_ds.tools.looking.measured --ranks 2
 
-gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU, no GPU needed: 15 minutes (nvcc's headers and a C++ compiler)
-	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal
+gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 15 minutes on 2 cores (C++ compiler, CUDA headers)
+	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal -n 2 --dist loadfile
 
 gpu-rehearse-oldest: ## the same with the oldest PyTorch that is supported, in .venv-oldest; by hand, before a release
 	PIP_CONSTRAINT=$(CURDIR)/tests/gpu/rehearsal/oldest.txt $(MAKE) VENV=.venv-oldest gpu-rehearse
