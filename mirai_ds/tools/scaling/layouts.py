@@ -74,8 +74,7 @@ def machines_table() -> list[str]:
             if found.time:
                 step = found.time[2]
                 rate = found.config.train.global_batch_size / step.expected
-                used = found.utilisation
-                mfu = f"{used.mfu:.2f} {'measured' if used.measured else 'assumed'}"
+                mfu = f"{found.utilisation.mfu:.2f} {found.utilisation.kind}"
                 time = f"{mfu} | {step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
             lines.append(
                 f"| {machine.name} | `{machine.file}` | `{recipe}` | {found.work.micro} x {found.states.accumulation}, "

@@ -17,6 +17,7 @@ ASSUMED_MFU = 0.45  # trainers report 0.43 to 0.60 for decoders of these sizes o
 # How many times as large or as small as the measured batch another may be.  Where the host is the bottleneck a larger
 # batch takes hardly longer, so that an MFU says little about batches far from it.
 REACH = 2.0
+SAME_PEAK = {"h100": "h200"}  # a family that was not measured: one with the same chip, whose memory is faster
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """An MFU and where it is from, for people."""
+    """An MFU and where it is from, for people; kind: given, measured, estimated (from another one), assumed."""
 
     mfu: float
     source: str
-    measured: bool = False
+    kind: str
 
 
 _H200 = "measured on NVIDIA H200, torch 2.11, 2026-11-27"
@@ -63,18 +64,33 @@ def mfu_of(row: Measured) -> float:
 
 
 def utilisation(device: Device, config: RunConfig, micro: int, asked: float | None = None) -> Utilisation:
-    """The MFU that was asked for, else the measured one of the nearest batch, else the assumption, which says so."""
+    """The MFU that was asked for; else the measured one of this card's family, size and a batch like this; else what
+    such measurements make likely for another batch or size; else the assumption.  Each says what it is."""
     if asked is not None:
-        return Utilisation(asked, "given (--mfu)")
-    family, compiled = device.name.partition("-")[0], config.train.compile
-    rows = [
-        row for row in MEASURED
-        if (row.family, row.size, row.compiled) == (family, config.model.size, compiled)
-        and max(row.batch / micro, micro / row.batch) <= REACH
-    ]  # fmt: skip
+        return Utilisation(asked, "given (--mfu)", "given")
+    family, size, compiled = device.name.partition("-")[0], config.model.size, config.train.compile
+    rows = [row for row in MEASURED if row.compiled == compiled and row.family in (family, SAME_PEAK.get(family))]
     if not rows or config.train.precision == "fp32":
-        return Utilisation(ASSUMED_MFU, f"an assumption: no step like this was measured on {device.name}")
-    near = min(rows, key=lambda row: max(row.batch / micro, micro / row.batch))
-    told = f"{near.source}: {near.size}, Mirai-E, batch {near.batch}, bf16-autocast, ZeRO-{near.stage}, "
-    told += f"compile {compiled}" + (f" ({near.note})" if near.note else "")
-    return Utilisation(mfu_of(near), told, measured=True)
+        return Utilisation(ASSUMED_MFU, f"an assumption: no step like this was measured on {device.name}", "assumed")
+    near = min((row for row in rows if row.size == size), key=lambda row: _apart(row, micro), default=None)
+    if near is not None and _apart(near, micro) <= REACH:
+        there = near.family == family
+        return Utilisation(mfu_of(near), _told(near), "measured" if there else "estimated")
+    if near is not None and micro < near.batch:
+        why = "where the host is the bottleneck a smaller batch takes as long; "
+        return Utilisation(mfu_of(near) * micro / near.batch, why + _told(near), "estimated")
+    best = max(rows, key=mfu_of)
+    return Utilisation(mfu_of(best), "no batch like this was measured; the best that was: " + _told(best), "estimated")
+
+
+def _apart(row: Measured, micro: int) -> float:
+    """How many times one batch is the other."""
+    return max(row.batch / micro, micro / row.batch)
+
+
+def _told(row: Measured) -> str:
+    note = f" ({row.note})" if row.note else ""
+    return (
+        f"{row.source}: {row.size}, Mirai-E, batch {row.batch}, bf16-autocast, ZeRO-{row.stage}, compile {row.compiled}"
+        + note
+    )
