@@ -159,6 +159,9 @@ SLICES = (
         race("L32", 150), peer_sampling("GPT-B", 32, 70), peer_sampling("GPT-B", 256, 70),
         peer_sampling("GPT-L", 32, 90),
     )),
+    Slice(15, "training as users start it", (
+        Step("training", module("tests.gpu.check.peer_training", "{peers}"), 300, 520, "lines", variable="PEERS"),
+    )),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mirai_ds.tools.bench.arms import Arm
 from mirai_ds.tools.bench.device_time import busy, kind_of
+from tests.gpu.check.peer_training import last, last_speed
 from tests.gpu.check.peers import GROUPS, OURS, WARM_UP, arms, race, rows
 
 STUB = "tests.gpu.check.told_arm"
@@ -69,3 +70,17 @@ def test_device_time_is_the_union_of_kernels() -> None:
              "vectorized_elementwise_kernel": "eager elementwise", "multi_tensor_apply<FusedAdamMath>": "AdamW",
              "mirai::foresight_cosine_forward": "alignment kernel", "ncclDevKernel_AllReduce": "NCCL"}  # fmt: skip
     assert {name: kind_of(name) for name in names} == names
+
+
+def test_speeds_are_read_from_what_both_sides_log(tmp_path: Path) -> None:
+    theirs = "Loss: 9.1, Train Steps/Sec: 3.10\nLoss: 9.0, Train Steps/Sec: 14.50\n"
+    assert last(theirs, r"Train Steps/Sec: ([\d.]+)") == 14.5
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(
+        '{"step": 20, "speed/images_per_s": 100.0}\n{"step": 40, "speed/images_per_s": 254.3}\n{"end": 1}\n'
+    )
+    assert last_speed(metrics) == 254.3
+    for wrong in (lambda: last("nothing", "x=(1)"), lambda: last_speed(metrics.with_name("empty"))):
+        metrics.with_name("empty").touch()
+        with pytest.raises(RuntimeError):
+            wrong()
