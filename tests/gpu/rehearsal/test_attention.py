@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.rehearsal
 
@@ -24,8 +25,9 @@ def choice(q, k, v, attn_mask=None, is_causal=False):
 TRAINING = """
 q = torch.zeros(8, 12, 256, 64, device="cuda", dtype=getattr(torch, {dtype!r}), requires_grad=True)
 mask = torch.ones(256, 256, dtype=torch.bool, device="cuda") if {masked} else None
-torch.use_deterministic_algorithms({deterministic})
-print(json.dumps(choice(q, q, q, mask, mask is None)))
+free = choice(q, q, q, mask, mask is None)
+torch.use_deterministic_algorithms(True)
+print(json.dumps([free, choice(q, q, q, mask, mask is None)]))
 """
 DRAWN = """
 from mirai_ds.model import Decoder, GPT, SamplingRules, Speed, initialise
@@ -53,21 +55,30 @@ def answer(told: str) -> object:
     return json.loads(told.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("dtype", "masked", "deterministic", "expected"), [
-    ("bfloat16", False, False, "CUDNN_ATTENTION"), ("bfloat16", False, True, "FLASH_ATTENTION"),
-    ("bfloat16", True, True, "EFFICIENT_ATTENTION"), ("float32", False, True, "EFFICIENT_ATTENTION"),
+def prefers_cudnn(usual: str) -> None:
+    """Else nothing was avoided: torch 2.8 takes flash attention by itself."""
+    if usual != "CUDNN_ATTENTION":
+        pytest.skip(f"torch {torch.__version__} prefers {usual} to cuDNN's")
+
+
+@pytest.mark.parametrize(("dtype", "masked", "expected"), [
+    ("bfloat16", False, "FLASH_ATTENTION"), ("bfloat16", True, "EFFICIENT_ATTENTION"),
+    ("float32", False, "EFFICIENT_ATTENTION"),
 ])  # fmt: skip
 def test_training_that_must_repeat_itself_takes_kernels_that_do(
-    run_code: Callable[..., str], dtype: str, masked: bool, deterministic: bool, expected: str
+    run_code: Callable[..., str], dtype: str, masked: bool, expected: str
 ) -> None:
-    code = CHOICE + TRAINING.format(dtype=dtype, masked=masked, deterministic=deterministic)
-    assert answer(run_code(code, values="none", capability=90)) == expected
+    code = CHOICE + TRAINING.format(dtype=dtype, masked=masked)
+    free, bound = answer(run_code(code, values="none", capability=90))  # type: ignore[misc]
+    assert bound == expected
+    if dtype == "bfloat16":
+        prefers_cudnn(free)
 
 
 @pytest.mark.parametrize("par", [None, 4])
 def test_drawing_makes_no_plan_for_each_length(run_code: Callable[..., str], par: int | None) -> None:
     """cuDNN's attention would."""
     usual, calls, chosen = answer(run_code(CHOICE + DRAWN.format(par=par), capability=90))  # type: ignore[misc]
-    assert usual == "CUDNN_ATTENTION"
     assert calls > 16
     assert set(chosen) <= {"FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
+    prefers_cudnn(usual)
