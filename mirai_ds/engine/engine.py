@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mirai_ds.config import RunConfig, UserError, Weights
 from mirai_ds.engine.compiled import compile_blocks
-from mirai_ds.engine.layout import StateLayout, release_memory
+from mirai_ds.engine.layout import StateLayout, join_instead_of_waiting, release_memory
 from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
 from mirai_ds.engine.start import forget_earlier_engines, quiet
@@ -72,6 +72,7 @@ class TrainEngine:
         make = optimizer_factory or self._adamw
         self.ds = _initialize(deepspeed, objective, make(groups), ds_config)
         self.layout = StateLayout(self.ds)
+        join_instead_of_waiting(self.ds)
         self._write_initial_masters()
         self.ema = ShardedEma(self.layout, config.ema.decay)
         self.update = Update(self.ds, self.stage, self.layout.base_optimizer, device)

@@ -171,6 +171,38 @@ def release_memory(engine: Any) -> None:
                 cell.cell_contents.cache_clear()
 
 
+def join_instead_of_waiting(engine: Any) -> None:
+    """On a GPU, stages 1 and 2 with `overlap_comm` end a backward pass with the host waiting for the whole device.
+    What follows reads the gradients on the current stream: that one waits for the reduction's, and the host for none.
+
+    With an optimizer on the host the wait stays: its gradients are read there.  Seen in DeepSpeed 0.19.8; raises
+    RuntimeError where the optimizer has no such end of a backward pass.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    z, accelerator = engine.optimizer, get_accelerator()
+    stream = getattr(z, "reduction_stream", None)
+    if type(z).__name__ != "DeepSpeedZeroOptimizer" or stream is None or not z.overlap_comm or z.cpu_offload:
+        return
+    epilogue = getattr(z, "independent_gradient_partition_epilogue", None)
+    if epilogue is None:
+        raise unexpected(type(z).__name__, "it has no independent_gradient_partition_epilogue")
+
+    def joined() -> None:
+        accelerator.synchronize = lambda *_: join(accelerator.current_stream(), stream)  # hides the class's
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
+
+    z.independent_gradient_partition_epilogue = joined
+
+
+def join(stream: Any, other: Any) -> None:
+    """What is launched on `stream` from here on comes after all that `other` has been given so far."""
+    stream.wait_stream(other)
+
+
 def unexpected(kind: str, detail: str) -> RuntimeError:
     """That DeepSpeed's class `kind` is not what this package was written for."""
     import deepspeed

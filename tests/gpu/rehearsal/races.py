@@ -16,6 +16,7 @@ import torch
 from torch.cuda import _sanitizer
 
 from mirai_ds.config import build
+from mirai_ds.engine import layout
 from mirai_ds.engine.start import start_process_group
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.launch import free_port
@@ -51,13 +52,10 @@ def _place(access: Any) -> str:
 def run_case(settings: dict[str, Any], world: World) -> dict[str, Any]:
     """Races of some steps, and how many launches were watched on how many streams.
 
-    A setting `without_waits` makes DeepSpeed's waits for the device do nothing: then there must be races.
+    A setting `without_join` leaves out what orders the reduction's stream and the update's: then there must be races.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    without_waits = settings.pop("without_waits", False)
-    kind = type(get_accelerator())
-    wait = kind.synchronize
+    without_join = settings.pop("without_join", False)
+    join = layout.join
     with random_session(build(settings), world, torch.device("cuda", 0), STEPS + 1) as session:
         one_step(session, [], [])  # engines copy and allocate in their first step what they keep
         mode = _sanitizer.CUDASanitizerDispatchMode.__new__(_sanitizer.CUDASanitizerDispatchMode)
@@ -66,13 +64,13 @@ def run_case(settings: dict[str, Any], world: World) -> dict[str, Any]:
         mode.__init__()  # type: ignore[misc]
         _sanitizer.EventHandler = kept  # type: ignore[misc]
         try:
-            if without_waits:
-                kind.synchronize = lambda *_: None
+            if without_join:
+                layout.join = lambda *_: None
             with mode:
                 for _ in range(STEPS):
                     one_step(session, [], [])
         finally:
-            kind.synchronize = wait
+            layout.join = join
     return {
         "races": dict(collector.races.most_common(20)), "launches": sum(collector.streams.values()),
         "streams": len(collector.streams),

@@ -33,8 +33,7 @@ def test_streams_are_ordered(fake_gpu: FakeGpu, tmp_path: Path, stage: int, prec
 
 
 def test_a_race_is_seen(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    """With overlap the gradients' norm is right only because DeepSpeed waits for the device before its step: who
-    replaces that wait must order the streams."""
-    settings = case("mirai-e", 2, "bf16", train=BATCH, zero=OVERLAP) | {"without_waits": True}
+    """With overlap the gradients' norm is right only because the update's stream waits for the reduction's."""
+    settings = case("mirai-e", 2, "bf16", train=BATCH, zero=OVERLAP) | {"without_join": True}
     found = run(fake_gpu, tmp_path, settings)
     assert any("update.py" in place for place in found["races"]), found
