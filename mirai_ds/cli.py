@@ -86,14 +86,11 @@ def train(
         return
     config = load(recipe, overrides, deepspeed)
     gpus = visible_gpus()
-    count = ranks or (ranks_that_fit(config, gpus) if gpus else config.launch.cpu_ranks)
-    if not ranks and count < gpus:
-        batch = config.train.global_batch_size
-        click.echo(
-            f"mirai-ds: a step's {batch} sequences cannot be shared evenly by {gpus} GPUs: training on {count}; "
-            f"set train.global_batch_size, e.g. {(batch // gpus + 1) * gpus}, to use all",
-            err=True,
-        )
+    count = ranks or gpus or config.launch.cpu_ranks
+    if gpus and not ranks:
+        count, why = ranks_that_fit(config, gpus)
+        if why:
+            click.echo(f"mirai-ds: training on {count} of {gpus} GPUs: {why}", err=True)
     resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
     run = run_dir or Path(config.output_dir) / config.name
     check_run_folder(run, resume, fresh)

@@ -54,7 +54,7 @@ def plan(
       mirai-ds study plan digits --arms main --budget-hours 0.5
     """
     from mirai_ds.study.arms import choose_arms, find_study
-    from mirai_ds.study.running import device_name, known_costs, make_plan, ready
+    from mirai_ds.study.running import device_kind, known_costs, make_plan, ready
 
     chosen, known = find_study(name), choose_arms(arms)
     where = folder or Path(f"runs/study-{name}")
@@ -67,7 +67,7 @@ def plan(
             click.echo(f"{title:9} {planned.name:18} {seconds:5.0f} s  step {ratio:.2f} of the baseline's")
     for planned in found.done:
         click.echo(f"{'done':9} {planned.name}")
-    click.echo(f"{len(found.chosen)} runs, {found.seconds / 3600:.2f} hours of {device_name()[0]} time on this machine")
+    click.echo(f"{len(found.chosen)} runs, {found.seconds / 3600:.2f} hours of {device_kind()} time on this machine")
 
 
 @study.command()

@@ -6,7 +6,6 @@ DeepSpeed itself crashes on "auto" and trusts the rest, so what reaches `deepspe
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -121,13 +120,18 @@ def batch_arithmetic(config: RunConfig, world_size: int) -> tuple[int, int]:
     return micro, steps
 
 
-def ranks_that_fit(config: RunConfig, most: int) -> int:
-    """The largest number of ranks up to `most` that share a global batch evenly; `most` where none does."""
+def ranks_that_fit(config: RunConfig, most: int) -> tuple[int, str]:
+    """The largest number of ranks up to `most` that share a global batch evenly, and why not `most`, if it is fewer;
+    `most` where none does."""
+    why = ""
     for ranks in range(most, 0, -1):
-        with suppress(ConfigError):
+        try:
             batch_arithmetic(config, ranks)
-            return ranks
-    return most
+        except ConfigError as error:
+            why = why or str(error)
+        else:
+            return ranks, why
+    return most, ""
 
 
 class _Filler:

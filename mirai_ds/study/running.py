@@ -24,6 +24,7 @@ from mirai_ds.checkpoint.outcome import NAME as OUTCOME
 from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_dataset
+from mirai_ds.runtime.distributed import unusable_because
 from mirai_ds.runtime.environment import cpu_name, package_versions
 from mirai_ds.runtime.launch import free_port, launch_environment, visible_gpus
 from mirai_ds.study.arms import (
@@ -107,7 +108,7 @@ def run_study(
     ready(study, folder, arms, source, say)
     costs = known_costs(study, folder, arms, say)
     plan = make_plan(study, folder, costs, arms, seeds, budget_seconds)
-    about = f"about {plan.seconds / 60:.0f} minutes of {device_name()[0]} time"
+    about = f"about {plan.seconds / 60:.0f} minutes of {device_kind()} time"
     say(f"{len(plan.done)} runs are done, {len(plan.chosen)} to do, {about}")
     for planned, seconds in plan.chosen:
         if budget_seconds is not None and time.monotonic() - began + seconds > budget_seconds:
@@ -142,7 +143,7 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
         facts |= {
             "study": study.name,
             "date": str(datetime.date.today()),
-            "device": device_name()[1],
+            "device": device_name(),
             "versions": package_versions(),
         }
         facts |= prepare(study, folder, source)
@@ -156,13 +157,20 @@ def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say:
     return facts
 
 
-def device_name() -> tuple[str, str]:
-    """Where runs train: in a word, and by name.  One GPU where there is one, else the CPU."""
-    if visible_gpus():
-        import torch
+def device_kind() -> str:
+    """Where runs train: on a GPU where there is one, else on the CPU."""
+    return "GPU" if visible_gpus() else "CPU"
 
-        return "GPU", torch.cuda.get_device_name(0)
-    return "CPU", f"{cpu_name()}, {len(os.sched_getaffinity(0))} core(s) used"
+
+def device_name() -> str:
+    """That device by name.  Raises UserError where torch cannot use the GPU."""
+    if device_kind() == "CPU":
+        return f"{cpu_name()}, {len(os.sched_getaffinity(0))} core(s) used"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"torch cannot use this GPU: {unusable_because()}; to run on the CPU set DS_ACCELERATOR=cpu")
+    return torch.cuda.get_device_name(0)
 
 
 def known_costs(study: Study, folder: Path, arms: list[Arm], say: Say) -> Costs:

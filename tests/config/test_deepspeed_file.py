@@ -267,7 +267,9 @@ KINDS = {
     ({"global_batch_size": 31}, 8, 1), ({"global_batch_size": 32, "micro_batch_size": 8}, 8, 4),
 ])  # fmt: skip
 def test_as_many_ranks_as_share_a_batch(train: dict[str, int], most: int, fits: int) -> None:
-    assert ranks_that_fit(build({"train": train}), most) == fits
+    found, why = ranks_that_fit(build({"train": train}), most)
+    assert found == fits
+    assert (f"the {most} ranks" in why or f"each of {most} ranks" in why) == (fits < most)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ peak.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from mirai_ds.config import RunConfig, load
 from mirai_ds.observe.flops import training_flops
@@ -55,6 +56,7 @@ MEASURED = (
 )  # fmt: skip
 
 
+@cache
 def mfu_of(row: Measured) -> float:
     """Model FLOPs a second over the dense bf16 peak."""
     config = load(f"mirai-e-{row.size.removeprefix('GPT-').lower()}", [])

@@ -106,7 +106,7 @@ def test_more_ranks_than_gpus_are_refused(fake_gpu: FakeGpu, tmp_path: Path) -> 
 
 
 def test_what_follows_a_run(fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    """Resume, samples (compiled and captured as on a GPU by default), an archive, the map, the plan, the doctor."""
+    """Resume, samples (captured; test_real_sizes.py compiles them), an archive, the map, the plan, the doctor."""
     run, out = str(tmp_path / "run"), tmp_path / "samples.npz"
     train = ["train", "digits-mirai-e", *SETS, "--run-dir", run]
     for arguments in (
