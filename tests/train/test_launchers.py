@@ -100,7 +100,7 @@ def ask(run: Path, number: int, after: int) -> tuple[int, str]:
             break
         time.sleep(0.05)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=300)  # a save waits for the disk, which others may keep busy
+    out, _ = process.communicate(timeout=60)
     return process.returncode, out
 
 
