@@ -139,6 +139,21 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
             except subprocess.TimeoutExpired:
                 continue
     process.wait()
+    wait_until_empty(process.pid, GRACE)
+
+
+def wait_until_empty(group: int, limit: float) -> None:
+    """Wait until no process of a group is left: a killed one still holds its GPU's memory for a moment.
+
+    `limit` is in seconds; a process that nobody reaps stays in the group for ever, and a step must not wait for that.
+    """
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.02)
 
 
 def verdict(word: str, seconds: float, why: str, code: int | None = None) -> dict[str, Any]:
