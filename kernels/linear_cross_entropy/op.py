@@ -66,7 +66,8 @@ class _Chunked(torch.autograd.Function):
             grad_weight: Tensor | None = None
             for start in range(0, len(states), rows):
                 x, wanted = states[start : start + rows].to(dtype), targets[start : start + rows, None]
-                logits = torch.log_softmax(F.linear(x, matrix), -1, dtype=wide)
+                # Not log_softmax's own dtype=: bf16 logits would stay beside their fp32 copy until it is done.
+                logits = torch.log_softmax(F.linear(x, matrix).to(wide), -1)
                 picked = logits.gather(1, wanted)
                 loss -= picked.sum()
                 if not (for_states or for_weight):

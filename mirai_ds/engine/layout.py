@@ -155,16 +155,22 @@ class StateLayout:
 
 
 def release_memory(engine: Any) -> None:
-    """Drop what keeps a destroyed engine of stage 3, and with it all its device memory, alive as long as the process.
+    """Drop what keeps a destroyed engine's device memory alive.
 
-    Seen in DeepSpeed 0.19.8: a list of modules that each engine is entered into and never taken out of, nor is a module
-    whose recomputation torch ends early; and the cache of a method, which holds the method's object.
+    Seen in DeepSpeed 0.19.8.  For as long as the process: stage 3's list of modules that each engine is entered into
+    and never taken out of, nor is a module whose recomputation torch ends early; and the cache of a method, which holds
+    the method's object.  Until Python has collected its garbage twice: in bf16 each parameter has methods bound
+    to itself as attributes, a circle that the first collection cannot break, since autograd's nodes hold it too.
     """
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     stack: list[Any] = parameter_offload.FWD_MODULE_STACK
     own = set(engine.module.modules())
     stack[:] = [module for module in stack if module not in own]
+    for parameter in engine.module.parameters():
+        attributes = vars(parameter)
+        for name in [name for name, value in attributes.items() if getattr(value, "__self__", None) is parameter]:
+            del attributes[name]
     for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):

@@ -48,7 +48,7 @@ def decode_step(model: GPT, x: Tensor, cache: list[KVCache], start: int) -> Tens
     """Logits (B, V) float32 of the last slot of x (B, S, D), the embedded slots start..start+S-1."""
     rope = model.rope[start : start + x.shape[1]]
     for block, buffers in zip(model.layers, cache, strict=True):
-        x = block(x, rope, None, buffers, start)
+        x = block(x, rope, cache=buffers, start=start)
     return model.head(x[:, -1:])[:, 0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mirai_ds.config import ModelConfig
 from mirai_ds.kernels.linear_cross_entropy import linear_cross_entropy
-from mirai_ds.model.keyed_dropout import drop_path, dropout
+from mirai_ds.model.keyed_dropout import drop_path, dropout, path_rates, path_scales
 from mirai_ds.model.par import LearnableTokens, arrange_slots, par_rope, to_raster, to_sequence, visible_slots
 from mirai_ds.model.rope2d import apply_rope, rope_table
 from mirai_ds.runtime.counter_random import derive_keys, uniform
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with dropout after `wo` and after `w2` only (never on attention probabilities)."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
@@ -111,29 +111,28 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         # Set by the engine to keep or recompute the feed-forward half by itself; (function, argument) -> its output.
         self.run_feed_forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
-        self.path_rate = config.drop_path * index / max(1, config.depth - 1)
         # LlamaGen's scripts switch both off where stochastic depth is used.
         self.resid_rate = 0.0 if config.drop_path else config.resid_dropout
         self.ffn_rate = 0.0 if config.drop_path else config.ffn_dropout
 
     def forward(
-        self, x: Tensor, rope: Tensor, keys: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
-        mask: Tensor | None = None,
+        self, x: Tensor, rope: Tensor, keys: Tensor | None = None, paths: Tensor | None = None,
+        cache: KVCache | None = None, start: int = 0, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, S, D) -> (B, S, D); `keys` (4, B) int64, one for each use, turn dropout on; the others are
-        `Attention.forward`'s.
+        """x (B, S, D) -> (B, S, D); `keys` (4, B) int64, one for each use, turn dropout on; `paths` (2, B) float64 are
+        both branches' factors of stochastic depth; the others are `Attention.forward`'s.
 
         Nothing here depends on the block's number, so that one compiled graph serves all blocks.
         """
         key: tuple[Tensor | None, ...] = (None,) * _SITES_PER_BLOCK if keys is None else keys.unbind(0)
         a = dropout(self.attention(self.attention_norm(x), rope, cache, start, mask), self.resid_rate, key[0])
-        h = x + drop_path(a, self.path_rate, key[2])
+        h = x + drop_path(a, None if paths is None else paths[0])
 
         def feed_forward(h: Tensor) -> Tensor:
             return dropout(self.feed_forward(self.ffn_norm(h)), self.ffn_rate, key[1])
 
         f = feed_forward(h) if self.run_feed_forward is None else self.run_feed_forward(feed_forward, h)
-        return h + drop_path(f, self.path_rate, key[3])
+        return h + drop_path(f, None if paths is None else paths[1])
 
 
 class LabelEmbedding(nn.Module):
@@ -157,6 +156,7 @@ class GPTTrunk(nn.Module):
     rope: Tensor
     mask: Tensor | None
     sites: Tensor
+    path_rates: Tensor | None
 
     def __init__(self, config: ModelConfig, n_blocks: int | None = None) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class GPTTrunk(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         if config.par_tokens is not None:
             self.spe_tok_embeddings = LearnableTokens(config.par_tokens - 1, config.width)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(n_blocks or config.depth))
+        self.layers = nn.ModuleList(Block(config) for _ in range(n_blocks or config.depth))
         for name, table in slot_tables(config).items():
             self.register_buffer(name, table, persistent=False)
         # Set by the engine to recompute activations; (index, block, arguments) -> block output.
@@ -195,10 +195,14 @@ class GPTTrunk(nn.Module):
         """
         slots = x.shape[1]
         rope, hidden = self.rope[:slots], {}
-        block_keys = [None] * len(self.layers) if keys is None else list(derive_keys(keys, self.sites))  # (4, B) each
+        depth = len(self.layers)
+        all_keys = None if keys is None else derive_keys(keys, self.sites[:depth])  # (L, 4, B)
+        paths = None
+        if all_keys is not None and self.path_rates is not None:
+            paths = path_scales(all_keys[:, 2:], self.path_rates[:depth])
         for index, layer in enumerate(self.layers):
             block = layer if self.mask is None else partial(layer, mask=self.mask[:slots, :slots])
-            given = (x, rope, block_keys[index])
+            given = (x, rope, None if all_keys is None else all_keys[index], None if paths is None else paths[index])
             x = block(*given) if self.run_block is None else self.run_block(index, block, given)
             if index + 1 in tap:
                 hidden[index + 1] = x
@@ -262,15 +266,18 @@ class GPT(GPTTrunk):
 
 
 def slot_tables(config: ModelConfig) -> dict[str, Tensor | None]:
-    """`rope` (1 + N, head_dim/2, 2) float32; `mask`, None: causal; `sites` (L, 4, 1) int64, each block's of randomness.
+    """`rope` (1 + N, head_dim/2, 2) float32; `mask`, None: causal; `sites` (L, 4, 1) int64, each block's of randomness;
+    `path_rates`, None: no stochastic depth.
 
     PAR: the first two by slot, for its N + n slots.
     """
     rope, n = rope_table(config.grid, config.width // config.heads, config.rope_base), config.par_tokens
     sites = _BLOCK_SITE + torch.arange(config.depth * _SITES_PER_BLOCK).view(-1, _SITES_PER_BLOCK, 1)
+    rates = path_rates(config.drop_path, config.depth) if config.drop_path else None
+    always = {"sites": sites, "path_rates": rates}
     if n is None:
-        return {"rope": rope, "mask": None, "sites": sites}
-    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n), "sites": sites}
+        return {"rope": rope, "mask": None, **always}
+    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n), **always}
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

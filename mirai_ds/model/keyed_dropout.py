@@ -41,9 +41,25 @@ def dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
     return (x * mask) * (65536.0 / (65536 - threshold))
 
 
-def drop_path(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
-    """Stochastic depth: the whole residual branch of a sample x (B, ...) is dropped with probability `rate`."""
-    if keys is None or rate == 0.0:
+def path_scales(keys: Tensor, rates: Tensor) -> Tensor:
+    """Stochastic depth's factor of each residual branch: 0 with its probability, else what keeps the expectation.
+
+    keys (L, K, B) int64 of L blocks with K branches; rates (L, 2) int64 of `path_rates`.  Returns (L, K, B) float64.
+    """
+    rate, scale = rates.view(torch.float64)[..., None, None].unbind(1)
+    return torch.where(to_unit(keys) >= rate.float(), scale, 0.0)
+
+
+def path_rates(last: float, depth: int) -> Tensor:
+    """Rate and survivors' scale, linear from 0 to `last` over the blocks: (depth, 2) int64, the bits of float64: a cast
+    of the module to bf16 leaves them as they are."""
+    rates = torch.tensor([last * index / max(1, depth - 1) for index in range(depth)], dtype=torch.float64)
+    return torch.stack([rates, 1.0 / (1.0 - rates)], dim=1).view(torch.int64)
+
+
+def drop_path(x: Tensor, scales: Tensor | None) -> Tensor:
+    """Stochastic depth: the residual branch of each sample in x (B, ...) times its factor (B,), see `path_scales`."""
+    if scales is None:
         return x
-    keep = to_unit(keys) >= rate
-    return (x * keep.view(-1, *[1] * (x.dim() - 1))) * (1.0 / (1.0 - rate))
+    wide = scales.to(torch.promote_types(x.dtype, torch.float32))
+    return (x * wide.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)

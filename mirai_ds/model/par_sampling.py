@@ -31,7 +31,7 @@ def decode_slots(model: GPT, x: Tensor, cache: list[KVCache], start: int) -> Ten
     assert model.mask is not None
     mask = model.mask[start:stop, :stop]
     for block, buffers in zip(model.layers, cache, strict=True):
-        x = block(x, model.rope[start:stop], None, buffers, start, mask)
+        x = block(x, model.rope[start:stop], cache=buffers, start=start, mask=mask)
     return model.head(x)
 
 

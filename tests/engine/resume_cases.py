@@ -79,6 +79,7 @@ def survivors_case(stage: int, precision: str, recompute: dict[str, Any]) -> lis
     engine = toy_engine(toy_config("mirai-e", stage, precision, 1, recompute=recompute))
     advance(engine, 1, 0, 2)
     parts = {"engine": engine, "deepspeed": engine.ds, "module": engine.ds.module, "optimizer": engine.ds.optimizer}
+    parts |= dict(engine.ds.module.named_parameters())
     watched = {name: weakref.ref(part) for name, part in parts.items()}
     engine.destroy()
     del engine, parts

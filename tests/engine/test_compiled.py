@@ -42,10 +42,15 @@ def kept_bytes(network: GPT) -> int:
     return found
 
 
-def test_one_graph_serves_all_blocks(gpt: GPT) -> None:
-    """Ten blocks: more than torch recompiles before it gives up on a function (8)."""
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_one_graph_serves_all_blocks(rate: float) -> None:
+    """Ten blocks: more than torch recompiles before it gives up on a function (8).  A rate of stochastic depth that
+    grows with depth must not compile each block anew."""
     from torch._dynamo.testing import CompileCounter
 
+    torch._dynamo.reset()
+    gpt = GPT(ModelConfig(**SIZES, drop_path=rate))
+    initialise(gpt, 0, 0.1)
     counter = CompileCounter()
     for block in gpt.layers:
         block.forward = torch.compile(block.forward, backend=counter, dynamic=False)  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, initialise
-from mirai_ds.model.keyed_dropout import drop_path, dropout, keep_mask
+from mirai_ds.model.keyed_dropout import drop_path, dropout, keep_mask, path_rates, path_scales
 from mirai_ds.runtime.counter_random import derive_keys, root_key, uniform
 
 torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
@@ -116,21 +116,35 @@ def test_same_mask_whatever_the_split(split: tuple[int, ...]) -> None:
         torch.cat([dropout(a, 0.3, derive_keys(k, 4)) for a, k in parts]), dropout(x, 0.3, derive_keys(keys, 4))
     )
     parts = zip(x.split(split), keys.split(split), strict=True)
-    assert torch.equal(
-        torch.cat([drop_path(a, 0.3, derive_keys(k, 4)) for a, k in parts]), drop_path(x, 0.3, derive_keys(keys, 4))
-    )
+    assert torch.equal(torch.cat([drop_path(a, scales(k, 0.3)) for a, k in parts]), drop_path(x, scales(keys, 0.3)))
+
+
+def scales(keys: Tensor, rate: float) -> Tensor:
+    """The factors of the last of two blocks."""
+    return path_scales(derive_keys(keys, 9)[None, None].expand(2, 1, -1), path_rates(rate, 2))[1, 0]
 
 
 def test_drop_path_drops_whole_samples() -> None:
     x = torch.ones(4096, 3, 2)
-    out = drop_path(x, 0.25, derive_keys(sample_keys(4096), 9))
+    out = drop_path(x, scales(sample_keys(4096), 0.25))
     kept = out[:, 0, 0] != 0
     assert torch.equal(out, (kept.float() / 0.75)[:, None, None].expand_as(x))
     assert float(kept.float().mean()) == pytest.approx(0.75, abs=5 * math.sqrt(0.25 * 0.75 / 4096))
-    narrow = drop_path(torch.ones(4096, 1).bfloat16(), 0.1, derive_keys(sample_keys(4096), 9))
+    narrow = drop_path(torch.ones(4096, 1).bfloat16(), scales(sample_keys(4096), 0.1))
     assert float(narrow.max()) == float(torch.tensor(1 / 0.9).bfloat16())
-    big = drop_path(torch.full((4096, 1), 300.0).bfloat16(), 0.1, derive_keys(sample_keys(4096), 9))
+    big = drop_path(torch.full((4096, 1), 300.0).bfloat16(), scales(sample_keys(4096), 0.1))
     assert float(big.max()) == 334.0  # 333.3 to the nearest bf16; with a scale rounded to bf16 first it would be 332
+
+
+def test_drop_path_grows_with_depth_and_survives_a_cast() -> None:
+    """LlamaGen's rule: linear from 0 at the first block to the rate at the last."""
+    rates = path_rates(0.2, 5)
+    wanted = torch.tensor([0.2 * index / 4 for index in range(5)], dtype=torch.float64)
+    assert torch.equal(rates.view(torch.float64), torch.stack([wanted, 1 / (1 - wanted)], dim=1))
+    gpt = GPT(small(drop_path=0.2)).bfloat16()
+    assert torch.equal(gpt.path_rates, path_rates(0.2, 3))
+    kept = (path_scales(derive_keys(sample_keys(4096), 9)[None, None].expand(5, 2, -1), rates) > 0).float().mean((1, 2))
+    assert float((kept - (1 - wanted)).abs().max()) < 5 * math.sqrt(0.16 / 4096)
 
 
 def test_uniform_is_uniform() -> None:
@@ -183,8 +197,8 @@ def test_identity_when_off() -> None:
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     assert dropout(x, 0.0, derive_keys(sample_keys(4), 0)) is x
     assert dropout(x, 0.5, None) is x
-    assert drop_path(x, 0.0, derive_keys(sample_keys(4), 0)) is x
-    assert drop_path(x, 0.5, None) is x
+    assert drop_path(x, None) is x
+    assert torch.equal(drop_path(x, scales(sample_keys(4), 0.0)), x)
     assert torch.equal(outputs(small(), sample_keys(8)), outputs(small(), None))
 
 
@@ -200,7 +214,8 @@ def test_each_rate_of_the_network_acts_and_follows_the_sample(rate: str) -> None
 
 def test_drop_path_is_linear_over_depth_and_replaces_the_others() -> None:
     gpt = GPT(small(drop_path=0.2, resid_dropout=0.1, ffn_dropout=0.1, token_dropout=0.1))
-    assert [layer.path_rate for layer in gpt.layers] == pytest.approx([0.0, 0.1, 0.2])
+    assert gpt.path_rates is not None
+    assert gpt.path_rates.view(torch.float64)[:, 0].tolist() == pytest.approx([0.0, 0.1, 0.2])
     assert [(layer.resid_rate, layer.ffn_rate) for layer in gpt.layers] == [(0.0, 0.0)] * 3
     assert gpt.config.token_dropout == 0.1
 
@@ -220,15 +235,18 @@ def test_every_use_of_randomness_has_a_site_of_its_own(monkeypatch: pytest.Monke
 
     seen: list[tuple[int, ...]] = []
     keys = sample_keys(8)
-    for name in ("dropout", "drop_path", "uniform"):
+    for name in ("dropout", "path_scales", "uniform"):
         right = getattr(module, name)
 
         def spy(*arguments: Any, right: Any = right) -> Any:
+            if right is path_scales:
+                seen.extend(tuple(use) for block in arguments[0].tolist() for use in block)
+                return right(*arguments)
             at_site = derive_keys(*arguments) if right is uniform else arguments[-1]
             seen.append(tuple(at_site.tolist()))
             return right(*arguments)
 
         monkeypatch.setattr(module, name, spy)
-    outputs(small(class_dropout=0.5), keys)
+    outputs(small(class_dropout=0.5, drop_path=0.5), keys)
     wanted = [tuple(derive_keys(keys, site).tolist()) for site in range(2 + 4 * 3)]
     assert sorted(seen) == sorted(wanted)  # label, tokens, and four in each of three blocks

@@ -31,6 +31,7 @@ class Pass:
     compiled_loss: bool = True  # mirai::foresight_cosine's kernel, not its reference in plain PyTorch
     chunked: bool = True  # the next-token loss, a few rows of logits at a time
     device: str = "cuda"  # whose chunks
+    compiled: bool = False  # blocks, by torch.compile
 
     @property
     def rows(self) -> int:
@@ -124,10 +125,10 @@ class Pass:
         return float(self.predicting * self.model.width * self.compute + FP32 * self.output_parameters)
 
     def chunk_at_work(self) -> float:
-        """Beside them while a chunk is at work: its logits, in low precision the gradient's copy, the chunk's part of
-        the matrix's gradient, and in autocast the matrix's copy."""
+        """Beside them while a chunk is at work: its logits and their log-softmax, the chunk's part of the matrix's
+        gradient, and in autocast the matrix's copy."""
         matrix = 2.0 * self.output_parameters if self.autocast else 0.0
-        return self.chunk * (1.5 if self.low else 2.0) + self.compute * self.output_parameters + matrix
+        return 2.0 * self.chunk + self.compute * self.output_parameters + matrix
 
     @property
     def head_logits(self) -> int:
@@ -148,15 +149,22 @@ class Pass:
         return self.attention() + self.feed_forward()
 
     def attention(self) -> int:
-        """The first half's part of it."""
+        """The first half's part of it.  Compiled, it is the same at every size, precision and dropout rate: the input,
+        the norm's output, qkv, rotated q and k, attention's output and what `wo` makes of it; all else is computed
+        again within fused kernels."""
         m, rows, c = self.model, self.rows, self.compute
+        if self.compiled:
+            return rows * m.width * (self.residual + (1 + 3 + 2 + 1 + 1) * c) + rows * (m.heads + 1) * FP32
         inside = rows * m.width * c * (3 + 2 + 1) + rows * m.heads * FP32  # qkv (v is a view); rotated q, k; output
         inside += m.slots**2 * c if m.par_tokens else 0  # PAR's mask, which each block turns into numbers to add
         return self.norm(rows, self.residual) + inside + self.mask(0.0 if m.drop_path else m.resid_dropout)
 
     def feed_forward(self) -> int:
-        """The second half's."""
+        """The second half's; compiled, SiLU's output and this half's mask are made again, not the first half's."""
         m, rows, c = self.model, self.rows, self.compute
+        if self.compiled:
+            mask = self.mask(0.0 if m.drop_path else m.resid_dropout)
+            return rows * (m.width + 3 * m.ffn_hidden) * c + rows * FP32 + mask
         inside = 4 * rows * m.ffn_hidden * c  # w1 x, silu of it, w3 x, their product
         shared_input = rows * m.width * c if self.autocast else 0  # w1 and w3 each cast the same fp32 input
         return self.norm(rows, self.residual) + inside + shared_input + self.mask(0.0 if m.drop_path else m.ffn_dropout)
@@ -194,7 +202,8 @@ class Pass:
             return self.block() + self.block_weights()
         state = self.rows * self.model.width * self.residual
         if self.recompute.policy == "mlp":
-            return self.attention() + self.block_weights() - self.feed_forward_weights() + state
+            kept = self.attention() + self.block_weights() - self.feed_forward_weights()
+            return kept if self.compiled else kept + state  # the half's input: compiled, made of what is kept
         return state
 
     def ends(self) -> int:

@@ -46,13 +46,13 @@ class Memory:
 
 def predict(config: RunConfig, world: int, compiled_loss: bool = True, device: str = "cuda") -> Memory:
     """The memory of `config` on each of `world` ranks; device: `cuda` or `cpu`.  Raises UserError where `resolve`
-    does.  What the compiler keeps of a block is not modelled."""
+    does.  With recompute policy `budget` it is an upper bound: the compiler chooses what it keeps."""
     ds_config = resolve(config, world)
     vit = encoder_shape(config.foresight, config.model)
     work = Pass(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute, compiled_loss,
-        config.train.cross_entropy == "chunked", device,
+        config.train.cross_entropy == "chunked", device, config.train.compile == "blocks",
     )  # fmt: skip
     states = States.of(work, ds_config, world)
     resting: Parts = {**states.resting(), "teacher": teacher_bytes(config, vit)}

@@ -50,6 +50,7 @@ def run_case(settings: dict[str, Any], world: World, device: torch.device) -> di
     """Warm and traced steps of one configuration.  Counts are of the traced steps, divided by their number."""
     watched = device.type == "cuda"
     losses, norms = [], []
+    torch._dynamo.reset()  # else the ninth case of a process would run uncompiled: torch stops at eight graphs
     with random_session(build(settings), world, device, WARM + TRACED + 1) as session:
         for _ in range(WARM):
             one_step(session, losses, norms)

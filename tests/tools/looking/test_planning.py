@@ -47,10 +47,10 @@ def test_states_and_disk_by_hand(tmp_path: Path) -> None:
     assert resting["masters"] + resting["moments"] + resting["average"] == 16 * every / 8
     assert resting["teacher"] == 4 * ((16384 + 1001) * 768 + 8 * 7_079_424)
     assert (found.checkpoint, found.kept) == (16 * every, 3)
-    # A chunk of 256 MiB in fp32 and its gradient in bf16, the output matrix's copy and a chunk's part of its gradient.
+    # A chunk of 256 MiB in fp32 and its log-softmax, the output matrix's copy and a chunk's part of its gradient.
     matrix, gradients = (16384 + 1) * 768, 32 * 256 * 768 * 2 + 4 * (16384 + 1) * 768
     moments = {moment.name: moment for moment in found.memory.moments}
-    assert moments["output layer"].parts["logits"] == 1.5 * 2**28 + (2 + 2) * matrix
+    assert moments["output layer"].parts["logits"] == 2 * 2**28 + (2 + 2) * matrix
     assert moments["loss"].parts["next-token loss"] == moments["loss backward"].parts["logits"] == gradients
 
 
