@@ -13,6 +13,7 @@ import torch
 from mirai_ds.config import UserError
 from mirai_ds.engine.gloo import take_over_gathers
 from mirai_ds.runtime.distributed import World, export_world
+from mirai_ds.runtime.interfaces import choose_gloo_interface
 
 MINIMUM_DEEPSPEED = (0, 19, 8)
 
@@ -61,6 +62,8 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
     export_world(world)
+    if world.size > world.local_size:  # several nodes; the control group is gloo's on GPUs too
+        choose_gloo_interface(os.environ["MASTER_ADDR"])
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )
