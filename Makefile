@@ -64,20 +64,20 @@ bench: $(STAMP) ## the training step against a plain baseline: time, parts, memo
 	$(BIN)/mirai-ds bench step
 
 bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
-	$(BIN)/python -m mirai_ds.kernels.bench
-	$(BIN)/python -m mirai_ds.tools.traffic
+	$(BIN)/python -m mirai_ds.benchmarks.kernels
+	$(BIN)/python -m mirai_ds.benchmarks.traffic
 
 bench-data: $(STAMP) ## speed of extraction and of loading codes and images, against the peers' way
-	$(BIN)/python -m mirai_ds.extract.bench
+	$(BIN)/python -m mirai_ds.benchmarks.data
 
 bench-safety: $(STAMP) ## what guards, saves and digests cost, in steps
-	$(BIN)/python -m mirai_ds.tools.bench.safety
+	$(BIN)/python -m mirai_ds.benchmarks.safety
 
 bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
-	$(BIN)/python -m mirai_ds.tools.bench.sampling
+	$(BIN)/python -m mirai_ds.benchmarks.sampling
 
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
-	$(BIN)/python -m mirai_ds.tools.looking.measured --ranks 2
+	$(BIN)/python -m mirai_ds.benchmarks.memory --ranks 2
 
 gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 15 minutes on 2 cores (C++ compiler, CUDA headers)
 	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal -n 2 --dist loadfile

@@ -1,8 +1,7 @@
 """Build script.  Metadata is in pyproject.toml; here is what it cannot say.
 
-`kernels/`, `ds_configs/` and `jobs/` sit at the top level, where users look for them, and are installed *inside* the
-package (`mirai_ds.kernels`, `mirai_ds.ds_configs`, `mirai_ds.jobs`): the name `kernels` belongs to another
-project on PyPI.
+`kernels/`, `ds_configs/` and `jobs/` sit at the top level, where users look for them; symbolic links make them parts of
+the package (`mirai_ds.kernels`, `mirai_ds.ds_configs`, `mirai_ds.jobs`) for every tool.
 
 Sources of the fused operations are always installed and compiled on first use.  MIRAI_BUILD_KERNELS=1 compiles them
 now, with the torch that is installed: MIRAI_BUILD_KERNELS=1 pip install --no-build-isolation .
@@ -18,11 +17,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PREBUILD = os.environ.get("MIRAI_BUILD_KERNELS", "0") not in ("", "0")
-ROOMS = {"mirai_ds.kernels": "kernels", "mirai_ds.ds_configs": "ds_configs", "mirai_ds.jobs": "jobs"}
-packages = [*find_packages(include=["mirai_ds", "mirai_ds.*"]), "mirai_ds.config.recipes"]
-packages += ["mirai_ds.jobs.parts", "mirai_ds.jobs.clusters"]
-for package, folder in ROOMS.items():
-    packages += [package] + [f"{package}.{name}" for name in find_packages(folder)]
+DATA = ["mirai_ds.config.recipes", "mirai_ds.jobs.parts", "mirai_ds.jobs.clusters"]  # folders without Python
 
 
 class BuildWithKernels(build_py):
@@ -50,10 +45,6 @@ def prebuild(place: Path) -> None:
             "pip install torch ninja filelock, then pip install --no-build-isolation ."
         )
     sys.path.insert(0, str(HERE))
-    spec = importlib.util.spec_from_file_location(
-        "mirai_ds.kernels", HERE / "kernels" / "__init__.py", submodule_search_locations=[str(HERE / "kernels")]
-    )
-    sys.modules["mirai_ds.kernels"] = importlib.util.module_from_spec(spec)
     from mirai_ds.kernels import build, toolchain
 
     for target in ["cpu"] + ["cuda"] * (toolchain.nvcc_path() is not None):
@@ -64,8 +55,7 @@ def prebuild(place: Path) -> None:
 
 
 setup(
-    packages=packages,
-    package_dir=ROOMS,
+    packages=[*find_packages(include=["mirai_ds", "mirai_ds.*"]), *DATA],
     package_data={
         "mirai_ds": ["py.typed"],
         "mirai_ds.config.recipes": ["*.yaml", "*/*.yaml"],

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.fence import Fence, living_until, read_all
-from mirai_ds.checkpoint.shard_files import Snapshot, rank_file, write_snapshot
+from mirai_ds.checkpoint.format import Snapshot, rank_file, write_snapshot
 from mirai_ds.checkpoint.store import INFO, MANIFEST, POINTER, CheckpointInfo, folder_of
 from mirai_ds.config import CheckpointConfig, UserError
+from mirai_ds.runs.lock import Fence, living_until, read_all
 from mirai_ds.runtime.control import Control
-from mirai_ds.runtime.disk import digest_of_file, sync
+from mirai_ds.runtime.disk import digest_of_file, sync, write_whole
 
 Report = tuple[str, str, int] | str  # (name, sha256, bytes) or what went wrong
 
@@ -162,9 +162,7 @@ class Saver:
         os.rename(partial, target)
         sync(target.parent)
         pointer = target.parent / POINTER
-        _write_text(pointer.with_suffix(".new"), target.name)
-        os.replace(pointer.with_suffix(".new"), pointer)
-        sync(target.parent)
+        write_whole(pointer, target.name)
         for step in superseded(self.run, self.config):
             _remove(folder_of(self.run, step))
 
@@ -182,16 +180,10 @@ def _write_rank(path: Path, snapshot: Snapshot) -> tuple[str, str, int]:
 def _seal(folder: Path, info: CheckpointInfo, files: list[tuple[str, str, int]]) -> None:
     """Write what the files are; the manifest last: with it the folder is a whole checkpoint."""
     path = folder / INFO
-    _write_text(path, json.dumps(asdict(info), indent=1))
+    write_whole(path, json.dumps(asdict(info), indent=1))
     entries = {name: {"sha256": sha, "bytes": size} for name, sha, size in files}
     entries[INFO] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
-    _write_text(folder / MANIFEST, json.dumps({"format": store.FORMAT, "files": entries}, indent=1))
-    sync(folder)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
+    write_whole(folder / MANIFEST, json.dumps({"format": store.FORMAT, "files": entries}, indent=1))
 
 
 def _remove(folder: Path) -> None:

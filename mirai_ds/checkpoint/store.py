@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.checkpoint import fence
 from mirai_ds.config import UserError
+from mirai_ds.runs import lock as fence
 from mirai_ds.runtime.disk import digest_of_file
 
 FORMAT = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from mirai_ds.config import UserError
 from mirai_ds.eval.features import FeatureNetwork, Features, extract_features
 from mirai_ds.eval.image_sources import ImageSource
+from mirai_ds.runtime.disk import replacing
 from mirai_ds.runtime.weight_files import first_line
 
 
@@ -64,14 +64,9 @@ def _write(path: Path, features: Features, origin: str) -> None:
     arrays: dict[str, Any] = {"pooled": features.pooled, "origin": np.array(origin)}
     if features.spatial is not None:
         arrays["spatial"] = features.spatial
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                np.savez(file, **arrays)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         raise UserError(f"--cache {path.parent}: cannot be written ({first_line(error)})") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from mirai_ds.config import UserError
 from mirai_ds.eval.evaluation import sidecar
+from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.weight_files import first_line
 
 NAMES = {
@@ -99,10 +100,8 @@ def write_json(path: Path, others: tuple[Path, Path]) -> Callable[[dict[str, Any
         raise UserError(f"--json {path}: is a folder, or in one that cannot be written to; give another name")
 
     def write(row: dict[str, Any]) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_text(json.dumps(row, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, json.dumps(row, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"--json {path}: cannot be written ({first_line(error)})") from None
 

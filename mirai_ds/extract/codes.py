@@ -15,16 +15,15 @@ from mirai_ds.config import UserError
 from mirai_ds.data.crops import ViewGeometry
 from mirai_ds.data.stores.files import (
     GeometryFacts,
-    aside_name,
     open_array,
     write_lists,
     write_manifest,
 )
 from mirai_ds.data.stores.tokens import CODES, DIGEST_IMAGES, TOKENIZER, TokenizerFacts, TokenManifest, code_digests
 from mirai_ds.extract.crops import CropReader, Found, collect
-from mirai_ds.extract.parts import Job, Part, sure_part
-from mirai_ds.extract.plan import Listing, Plan
-from mirai_ds.runtime.disk import digest_of_file, sync
+from mirai_ds.resumable.parts import Job, Part, sure_part
+from mirai_ds.resumable.plan import Listing, Plan
+from mirai_ds.runtime.disk import digest_of_file, replacing
 from mirai_ds.tokenizer import Tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -97,24 +96,20 @@ def assemble(job: Job, plan: Plan, folder: Path, listing: Listing, geometry: Geo
 
 
 def _write_codes(job: Job, plan: Plan, folder: Path, shape: tuple[int, ...], drop: frozenset[int]) -> None:
-    beside = aside_name(folder / CODES)
-    out = np.lib.format.open_memmap(beside, "w+", np.uint16, shape)
-    at = 0
-    for block in range(plan.blocks):
-        part = sure_part(job, plan, folder, block)
-        chosen = [i for i, image in enumerate(part.kept) if int(image) not in drop]
-        out[at : at + len(chosen)] = part.arrays["codes"][chosen]
-        at += len(chosen)
-    out.flush()
-    del out
-    sync(beside)
-    beside.replace(folder / CODES)
-    sync(folder)
+    with replacing(folder / CODES) as beside:
+        out = np.lib.format.open_memmap(beside, "w+", np.uint16, shape)
+        at = 0
+        for block in range(plan.blocks):
+            part = sure_part(job, plan, folder, block)
+            chosen = [i for i, image in enumerate(part.kept) if int(image) not in drop]
+            out[at : at + len(chosen)] = part.arrays["codes"][chosen]
+            at += len(chosen)
+        out.flush()
+        del out
 
 
 def keep_codebook(file: Path, folder: Path) -> None:
     """Put a patch codebook into the store: it is small, and its tokens are nothing without it."""
     if file.suffix == ".npz":
-        beside = aside_name(folder / TOKENIZER)
-        shutil.copyfile(file, beside)
-        beside.replace(folder / TOKENIZER)
+        with replacing(folder / TOKENIZER) as beside:
+            shutil.copyfile(file, beside)

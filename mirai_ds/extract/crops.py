@@ -12,7 +12,7 @@ import numpy as np
 
 from mirai_ds.data.crops import BadImageError, centre_crop
 from mirai_ds.data.image_sets import NamedImages
-from mirai_ds.extract.parts import Problem
+from mirai_ds.resumable.parts import Problem
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")

@@ -16,15 +16,14 @@ from mirai_ds.config import UserError
 from mirai_ds.data.stores.files import (
     GeometryFacts,
     write_array,
-    write_aside,
     write_lists,
     write_manifest,
 )
 from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
 from mirai_ds.extract.crops import CropReader, Found, collect
-from mirai_ds.extract.parts import Part, sure_part
-from mirai_ds.extract.plan import Listing, Plan
-from mirai_ds.runtime.disk import digest_of_file
+from mirai_ds.resumable.parts import Part, sure_part
+from mirai_ds.resumable.plan import Listing, Plan
+from mirai_ds.runtime.disk import digest_of_file, write_whole
 
 Array = np.ndarray[Any, Any]
 
@@ -66,7 +65,7 @@ class ImagesJob:
         """Writes the shard; lengths (kept,) int64 and the shard's digest are the part."""
         kept, encoded, problems = collect(prepared)
         shard = b"".join(encoded)
-        write_aside(self.folder / shard_name(block), shard)
+        write_whole(self.folder / shard_name(block), shard)
         digest = np.frombuffer(hashlib.sha256(shard).hexdigest().encode(), np.uint8)
         lengths = np.array([len(data) for data in encoded], np.int64)
         return Part(np.array(kept, np.int64), {"lengths": lengths, "digest": digest}, problems)

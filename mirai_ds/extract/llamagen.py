@@ -20,10 +20,10 @@ from mirai_ds.data.image_sets import FolderImages, open_image_set
 from mirai_ds.data.stores.files import MANIFEST, read_manifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
 from mirai_ds.extract.codes import assemble, keep_codebook
-from mirai_ds.extract.parts import Part, run_blocks, sure_part
-from mirai_ds.extract.plan import Listing, Plan, begin, check_same, read_plan
-from mirai_ds.extract.progress import Progress
 from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, full_disks_in_one_line, tidy
+from mirai_ds.resumable.parts import Part, run_blocks, sure_part
+from mirai_ds.resumable.plan import Listing, Plan, begin, check_same, read_plan
+from mirai_ds.resumable.progress import Progress
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]

@@ -22,8 +22,8 @@ from mirai_ds.data.stores.images import ImageManifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
 from mirai_ds.extract.codes import CodesJob, assemble, keep_codebook
 from mirai_ds.extract.images import Encoding, ImagesJob, assemble_images, encoder
-from mirai_ds.extract.parts import run_blocks, sign_of_life, wait_for_parts
-from mirai_ds.extract.plan import (
+from mirai_ds.resumable.parts import run_blocks, sign_of_life, wait_for_parts
+from mirai_ds.resumable.plan import (
     LISTING,
     PARTS,
     PLAN,
@@ -37,7 +37,7 @@ from mirai_ds.extract.plan import (
     torch_version,
     wait_for_plan,
 )
-from mirai_ds.extract.progress import Progress
+from mirai_ds.resumable.progress import Progress
 from mirai_ds.runtime.distributed import World, local_device
 from mirai_ds.tokenizer import Tokenizer, open_tokenizer
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mirai_ds.config import SamplingConfig
 from mirai_ds.runtime.counter_random import derive_keys, mix64, root_key, shift_right, uniform
 
 Policy = Literal["random", "balanced"]
@@ -25,6 +26,11 @@ class SamplingRules:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+def rules_of(config: SamplingConfig) -> SamplingRules:
+    """The sampling rules that a configuration asks for."""
+    return SamplingRules(config.cfg_scale, config.cfg_interval, config.temperature, config.top_k, config.top_p)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from mirai_ds.config.errors import UserError
+from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
@@ -124,9 +125,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
             asked.append(time.monotonic())
             name = signal.Signals(number).name
             stop_file.parent.mkdir(parents=True, exist_ok=True)
-            aside = stop_file.with_name(f".{stop_file.name}.new")
-            aside.write_text(f"{'stop' if number == signal.SIGINT else 'requeue'} {name}", encoding="utf-8")
-            os.replace(aside, stop_file)
+            write_whole(stop_file, f"{'stop' if number == signal.SIGINT else 'requeue'} {name}")
             print(f"mirai-ds: {name}: stops after this step and saves; once more ends it now", flush=True)
         elif time.monotonic() - asked[0] > SAME_EVENT_SECONDS:
             process.send_signal(signal.SIGTERM)

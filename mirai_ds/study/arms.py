@@ -97,6 +97,11 @@ class Planned:
         return f"{self.arm.name}-s{self.seed}"
 
 
+def runs_folder(folder: Path, planned: Planned) -> Path:
+    """The folder of one run within a study's."""
+    return folder / "runs" / planned.name
+
+
 def find_study(name: str) -> Study:
     """Raises UserError for an unknown name."""
     if name not in STUDIES:

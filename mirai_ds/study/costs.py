@@ -59,8 +59,8 @@ def first_aligned(config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def _session(config: RunConfig, run: Path) -> Any:
-    from mirai_ds.checkpoint.fence import Fence
     from mirai_ds.engine.start import start_process_group
+    from mirai_ds.runs.lock import Fence
     from mirai_ds.runtime.distributed import World, local_device
     from mirai_ds.runtime.signals import StopRequests
     from mirai_ds.train.session import build_session
@@ -102,7 +102,7 @@ def _now(device: Any) -> float:
 
 def _flops(session: Any) -> float:
     """Of an aligned training step, an image; an encoder's are counted where its shape is known."""
-    from mirai_ds.observe.flops import training_flops
+    from mirai_ds.planning.flops import training_flops
 
     width = session.teacher.feature_dim if session.teacher else 0
     return training_flops(session.config.model, session.config.foresight, width, session.teacher is not None)

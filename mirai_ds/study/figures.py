@@ -62,14 +62,13 @@ def draw_samples(study: Study, folder: Path, arms: list[Arm], path: Path) -> Non
     """Samples of seed 0's runs side by side, same labels and random numbers, after real images."""
     from matplotlib.figure import Figure
 
+    from mirai_ds.checkpoint.weights import load_weights
     from mirai_ds.data import load_dataset
     from mirai_ds.model import SamplingRules, gpt_from_weights
-    from mirai_ds.observe.pictures import labelled_grid
-    from mirai_ds.study.arms import run_config
+    from mirai_ds.sampling.grid import draw_in_batches
+    from mirai_ds.study.arms import run_config, runs_folder
     from mirai_ds.study.measure import SAMPLE_SEED
-    from mirai_ds.study.running import runs_folder
-    from mirai_ds.tools.sample import draw_in_batches
-    from mirai_ds.tools.weights import load_weights
+    from mirai_ds.tracking.pictures import labelled_grid
 
     config = run_config(study, arms[0], 0, folder)
     data = load_dataset(config.data, config.model)
@@ -91,8 +90,8 @@ def draw_samples(study: Study, folder: Path, arms: list[Arm], path: Path) -> Non
 
 def draw_maps(folder: Path, arms: list[Arm], path: Path) -> None:
     """`mirai-ds map` of seed 0's runs."""
-    from mirai_ds.study.running import runs_folder
-    from mirai_ds.tools.looking.maps import make_maps
+    from mirai_ds.analysis.maps import make_maps
+    from mirai_ds.study.arms import runs_folder
 
     sources = [runs_folder(folder, Planned(arm, 0)) for arm in arms]
     wanted = [str(i) for i in range(MAPPED)]

@@ -14,6 +14,7 @@ from mirai_ds.config import UserError
 from mirai_ds.config.load import load
 from mirai_ds.data import load_dataset
 from mirai_ds.data.image_sets import IdxImages
+from mirai_ds.runtime.disk import write_whole
 from mirai_ds.study.arms import Study, data_file, held_out_file
 from mirai_ds.tokenizer import PatchCodebook, reconstruction_error
 
@@ -68,9 +69,7 @@ def _write(path: Path, pixels: Array, labels: Array, book: PatchCodebook) -> Non
         codebook=np.repeat(book.patches, 3, axis=-1),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(content.getvalue())
-    part.replace(path)
+    write_whole(path, content.getvalue())
 
 
 def real_images(study: Study, folder: Path, source: Path | None) -> tuple[Pixels, Pixels]:

@@ -19,6 +19,7 @@ from mirai_ds.config import EncoderConfig
 from mirai_ds.config.load import load
 from mirai_ds.data import DataOrder, TokenSource, load_dataset
 from mirai_ds.foresight import encoder_input, untrained_encoder
+from mirai_ds.runtime.disk import replacing
 from mirai_ds.runtime.weight_files import read_safetensors_file
 from mirai_ds.study.arms import ENCODER, Study, data_overrides, encoder_file, judge_file
 from mirai_ds.study.images import Pixels
@@ -130,9 +131,8 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """A .safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    part = path.with_suffix(".part")
-    save_file(weights, str(part))
-    part.replace(path)
+    with replacing(path) as part:
+        save_file(weights, str(part))
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------

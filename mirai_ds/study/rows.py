@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mirai_ds.config import UserError
+from mirai_ds.runtime.disk import write_whole
 
 RUNS, CURVES, COSTS, FACTS = "study-runs.csv", "study-curves.csv", "study-costs.csv", "study-facts.json"
 
@@ -120,8 +121,8 @@ def write_rows(rows: Rows, folder: Path) -> None:
     """The four files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part, kind in ((RUNS, rows.runs, RunRow), (CURVES, rows.curves, CurveRow), (COSTS, rows.costs, CostRow)):
-        (folder / name).write_text(to_csv(part, kind), encoding="utf-8")
-    (folder / FACTS).write_text(json.dumps(rows.facts, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / name, to_csv(part, kind))
+    write_whole(folder / FACTS, json.dumps(rows.facts, indent=1) + "\n")
 
 
 def read_rows(folder: Path) -> Rows:

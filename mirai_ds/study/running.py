@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.checkpoint.outcome import NAME as OUTCOME
-from mirai_ds.checkpoint.outcome import read as read_outcome
 from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config.schedule import total_steps
 from mirai_ds.data import load_dataset
+from mirai_ds.runs.configuration import read_run_config
+from mirai_ds.runs.outcome import NAME as OUTCOME
+from mirai_ds.runs.outcome import read as read_outcome
+from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.distributed import unusable_because
 from mirai_ds.runtime.environment import cpu_name, package_versions
 from mirai_ds.runtime.launch import free_port, launch_environment, visible_gpus
@@ -37,12 +40,11 @@ from mirai_ds.study.arms import (
     overrides,
     planned_runs,
     run_config,
+    runs_folder,
 )
 from mirai_ds.study.costs import Costs, measure_costs, run_seconds
 from mirai_ds.study.rows import FACTS as ROW_FACTS
 from mirai_ds.study.rows import CostRow, Rows, RunRow, read_rows, write_rows
-from mirai_ds.train.run_folder import read_run_config
-from mirai_ds.train.schedule import total_steps
 
 ROW = "study-row.json"  # in a run's folder: it is finished and measured
 FACTS, COSTS = "facts.json", "costs.json"  # in the study's
@@ -63,11 +65,6 @@ class Plan:
     def seconds(self) -> float:
         """Of all chosen runs."""
         return sum(seconds for _, seconds in self.chosen)
-
-
-def runs_folder(folder: Path, planned: Planned) -> Path:
-    """A run's folder."""
-    return folder / "runs" / planned.name
 
 
 def make_plan(
@@ -278,9 +275,7 @@ def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import shown
+from mirai_ds.runtime.disk import write_whole
 
 if TYPE_CHECKING:
-    from mirai_ds.tokenizer import Tokenizer
+    from mirai_ds.tokenizer.interface import Tokenizer
 
 Array = np.ndarray[Any, Any]
 
@@ -134,13 +134,8 @@ class PatchCodebook:
             raise UserError(f"{path}: a patch codebook's file must end in .npz")
         content = io.BytesIO()
         np.savez(content, codebook=self.patches, kind=np.array(KIND))
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            try:
-                part.write_bytes(content.getvalue())
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(path, content.getvalue())
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 

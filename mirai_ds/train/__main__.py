@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mirai_ds.checkpoint.fence import Fence, FencedError
-from mirai_ds.checkpoint.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
+from mirai_ds.runs.lock import Fence, FencedError
+from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import World, read_world
 from mirai_ds.runtime.signals import STOP, StopRequests
 
@@ -76,8 +76,8 @@ class Start:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from mirai_ds.engine.start import start_process_group
-        from mirai_ds.hooks import Sinks, default_hooks
         from mirai_ds.train.agree import agree_on_kernel
+        from mirai_ds.train.hooks import Sinks, default_hooks
         from mirai_ds.train.loop import run_loop
         from mirai_ds.train.run_folder import open_run_folder
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from mirai_ds.runtime.control import Facts
-from mirai_ds.train.guarded import settle
+from mirai_ds.train.nonfinite import settle
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, train_step
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirai_ds.checkpoint.fence import path_of
+from mirai_ds.checkpoint.format import FP32_COPIES
 from mirai_ds.config import RunConfig, UserError, dump
 from mirai_ds.data.stores import TOKEN_FORMAT, open_token_store, store_format
+from mirai_ds.runs.lock import path_of
 from mirai_ds.runtime.environment import code_version, package_versions
 from mirai_ds.train.session import Session
 
-FP32_COPIES = 4  # master, two moments, average
 BESIDE = 64 * 2**20  # logs, pictures, manifests
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.fence import Fence, Incarnation, check_free, read_all, starts_without_progress
-from mirai_ds.checkpoint.outcome import NAME as OUTCOME
-from mirai_ds.checkpoint.outcome import Outcome
 from mirai_ds.config import RunConfig, UserError, dump
 from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.runs.lock import Fence, Incarnation, check_free, read_all, starts_without_progress
+from mirai_ds.runs.outcome import NAME as OUTCOME
+from mirai_ds.runs.outcome import Outcome
+from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import describe
 from mirai_ds.runtime.launch import has_parent
@@ -103,28 +102,11 @@ def _explain(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any
         path, text = run / "config.yaml", dump(config)
         if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
             path.rename(run / f"config.before-{int(time.time())}.yaml")
-        _replace(path, text)
-        _replace(run / "deepspeed.json", json.dumps(ds_config, indent=2) + "\n")
+        write_whole(path, text)
+        write_whole(run / "deepspeed.json", json.dumps(ds_config, indent=2) + "\n")
         environment = {**describe(world_size), **facts}
-        _replace(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_whole(run / "environment.json", json.dumps(environment, indent=2) + "\n")
         with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
             file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error})") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: a process may be killed at any instant."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def read_run_config(run: Path) -> RunConfig:
-    """The resolved configuration stored with a run."""
-    from mirai_ds.config import build
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: not a run folder (it has no config.yaml)")
-    return build(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))

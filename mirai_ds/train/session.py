@@ -15,32 +15,26 @@ import torch
 from torch import Tensor
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.fence import Fence
-from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
-from mirai_ds.checkpoint.outcome import Verdict
+from mirai_ds.checkpoint.format import Snapshot, StateReader
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
 from mirai_ds.checkpoint.saver import Saver
-from mirai_ds.checkpoint.shard_files import (
-    Snapshot,
-    SnapshotBuffers,
-    StateReader,
-    read_into,
-    restore_rng,
-    take_snapshot,
-)
 from mirai_ds.config import ConfigError, RunConfig, UserError, Weights
 from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.config.schedule import total_steps
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.engine.state import SnapshotBuffers, read_into, restore_rng, take_snapshot
 from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
+from mirai_ds.runs.lock import Fence
+from mirai_ds.runs.outcome import Verdict
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World, repeatable_cublas
 from mirai_ds.runtime.environment import code_version
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.agree import on_every_rank
-from mirai_ds.train.schedule import total_steps
 from mirai_ds.train.teacher import build_teacher
 
 MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels

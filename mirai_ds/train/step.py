@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mirai_ds.config.schedule import horizon_steps, learning_rate
 from mirai_ds.foresight import alignment_active, alignment_multiplier
-from mirai_ds.train.schedule import horizon_steps, learning_rate
 from mirai_ds.train.session import Session
 
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.foreign import check_gpt_weights, read_gpt_weights
-from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.checkpoint.format import StateReader
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, EncoderTeacher, Teacher, TokenTeacher
-from mirai_ds.train.run_folder import read_run_config
+from mirai_ds.runs.configuration import read_run_config
 
 FIELD = "foresight.teacher_weights"
 

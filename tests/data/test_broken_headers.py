@@ -12,8 +12,8 @@ import pytest
 
 from mirai_ds.data.npz_file import from_npz
 from mirai_ds.extract.llamagen import _load
+from mirai_ds.selfcheck.vectors import Vector
 from mirai_ds.tokenizer import PatchCodebook
-from mirai_ds.tools.verification.vectors import Vector
 from tests.one_line import one_line
 
 

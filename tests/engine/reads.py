@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.runtime.distributed import World
-from mirai_ds.tools.bench.sessions import random_session
 from mirai_ds.train.step import train_step
 from tests.engine.cases import toy_config
 

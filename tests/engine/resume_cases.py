@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mirai_ds.checkpoint.fence import Fence
+from mirai_ds.checkpoint.format import StateReader
 from mirai_ds.checkpoint.saver import Saver
-from mirai_ds.checkpoint.shard_files import SnapshotBuffers, StateReader, read_into, take_snapshot
 from mirai_ds.checkpoint.store import CheckpointInfo
 from mirai_ds.config import CheckpointConfig
 from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.engine.state import SnapshotBuffers, read_into, take_snapshot
+from mirai_ds.runs.lock import Fence
 from mirai_ds.runtime.control import Control
 from tests.engine.cases import fixed_target, release, toy_config, toy_engine, toy_loader
 

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_ds.config import RunConfig, build
 from mirai_ds.engine import sharded_ema
-from mirai_ds.tools.looking.activations import Pass
-from mirai_ds.tools.looking.memory import refreshed_bytes
-from mirai_ds.tools.looking.states import States
-from mirai_ds.tools.scaling.collectives import collectives
+from mirai_ds.planning.activations import Pass
+from mirai_ds.planning.collectives import collectives
+from mirai_ds.planning.memory import refreshed_bytes
+from mirai_ds.planning.states import States
 from tests.engine.cases import fixed_target, release, resolve, toy_config, toy_engine, toy_loader
 
 NAMES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from tests.eval.judges import digits, saved
 
 

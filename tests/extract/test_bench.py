@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mirai_ds.extract import bench
-from mirai_ds.kernels.bench import read
+from mirai_ds.benchmarks import data as bench
+from mirai_ds.benchmarks.kernels import read
 from mirai_ds.tokenizer import VQ16, VQTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_document_shows_the_measured_rows() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.extract.bench --table -->\n")[1].split("\n<!-- end -->")[0]
+    shown = text.split("<!-- python -m mirai_ds.benchmarks.data --table -->\n")[1].split("\n<!-- end -->")[0]
     found = read(ROOT / "docs" / "data-results.csv")
     assert shown == bench.table(found)
     assert {row["task"] for row in found} == {"loader", "views", "extract"}
     for row in found:
-        assert row["command"].startswith("python -m mirai_ds.extract.bench")
+        assert row["command"].startswith("python -m mirai_ds.benchmarks.data")
         assert all(row[name] for name in ("date", "device", "python", "torch", "value", "ratio"))
 
 

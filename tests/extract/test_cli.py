@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.data.stores import open_token_store
 from mirai_ds.tokenizer import VQ16, VQTokenizer
 from tests.extract.conftest import content
@@ -28,7 +28,7 @@ from tests.train.conftest import mirai_ds
 @pytest.mark.parametrize("verb", ["", "codes", "images", "codebook", "import-llamagen"])
 def test_help_has_an_example_and_needs_nothing(verb: str) -> None:
     code = (
-        "import sys, mirai_ds.cli as c\n"
+        "import sys, mirai_ds.cli.main as c\n"
         f"try: c.main(['extract', *{[verb] if verb else []}, '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'pydantic', 'numpy', 'PIL', 'sklearn'}))"

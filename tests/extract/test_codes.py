@@ -18,8 +18,9 @@ from mirai_ds.config import UserError
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.stores import open_token_store
-from mirai_ds.extract import extract_codes, parts
+from mirai_ds.extract import extract_codes
 from mirai_ds.extract.run import automatic_block
+from mirai_ds.resumable import parts
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import open_tokenizer
 from tests.extract.conftest import ALONE, content, options
@@ -225,7 +226,7 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(
 def test_a_full_disk_is_one_line_and_loses_nothing(
     store: Path, photos: Path, codebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, room = parts.write_aside, [2]
+    real, room = parts.write_whole, [2]
 
     def until_full(path: Path, data: bytes) -> None:
         if room[0] == 0:
@@ -234,7 +235,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
         real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_aside", until_full)
+        patch.setattr(parts, "write_whole", until_full)
         refused(r"cannot be written \(No space left on device\); mend that", photos, tmp_path / "s", codebook)
     assert len(list((tmp_path / "s" / "parts").glob("*.npz"))) == 2
     extract_codes(options(photos, tmp_path / "s"), ALONE, codebook, batch=7)

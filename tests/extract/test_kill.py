@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from mirai_ds.data.stores import open_image_store, open_token_store
-from mirai_ds.extract import extract_codes, extract_images, parts, run
+from mirai_ds.extract import extract_codes, extract_images, run
 from mirai_ds.extract.llamagen import Import, import_llamagen
+from mirai_ds.resumable import parts
 from mirai_ds.runtime.distributed import World
 from tests.extract.conftest import ALONE, content, options
 
@@ -50,7 +51,7 @@ def at_every_write(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], ver
 
         with monkeypatch.context() as patch:
             for module in (files, parts, codes, images, run):
-                for name in ("write_aside", "write_manifest", "write_lists", "tidy"):
+                for name in ("write_whole", "write_manifest", "write_lists", "tidy"):
                     if hasattr(module, name):
                         patch.setattr(module, name, counted(getattr(module, name)))
             patch.setattr(codes, "_write_codes", counted(codes._write_codes))

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mirai_ds.analysis.inspect_store import inspect_store, size_text
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import centre_crop
 from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.stores import open_image_store, open_token_store
 from mirai_ds.data.stores.files import seal_of
 from mirai_ds.extract import extract_images
-from mirai_ds.tools.inspect import inspect_store, size_text
 from tests.extract.conftest import ALONE, options
 
 

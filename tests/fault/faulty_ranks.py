@@ -29,8 +29,8 @@ SETTINGS = [
     "model.token_dropout=0.05", "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
 PRELOAD = [
-    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.hooks", "mirai_ds.train.preflight", "sklearn.datasets",
-    "torch.utils.tensorboard", "matplotlib.pyplot", "tests.fault.faulty_ranks",
+    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.hooks", "mirai_ds.train.preflight",
+    "sklearn.datasets", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.fault.faulty_ranks",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler along: most of a start
 ]  # fmt: skip
 
@@ -58,7 +58,8 @@ class Ended:
 
 def around_steps(wrap: Callable[[Callable[[Any, int], Any], Any, int], Any]) -> None:
     """In a rank: `wrap(step, session, number)` instead of each `step(session, number)`, examined ones among them."""
-    from mirai_ds.train import guarded, loop
+    from mirai_ds.train import loop
+    from mirai_ds.train import nonfinite as guarded
 
     inner = loop.train_step
 

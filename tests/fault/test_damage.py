@@ -111,7 +111,7 @@ def test_swapped_files_are_seen(run: Path) -> None:
 
 def test_a_stray_file_is_no_part_of_a_checkpoint(run: Path) -> None:
     """A rank file of a wider layout left beside the others must not be read."""
-    from mirai_ds.checkpoint.shard_files import StateReader
+    from mirai_ds.checkpoint.format import StateReader
 
     folder = store.folder_of(run, 24)
     shutil.copy(store.folder_of(run, 16) / FILES[2], folder / "state-rank00007.safetensors")

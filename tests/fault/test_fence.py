@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from mirai_ds.checkpoint import fence, store
-from mirai_ds.checkpoint.fence import Fence, FencedError, Incarnation, living_until, starts_without_progress
+from mirai_ds.checkpoint import store
 from mirai_ds.config import UserError
+from mirai_ds.runs import lock as fence
+from mirai_ds.runs.lock import Fence, FencedError, Incarnation, living_until, starts_without_progress
 from tests.fault.faulty_ranks import curve, run_ranks, start_ranks, wait_for
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.checkpoint.format import StateReader
 from tests.fault.faulty_ranks import Kill, around_steps, curve, pictures, run_ranks, tensors
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 

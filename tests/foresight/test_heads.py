@@ -10,7 +10,7 @@ from torch import Tensor
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.config.sizes import heads_parameters
 from mirai_ds.foresight.heads import TransformerHead, heads
-from mirai_ds.observe.flops import head_flops
+from mirai_ds.planning.flops import head_flops
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirai_ds.foresight.pooled import PooledFeatures
+from mirai_ds.eval.timm_features import PooledFeatures
 from tests.one_line import one_line
 
 NAME = "resnet10t"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mirai_ds.tools.looking.measured import RECOMPUTE, case, compare
+from mirai_ds.benchmarks.memory import RECOMPUTE, case, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

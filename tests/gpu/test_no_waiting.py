@@ -25,9 +25,9 @@ pytestmark = [
     (0, "fp32"), (0, "bf16-autocast"), (1, "bf16"), (2, "bf16-autocast"), (2, "bf16"),
 ])  # fmt: skip
 def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str, method: str) -> None:
+    from mirai_ds.benchmarks.sessions import random_session
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runtime.distributed import World
-    from mirai_ds.tools.bench.sessions import random_session
     from mirai_ds.train.step import train_step
 
     os.environ.setdefault("MASTER_PORT", "29533")

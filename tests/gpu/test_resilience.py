@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.checkpoint.format import StateReader
 from tests.train.conftest import mirai_ds
 
 pytestmark = [

@@ -11,10 +11,10 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.model import Decoder, SamplingRules, Speed, gpt_from_weights, sample_tokens
 from mirai_ds.model.decoding import block_step
 from mirai_ds.runtime.distributed import World
-from mirai_ds.tools.sampling import draw_archive
+from mirai_ds.sampling import draw_archive
 from tests.gpu.test_gpu import TINY, tiny_gpt
 from tests.model import plain_gpt as plain
-from tests.tools.sampling.conftest import request_of, tiny  # noqa: F401  (a fixture)
+from tests.sampling.conftest import request_of, tiny  # noqa: F401  (a fixture)
 
 pytestmark = [
     pytest.mark.gpu,

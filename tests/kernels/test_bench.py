@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from mirai_ds.benchmarks import kernels as bench
+from mirai_ds.benchmarks import traffic
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table
-from mirai_ds.kernels import bench
 from mirai_ds.kernels.foresight_cosine import reference
-from mirai_ds.tools import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_readme_shows_the_measured_rows() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.kernels.bench --table -->\n")[1].split("\n<!-- end -->")[0]
+    shown = text.split("<!-- python -m mirai_ds.benchmarks.kernels --table -->\n")[1].split("\n<!-- end -->")[0]
     rows = bench.read(ROOT / "kernels" / "results.csv")
     assert shown == bench.table(rows)
     assert shown.count("\n") >= 13

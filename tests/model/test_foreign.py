@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mirai_ds.checkpoint.foreign import check_gpt_weights, infer_model_config, read_gpt_weights, write_llamagen
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, infer_model_config, read_gpt_weights, write_llamagen
 from mirai_ds.config import ConfigError, ModelConfig
 from mirai_ds.model import GPT
 from tests.model import plain_gpt as plain

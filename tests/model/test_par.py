@@ -1,6 +1,6 @@
 """PAR's order, slots, mask and numbers: against the facts, an independent rewrite, and by changing one token at a time.
 
-The reference's own numbers are `tests/fixtures/par_tiny_n4.npz`, checked in `tests/tools/verification`.
+The reference's own numbers are `tests/fixtures/par_tiny_n4.npz`, checked in `tests/selfcheck`.
 """
 
 from __future__ import annotations

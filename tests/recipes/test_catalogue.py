@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.config import UserError, load, recipe_names, recipe_text
 from mirai_ds.config.load import TWIN, paper_entry, read_recipe
 from mirai_ds.config.paper_rows import TABLES, read_entry
-from mirai_ds.tools.tables import catalogue
-from mirai_ds.tools.tables.essence import differences, essence
+from mirai_ds.paper import catalogue
+from mirai_ds.paper.essence import differences, essence
 from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +156,7 @@ def test_names_are_unique_and_today_s_still_there() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_header_and_metadata_agree(name: str) -> None:
-    """`python -m mirai_ds.tools.tables.catalogue --write` makes them agree."""
+    """`python -m mirai_ds.paper.catalogue --write` makes them agree."""
     assert recipe_text(name) == catalogue.with_header(recipe_text(name), catalogue.header(name))
 
 

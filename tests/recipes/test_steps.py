@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mirai_ds.checkpoint.foreign import write_llamagen
+from mirai_ds.checkpoint.llamagen import write_llamagen
 from mirai_ds.config import RunConfig, load
 from mirai_ds.config.sizes import heads_parameters, parameter_count
 from mirai_ds.data import DataOrder, load_dataset

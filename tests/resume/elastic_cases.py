@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mirai_ds.checkpoint.fence import Fence
 from mirai_ds.config import load
 from mirai_ds.config.deepspeed_file import read
+from mirai_ds.runs.lock import Fence
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
-from mirai_ds.train.guarded import settle
+from mirai_ds.train.nonfinite import settle
 from mirai_ds.train.session import Session, build_session
 from mirai_ds.train.step import mean_over_ranks, train_step
 

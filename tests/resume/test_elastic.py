@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.checkpoint.format import StateReader
 from tests.resume import elastic_cases
 from tests.resume.elastic_cases import SAVED, STEPS
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.config import UserError
 from mirai_ds.submit import Cluster, Job, Wish, plan, read_cluster, render, write_script
 from mirai_ds.submit.cluster import shipped_clusters

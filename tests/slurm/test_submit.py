@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from tests.slurm.conftest import cluster_file
 from tests.slurm.stubs import FakeSlurm
 

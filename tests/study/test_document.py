@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.study.document import END, PARTS, marker, write_document
 from mirai_ds.study.rows import CURVES, FACTS, RUNS, read_rows, write_rows
 from tests.one_line import one_line

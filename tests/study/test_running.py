@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.config import RunConfig, dump
 from mirai_ds.study import running
 from mirai_ds.study.arms import (

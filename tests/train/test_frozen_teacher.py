@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.foreign import write_llamagen
+from mirai_ds.checkpoint.llamagen import write_llamagen
 from mirai_ds.config import RunConfig, load
 from mirai_ds.engine.engine import parameter_groups
 from mirai_ds.foresight import EmaTeacher, MiraiObjective

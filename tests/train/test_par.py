@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mirai_ds.checkpoint.foreign import infer_model_config, read_gpt_weights
-from mirai_ds.cli import main
+from mirai_ds.checkpoint.llamagen import infer_model_config, read_gpt_weights
+from mirai_ds.cli.main import main
 from mirai_ds.config.sizes import parameter_count
-from mirai_ds.train.run_folder import read_run_config
+from mirai_ds.runs.configuration import read_run_config
 from tests.train.conftest import records, small_train
 
 PAR = ["model.par_tokens=4", "train.epochs=2", "score.enabled=false", "checkpoint.every_steps=44"]

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from mirai_ds.checkpoint.store import list_steps
+from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.data import load_dataset
 from mirai_ds.eval.features import evaluate_features, extract_features, reference_of
-from mirai_ds.foresight.pooled import PooledFeatures
-from mirai_ds.hooks.sample import rules_of
+from mirai_ds.eval.timm_features import PooledFeatures
 from mirai_ds.model import gpt_from_weights, sample_tokens
-from mirai_ds.model.rules import image_labels
-from mirai_ds.tools.weights import load_weights
+from mirai_ds.model.rules import image_labels, rules_of
 from tests.fault.faulty_ranks import curve, run_ranks, tensors
 
 SETTINGS = ["train.max_steps=8", "evaluate.every_steps=null", "evaluate.at_end=false", "sampling.every_steps=null",

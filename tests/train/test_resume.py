@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.shard_files import StateReader
+from mirai_ds.checkpoint.format import StateReader
 from mirai_ds.config import UserError
 from tests.train.conftest import numbers, records, small_train
 

@@ -12,11 +12,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mirai_ds.checkpoint import store
-from mirai_ds.cli import main
+from mirai_ds.cli.main import main
 from mirai_ds.config import dump, load
 from mirai_ds.kernels.build import find
 from mirai_ds.kernels.toolchain import vector_unit
-from mirai_ds.train.run_folder import read_run_config
+from mirai_ds.runs.configuration import read_run_config
 from tests.train.conftest import mirai_ds, numbers, records, small_train
 
 SCALARS = {

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mirai_ds.config import OptimizerConfig, TrainConfig, UserError
+from mirai_ds.config.schedule import horizon_steps, learning_rate, total_steps
 from mirai_ds.runtime import distributed, launch
 from mirai_ds.runtime.distributed import World, device_index, first_host, local_device, read_world, rendezvous
 from mirai_ds.runtime.launch import gpu_names
-from mirai_ds.train.schedule import horizon_steps, learning_rate, total_steps
 from tests.train.agreement_cases import agreement_case
 
 

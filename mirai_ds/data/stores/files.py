@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +20,7 @@ from mirai_ds.config import UserError
 from mirai_ds.config.errors import from_validation, shown
 from mirai_ds.config.model_config import Section
 from mirai_ds.data.crops import ViewGeometry
-from mirai_ds.runtime.disk import digest_of_file, sync
+from mirai_ds.runtime.disk import digest_of_file, write_whole
 
 Array = np.ndarray[Any, Any]
 
@@ -71,7 +69,7 @@ def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Seal and write it: from now on the folder is a store."""
     sealed = manifest.model_copy(update={"seal": seal_of(manifest)})
     text = json.dumps(sealed.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    write_aside(folder / MANIFEST, text.encode())
+    write_whole(folder / MANIFEST, text.encode())
 
 
 def read_manifest(folder: Path, kind: type[M]) -> M:
@@ -112,27 +110,11 @@ def store_format(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: under another name first, flushed to disk, then renamed."""
-    beside = aside_name(path)
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync(path.parent)
-
-
 def write_array(path: Path, array: Array) -> None:
     """A .npy file, whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_aside(path, buffer.getvalue())
-
-
-def aside_name(path: Path) -> Path:
-    """A name next to `path` that no other process uses."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    write_whole(path, buffer.getvalue())
 
 
 def open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -196,10 +178,10 @@ def complaints(*checks: Callable[[], object]) -> list[str]:
 
 def write_lists(folder: Path, names: Iterable[str], labels: Array, problems: list[dict[str, Any]]) -> dict[str, Any]:
     """Write names, labels and problems; returns what the manifest says of them."""
-    write_aside(folder / NAMES, "".join(f"{name}\n" for name in names).encode())
+    write_whole(folder / NAMES, "".join(f"{name}\n" for name in names).encode())
     write_array(folder / LABELS, labels.astype(np.int32))
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    write_aside(folder / PROBLEMS, lines.encode())
+    write_whole(folder / PROBLEMS, lines.encode())
     digests = {"names_digest": NAMES, "labels_digest": LABELS, "problems_digest": PROBLEMS}
     kept = sum(problem["kept"] for problem in problems)
     counts = {"failed": len(problems) - kept, "converted": kept}

@@ -38,11 +38,11 @@ def losses(precision: str, device_name: str, steps: int) -> list[float]:
     """Of so many steps in this process, which has no other engine."""
     import torch
 
+    from mirai_ds.benchmarks.sessions import random_session
     from mirai_ds.config import build
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runtime.distributed import World
     from mirai_ds.runtime.launch import free_port
-    from mirai_ds.tools.bench.sessions import random_session
     from mirai_ds.train.step import train_step
 
     os.environ["MASTER_PORT"] = str(free_port())

@@ -53,7 +53,7 @@ def step_rows(path: Path, log: str) -> Iterator[Row]:
 
 
 def kernel_rows(path: Path, log: str) -> Iterator[Row]:
-    """`mirai_ds.kernels.bench` and `mirai_ds.tools.traffic`, which share a form."""
+    """`mirai_ds.benchmarks.kernels` and `mirai_ds.benchmarks.traffic`, which share a form."""
     for r in tables(path):
         ours = r["op"] == "foresight_cosine"
         about = one(r["op"], "", "", model=f"GPT-{r['size']}", method=r["method"], batch=r["batch"],
@@ -67,7 +67,7 @@ def kernel_rows(path: Path, log: str) -> Iterator[Row]:
 
 
 def sampling_rows(path: Path, log: str) -> Iterator[Row]:
-    """`mirai_ds.tools.bench.sampling`."""
+    """`mirai_ds.benchmarks.sampling`."""
     for r in tables(path):
         about = one("sampling", "", "", model=r["model"], batch=r["batch"], precision=r["dtype"], variant=r["variant"])
         seconds = float(r["ms_step"]) * int(r["tokens"])
@@ -75,20 +75,20 @@ def sampling_rows(path: Path, log: str) -> Iterator[Row]:
 
 
 def extract_rows(path: Path, log: str) -> Iterator[Row]:
-    """`mirai_ds.extract.bench`."""
+    """`mirai_ds.benchmarks.data`."""
     for r in tables(path):
         about = one(r["task"], "", "", variant=r["variant"])
         yield from several(about, {"speed": (r["value"], r["unit"]), "ratio": (r["ratio"], "x")})
 
 
 def safety_rows(path: Path, log: str) -> Iterator[Row]:
-    """`mirai_ds.tools.bench.safety`."""
+    """`mirai_ds.benchmarks.safety`."""
     for r in tables(path):
         yield one(r["what"], "cost", r["value"], r["unit"], model=r["model"], variant=r["variant"])
 
 
 def memory_rows(path: Path, log: str) -> Iterator[Row]:
-    """`mirai_ds.tools.looking.measured`."""
+    """`mirai_ds.benchmarks.memory`."""
     for r in tables(path):
         layout = f"ZeRO-{r['zero_stage']}, recompute {r['recompute']}"
         about = one("memory", "", "", model=r["model"], method=r["method"], batch=r["micro_batch"],

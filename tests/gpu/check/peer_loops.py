@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mirai_ds.tools.bench.arms import obey
+from mirai_ds.benchmarks.arms import obey
 
 SCRIPTS = {"Mirai": "autoregressive.train.train_c2i_Mirai_E", "LlamaGen": "autoregressive.train.train_c2i"}
 DROPOUT = {"resid_dropout_p": 0.1, "ffn_dropout_p": 0.1, "drop_path_rate": 0.0, "token_dropout_p": 0.1}

@@ -2,7 +2,7 @@
 
 python -m tests.gpu.check.peer_sampling FOLDER --size GPT-B --batch 32
 
-FOLDER holds the checkout LlamaGen.  The trainer's own speed is `python -m mirai_ds.tools.bench.sampling`'s: the same
+FOLDER holds the checkout LlamaGen.  The trainer's own speed is `python -m mirai_ds.benchmarks.sampling`'s: the same
 sizes, guidance 2.0, bf16, 256 tokens, without decoding to pixels.
 """
 

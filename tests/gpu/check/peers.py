@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.tools.bench.arms import Arm, Workers
+from mirai_ds.benchmarks.arms import Arm, Workers
 from tests.gpu.check.native_rows import Row, one
 
 PEER = "tests.gpu.check.peer_loops"

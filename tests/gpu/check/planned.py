@@ -7,8 +7,8 @@ import json
 import sys
 
 from mirai_ds.config import UserError
-from mirai_ds.tools.looking.devices import DEVICES
-from mirai_ds.tools.looking.planning import Request, make_plan
+from mirai_ds.planning.devices import DEVICES
+from mirai_ds.planning.plan import Request, make_plan
 from tests.gpu.check.native_rows import Row, one
 from tests.gpu.check.slices import SIZES
 

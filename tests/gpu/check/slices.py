@@ -73,7 +73,7 @@ def step_times(size: str, batch: int, what: str, methods: str, estimate: float, 
 def sampling(size: str, batch: int, estimate: float) -> Step:
     """Images a second against loops with a plain cache and without one."""
     words = ("--device", "cuda", "--size", size, "--batch", str(batch), "--batches", "3", "--out", "{rows}")
-    return Step(f"sampling {size} {batch}", module("mirai_ds.tools.bench.sampling", *words), estimate, 240, "sampling")
+    return Step(f"sampling {size} {batch}", module("mirai_ds.benchmarks.sampling", *words), estimate, 240, "sampling")
 
 
 def sanitizer(tool: str, estimate: float) -> Step:
@@ -127,23 +127,24 @@ SLICES = (
         step_times("GPT-B", 32, "overhead", "E,I", 100), step_times("GPT-B", 32, "plain", "none", 40),
     )),
     Slice(6, "roofline", (
-        Step("alignment kernel", module("mirai_ds.kernels.bench", "--device", "cuda", "--out", "{rows}"), 200, 300,
+        Step("alignment kernel", module("mirai_ds.benchmarks.kernels", "--device", "cuda", "--out", "{rows}"), 200, 300,
              "kernels"),
-        Step("traffic", module("mirai_ds.tools.traffic", "--device", "cuda", "--out", "{rows}"), 120, 240, "kernels"),
+        Step("traffic", module("mirai_ds.benchmarks.traffic", "--device", "cuda", "--out", "{rows}"), 120, 240,
+             "kernels"),
     )),
     Slice(7, "sampling", (
         sampling("GPT-B", 32, 90), gpu_tests("sampling", 120), sampling("GPT-B", 256, 120), sampling("GPT-L", 32, 120),
     )),
     Slice(8, "extraction", (
-        Step("extraction", module("mirai_ds.extract.bench", "--device", "cuda", "--quick", "--out", "{rows}"), 180, 400,
-             "extract"),
+        Step("extraction", module("mirai_ds.benchmarks.data", "--device", "cuda", "--quick", "--out", "{rows}"), 180,
+             400, "extract"),
     )),
     Slice(9, "sanitizer", (sanitizer("memcheck", 240), sanitizer("racecheck", 400))),
     Slice(10, "memory and saves", (
         gpu_tests("memory", 150, "memory"),
-        *(Step(f"memory {size}", module("mirai_ds.tools.looking.measured", "--size", size, "--ranks", "1", "--out",
+        *(Step(f"memory {size}", module("mirai_ds.benchmarks.memory", "--size", size, "--ranks", "1", "--out",
                                         "{rows}"), 150, 300, "memory", "memory") for size in ("GPT-B", "GPT-XL")),
-        Step("saves", module("mirai_ds.tools.bench.safety", "--ranks", "1", "--out", "{rows}"), 120, 220, "safety"),
+        Step("saves", module("mirai_ds.benchmarks.safety", "--ranks", "1", "--out", "{rows}"), 120, 220, "safety"),
     )),
     Slice(11, "study", (
         Step("study", module("mirai_ds", "study", "run", "digits", "--arms", "e-official", "--seeds", "1",

@@ -91,10 +91,9 @@ def test_the_committed_pages_are_what_the_table_says() -> None:
 
 def test_benchmarks_rows_are_read(tmp_path: Path) -> None:
     """The readers follow the columns that the benchmarks write."""
-    from mirai_ds.extract import bench as extraction
-    from mirai_ds.kernels import bench as kernels
-    from mirai_ds.tools.bench import safety, sampling, step
-    from mirai_ds.tools.looking import measured
+    from mirai_ds.benchmarks import data as extraction
+    from mirai_ds.benchmarks import kernels, safety, sampling, step
+    from mirai_ds.benchmarks import memory as measured
 
     columns = {"step": step.FIELDS, "sampling": sampling.FIELDS, "extract": extraction.FIELDS, "safety": safety.FIELDS,
                "memory": measured.FIELDS, "kernels": [f.name for f in fields(kernels.Row)]}  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mirai_ds.tools.bench.arms import Arm
-from mirai_ds.tools.bench.device_time import busy, kind_of
+from mirai_ds.benchmarks.arms import Arm
+from mirai_ds.benchmarks.device_time import busy, kind_of
 from tests.gpu.check.peer_training import last, last_speed
 from tests.gpu.check.peers import GROUPS, OURS, WARM_UP, arms, race, rows
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.cuda import _sanitizer
 
+from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import build
 from mirai_ds.engine import layout
 from mirai_ds.engine.start import start_process_group
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.launch import free_port
-from mirai_ds.tools.bench.sessions import random_session
 from tests.gpu.rehearsal.steps import one_step
 
 STEPS = 3

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import build
 from mirai_ds.engine.start import start_process_group
 from mirai_ds.kernels.foresight_cosine import reference
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.launch import free_port
-from mirai_ds.tools.bench.sessions import random_session
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import train_step
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mirai_ds.config import build
-from mirai_ds.tools.looking.memory import predict
+from mirai_ds.planning.memory import predict
 from tests.gpu.rehearsal.conftest import FakeGpu
 
 pytestmark = pytest.mark.rehearsal

@@ -1,0 +1,317 @@
+"""Time and memory of the alignment loss, forward and backward: `python -m mirai_ds.benchmarks.kernels`.
+
+Variants take turns, so that a slow moment of the machine meets all of them, and are compared as ratios of medians in
+one run, with the memory settings of training.  `eager` is the reference; `compiled` is torch.compile of the same sums
+written for it (the mask on the cosines, where the reference has it on the states too, for slots that are not finite,
+and checks its arguments); `copy` moves the fewest bytes the task allows: `projected` and the target read once, the
+gradient written once.
+Rows go to a CSV file with device, date, versions and command; `--table` prints the README's table from such rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
+
+WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
+METHODS = {"E": 3, "I": 1}  # heads
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRID = 16
+RESULTS = Path("kernels/results.csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one task on one device."""
+
+    date: str
+    device: str
+    python: str
+    torch: str
+    cuda: str
+    command: str
+    op: str
+    size: str
+    method: str
+    batch: int
+    heads: int
+    width: int
+    dtype: str
+    variant: str
+    median_ms: float
+    ratio: float  # of its time to the first variant's, in the same run
+    extra_mib: float  # peak memory beyond the inputs
+    gradient_mib: float
+    gb_per_s: float  # of the fewest bytes
+
+
+@dataclass
+class Task:
+    """Inputs as training has them: a 16x16 grid, official offsets, wrapped borders."""
+
+    projected: list[Tensor]
+    target: Tensor
+    index: Tensor
+    weights: Tensor
+    counts: Tensor
+
+    @property
+    def fewest_bytes(self) -> int:
+        """Read `projected` and the target, write the gradient."""
+        states = sum(p.numel() * p.element_size() for p in self.projected)
+        return 2 * states + self.target.numel() * self.target.element_size()
+
+    @property
+    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What follows `projected`."""
+        return self.target, self.index, self.weights, self.counts
+
+
+def task(heads: int, width: int, batch: int, dtype: torch.dtype, device: str) -> Task:
+    """Random features; head k looks 0, 1 or 16 cells ahead and has no target beyond the last cell."""
+    cells = GRID * GRID
+    shifts = torch.tensor([0, 1, GRID][:heads])
+    index = torch.arange(cells)[:, None] + shifts
+    index = torch.where(index < cells, index, -1).int().to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    make = lambda: torch.randn(batch, cells, width, generator=generator, device=device).to(dtype)  # noqa: E731
+    counts = (index >= 0).sum(0).float()
+    return Task([make().requires_grad_() for _ in range(heads)], make(), index, torch.full_like(counts, 2.0), counts)
+
+
+def masked(projected: list[Tensor], target: Tensor, index: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """The reference's loss in operations that torch.compile fuses well."""
+    normed = F.normalize(target.float(), dim=-1)
+    total = weights.new_zeros(())
+    for k, states in enumerate(projected):
+        rows = index[:, k].long()
+        cosine = (F.normalize(states.float(), dim=-1) * normed[:, rows.clamp(min=0)]).sum(-1)
+        kept = torch.where(rows >= 0, cosine, 0.0).sum()
+        total = total - weights[k] * kept / (counts[k] * states.shape[0])
+    return total
+
+
+def variants(t: Task) -> dict[str, Callable[[], Any]]:
+    """Name -> one forward and backward pass (`copy`: the bytes alone)."""
+    compiled = torch.compile(masked, dynamic=False)
+    half = torch.empty(t.fewest_bytes // 8, dtype=torch.float32, device=t.target.device)
+    to = torch.empty_like(half)
+
+    def both(loss_of: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss_of(), t.projected)
+
+    return {
+        "fused": both(lambda: foresight_cosine(t.projected, *t.constants, kernel=t.target.device.type)[0]),
+        "eager": both(lambda: reference.foresight_cosine(t.projected, *t.constants)[0]),
+        "compiled": both(lambda: compiled(t.projected, *t.constants)),
+        "copy": lambda: to.copy_(half),
+    }
+
+
+def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 5) -> dict[str, float]:
+    """Median time of each on the CPU, taking turns of `repeat` runs.  The first of a turn is not counted: it pays for
+    the memory that the variant before gave back to the operating system."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            for j in range(repeat):
+                began = time.perf_counter()
+                run()
+                if i > 0 and j > 0:
+                    times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 10) -> dict[str, float]:
+    """The same on a GPU, by its own clock: `repeat` runs queued behind each other, so that launching costs nothing.
+    The inputs exceed the L2 cache at all sizes but B, I in bf16, which keeps part of them from run to run."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 2):
+        for name, run in runs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(100_000_000)  # some 50 ms, in which the queue fills
+            start.record()
+            for _ in range(repeat):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                times[name].append(start.elapsed_time(end) / repeat)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most memory that one run holds beyond what was there before."""
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    del kept
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def facts(device: str, command: str) -> dict[str, str]:
+    """What a row must say about where it comes from."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "date": time.strftime("%Y-%m-%d"), "device": name, "python": platform.python_version(),
+        "torch": torch.__version__, "cuda": (torch.version.cuda or "") if device == "cuda" else "", "command": command,
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    from mirai_ds.runtime.environment import cpu_name
+
+    return cpu_name()
+
+
+def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds: int, command: str) -> list[Row]:
+    """All variants of one task."""
+    torch._dynamo.reset()
+    heads, width = METHODS[method], WIDTHS[size]
+    t = task(heads, width, batch, DTYPES[dtype], device)
+    runs = variants(t)
+    times = queued_milliseconds(runs, rounds) if device == "cuda" else milliseconds(runs, rounds)
+    gradient = sum(p.numel() * p.element_size() for p in t.projected)
+    rows = []
+    for name, run in runs.items():
+        extra = 0 if name == "copy" else peak_extra_bytes(run, device)
+        rows.append(
+            Row(
+                **facts(device, command),
+                op="foresight_cosine",
+                size=size,
+                method=method,
+                batch=batch,
+                heads=heads,
+                width=width,
+                dtype=dtype,
+                variant=name,
+                median_ms=round(times[name], 4),
+                ratio=round(times[name] / times["fused"], 2),
+                extra_mib=round(extra / 2**20, 2),
+                gradient_mib=round(gradient / 2**20, 2),
+                gb_per_s=round(t.fewest_bytes / times[name] / 1e6, 1),
+            )
+        )
+    return rows
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    """Add rows, in place of earlier ones of the same device and task."""
+    new = [{k: str(v) for k, v in asdict(row).items()} for row in rows]
+    keys = ("device", "op", "size", "method", "batch", "dtype", "variant")
+    replaced = {tuple(row[key] for key in keys) for row in new}
+    kept = [row for row in read(path) if tuple(row[key] for key in keys) not in replaced] if path.is_file() else []
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + new)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a results file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: a line a task."""
+    tasks: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["op"] != "foresight_cosine":
+            continue
+        key = tuple(row[k] for k in ("device", "size", "method", "dtype", "batch", "date", "torch"))
+        tasks.setdefault(key, {})[row["variant"]] = row
+    lines = [
+        "| device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes | "
+        "extra memory / gradient |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (device, size, method, dtype, batch, date, version), found in tasks.items():
+        fused = found["fused"]
+        eager, compiled, copy = (float(found[name]["ratio"]) for name in ("eager", "compiled", "copy"))
+        extra = float(fused["extra_mib"]) / float(fused["gradient_mib"])
+        lines.append(
+            f"| {device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
+            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write rows, or print the table of rows that are there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mirai_ds.benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as a table; measure nothing")
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    if args.table:
+        if not args.out.is_file():
+            parser.error(f"--out {args.out}: no such file")
+        print(table(read(args.out)))
+        return 0
+    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
+        parser.error(f"--out {args.out}: the folder is missing or cannot be written")
+    command = " ".join(["python -m mirai_ds.benchmarks.kernels", *given])
+    for size in args.sizes:
+        for method in args.methods:
+            for dtype in args.dtypes:
+                rows = measure(size, method, dtype, args.batch, args.device, args.rounds, command)
+                write(rows, args.out)
+                print(table([{k: str(v) for k, v in asdict(r).items()} for r in rows]).splitlines()[-1], flush=True)
+    return 0
+
+
+def restart_as_training_runs(module: str) -> None:
+    """Replace this process by one with the memory settings of training on a CPU, unless it has them."""
+    from mirai_ds.runtime.launch import CPU_MEMORY
+
+    if not torch.cuda.is_available() and not CPU_MEMORY.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**CPU_MEMORY, **os.environ})
+
+
+if __name__ == "__main__":
+    restart_as_training_runs("mirai_ds.benchmarks.kernels")
+    sys.exit(main())

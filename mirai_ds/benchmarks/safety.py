@@ -1,0 +1,268 @@
+"""What it costs to survive: `python -m mirai_ds.benchmarks.safety [--ranks 2] [--set ...]`.
+
+  step      guarded steps (watchdog beats, agreement of the ranks, refusal of losses that are not finite, a look at the
+            stop file) against the same steps without; blocks of both take turns in one run, what counts is the ratio
+  save      how long training stands still for a checkpoint: written at once, and in the background
+  digests   sha256 of a checkpoint when it is written and verified, of the time that writing takes
+It starts its own ranks; under torchrun or srun it is one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mirai_ds.benchmarks.harness import append
+from mirai_ds.runtime.distributed import World, leave_process_group, read_world
+
+MODULE = "mirai_ds.benchmarks.safety"
+RESULTS = Path("docs/safety-results.csv")
+FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
+          "ratio")  # fmt: skip
+Row = dict[str, str]
+
+
+def bare_steps(session: Any, count: int) -> None:
+    """What a loop without guards does."""
+    from mirai_ds.train import step as module
+
+    guarded = module.poisoned_unless_finite
+    module.poisoned_unless_finite = lambda loss: loss
+    try:
+        for _ in range(count):
+            module.train_step(session, session.step)
+            session.count_step()
+    finally:
+        module.poisoned_unless_finite = guarded
+
+
+def guarded_steps(session: Any, count: int) -> None:
+    """What `run_loop` does around steps, whose last one is looked at."""
+    from mirai_ds.runtime.control import Facts
+    from mirai_ds.train.nonfinite import settle
+    from mirai_ds.train.step import train_step
+
+    for _ in range(count):
+        session.beat(f"step {session.step + 1}")
+        session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
+        record = train_step(session, session.step)
+        session.count_step()
+        session.facts = session.control.arrived()
+    settle(session, record)
+
+
+def seconds(run: Callable[[], None], session: Any) -> float:
+    """Of `run` on this rank, all ranks starting together."""
+    session.control.barrier()
+    began = time.perf_counter()
+    run()
+    if session.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(session.device)
+    return time.perf_counter() - began
+
+
+def step_times(session: Any, rounds: int, block: int) -> dict[str, float]:
+    """Median seconds a step of both variants, and the median over rounds of their ratio; who goes first alternates."""
+    variants = {"guarded": guarded_steps, "bare": bare_steps}
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    guarded_steps(session, 3)
+    for number in range(rounds):
+        for name in sorted(variants, reverse=bool(number % 2)):
+            found[name].append(seconds(lambda name=name: variants[name](session, block), session) / block)  # type: ignore[misc]
+    ratios = [guarded / bare for guarded, bare in zip(found["guarded"], found["bare"], strict=True)]
+    return {"ratio": statistics.median(ratios), **{name: statistics.median(times) for name, times in found.items()}}
+
+
+def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
+    """Seconds of each part of a guarded step by itself; in a step the agreement is waited for only if the step is
+    faster."""
+    import torch
+
+    from mirai_ds.runtime.control import Facts
+    from mirai_ds.train.step import poisoned_unless_finite
+
+    loss = torch.ones((), device=session.device, requires_grad=True)
+
+    def agree() -> None:
+        session.control.post(Facts())
+        session.control.arrived()
+
+    def look() -> None:
+        session.beat("bench")
+        session.stop.poll()
+
+    def each(run: Callable[[], Any]) -> float:
+        def often() -> None:
+            for _ in range(repeat):
+                run()
+
+        run()
+        return seconds(often, session) / repeat
+
+    refusal = each(lambda: poisoned_unless_finite(loss * 2).backward()) - each(lambda: (loss * 2).backward())
+    return {"agreement of the ranks": each(agree), "refusal of a loss": refusal, "beat and look": each(look)}
+
+
+def save_times(session: Any, rounds: int) -> dict[str, float]:
+    """Median seconds that training stands still, for a save at once and one in the background; `written`: until the
+    background one was safe, training on meanwhile."""
+    found: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
+    for _ in range(rounds):
+        for name, background in (("at once", False), ("in the background", True)):
+            session.saver.config.background = background
+            guarded_steps(session, 1)
+            began = session.saver.stall_seconds
+            session.control.barrier()
+            session.save_checkpoint()
+            while session.saver.in_flight >= 0:
+                guarded_steps(session, 1)
+                session.saver.poll(session.facts.written)
+            found[name].append(session.saver.stall_seconds - began)
+            if background:
+                found["written"].append(session.saver.write_seconds)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def digest_times(session: Any) -> dict[str, float]:
+    """Seconds to write this rank's part, to hash it, to verify the whole checkpoint; and its bytes."""
+    from mirai_ds.checkpoint import store
+    from mirai_ds.checkpoint.format import rank_file, write_snapshot
+    from mirai_ds.runtime.disk import digest_of_file, sync
+
+    folder = store.folder_of(session.run, store.list_steps(session.run)[-1])
+    path = rank_file(folder.with_name("bench"), session.world.rank)
+    path.parent.mkdir(exist_ok=True)
+
+    def write() -> None:
+        write_snapshot(path, session.take())
+        sync(path)
+
+    def hash_it() -> None:
+        digest_of_file(path)
+
+    def verify_it() -> None:
+        store.verify(folder)
+
+    written = statistics.median(seconds(write, session) for _ in range(3))
+    hashed = statistics.median(seconds(hash_it, session) for _ in range(3))
+    verified = statistics.median(seconds(verify_it, session) for _ in range(3))
+    return {"write": written, "digest": hashed, "verify": verified, "bytes": float(path.stat().st_size)}
+
+
+def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
+    """Collective: everything, as rows."""
+    steps = step_times(session, rounds, block)
+    parts = part_times(session)
+    saves = save_times(session, max(3, min(8, rounds // 4)))
+    digests = digest_times(session)
+    step = steps["bare"]
+    mib = digests["bytes"] / 2**20
+
+    def row(what: str, variant: str, value: float, unit: str, ratio: float | None) -> Row:
+        return {**about, "what": what, "variant": variant, "value": f"{value:.4g}", "unit": unit,
+                "ratio": "" if ratio is None else f"{ratio:.3f}"}  # fmt: skip
+
+    return [
+        row("step", "guarded", steps["guarded"] * 1e3, "ms", steps["ratio"]),
+        row("step", "bare", step * 1e3, "ms", 1.0),
+        *[row("part of a guarded step", name, value * 1e3, "ms", value / step) for name, value in parts.items()],
+        row("stall of a save, in steps", "at once", saves["at once"] * 1e3, "ms", saves["at once"] / step),
+        row("stall of a save, in steps", "in the background", saves["in the background"] * 1e3, "ms",
+            saves["in the background"] / step),
+        row("background save until safe, in steps", "in the background", saves["written"] * 1e3, "ms",
+            saves["written"] / step),
+        row(f"writing {mib:.0f} MiB a rank", "copy, write, flush", digests["write"] * 1e3, "ms", 1.0),
+        row(f"writing {mib:.0f} MiB a rank", "digest of it", digests["digest"] * 1e3, "ms",
+            digests["digest"] / digests["write"]),
+        row(f"writing {mib:.0f} MiB a rank", "verify the whole checkpoint", digests["verify"] * 1e3, "ms",
+            digests["verify"] / digests["write"]),
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = ["| device | ranks, model | what | variant | time | ratio |", "|---|---|---|---|---:|---:|"]
+    for r in rows:
+        layout, time = f"{r['ranks']}, {r['model']}", f"{r['value']} {r['unit']}"
+        lines.append(f"| {' | '.join((r['device'], layout, r['what'], r['variant'], time, r['ratio']))} |")
+    return "\n".join(lines)
+
+
+def measure(world: World, overrides: list[str], run: Path, rounds: int, block: int, command: str) -> list[Row]:
+    """One rank: build a session in `run`, measure; rows on the main rank."""
+    from mirai_ds.benchmarks.kernels import facts
+    from mirai_ds.config import load
+    from mirai_ds.engine.start import start_process_group
+    from mirai_ds.runs.outcome import Outcome
+    from mirai_ds.runtime.distributed import local_device
+    from mirai_ds.runtime.signals import StopRequests
+    from mirai_ds.runtime.watchdog import Watchdog
+    from mirai_ds.train.run_folder import open_run_folder
+    from mirai_ds.train.session import build_session
+
+    config = load("digits-mirai-e", ["score.enabled=false", "foresight.warmup_epochs=0", *overrides])
+    device = local_device(world)
+    start_process_group(world, 5)
+    _, fence = open_run_folder(config, run, world, None, None, {}, Outcome())
+    stop = StopRequests()
+    stop.watch_file(run)
+    session = build_session(config, run, world, device, fence, stop)
+    watchdog = Watchdog(600, run / "hang", world.rank, world.size, lambda text: None)
+    session.beat = watchdog.beat
+    if session.is_main:
+        fence.watch()
+    fence.settle(0, None)
+    millions = sum(p.numel() for p in session.engine.ds.module.parameters()) / 1e6
+    about = {**facts(device.type, command), "ranks": str(world.size), "model": f"{millions:.1f} M"}
+    found = rows_of(session, rounds, block, about)
+    watchdog.close()
+    fence.release("finished")
+    session.control.barrier()
+    return found if session.is_main else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, append to the results."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--block", type=int, default=1, help="steps in a turn")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--table", action="store_true", help="print the committed rows as Markdown")
+    args = parser.parse_args(argv)
+    if args.table:
+        from mirai_ds.benchmarks.kernels import read
+
+        print(table(read(args.out)))
+        return 0
+    world = read_world()
+    if world is None:
+        from mirai_ds.runtime.launch import launch, visible_gpus
+
+        with tempfile.TemporaryDirectory() as folder:
+            return launch(
+                MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
+            )
+    told = [a for a in argv if a not in ("--run-dir", str(args.run_dir))]
+    command = " ".join([f"python -m {MODULE}", *told])
+    found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
+    if found:
+        print(table(found), flush=True)
+        append(args.out, FIELDS, found)
+    leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What else of a training step is memory traffic: `python -m mirai_ds.benchmarks.traffic`.
+
+Times RMSNorm, the rotary table, SwiGLU's product and the cross-entropy, forward and backward, at a model's sizes: as
+the model runs them, through torch.compile, and with Liger-Kernel where that is installed; beside forward and backward
+of the whole model at the same batch.  The numbers decide whether fusing them is worth a switch or a dependency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirai_ds.benchmarks import kernels as bench
+from mirai_ds.config import ModelConfig
+from mirai_ds.model import GPT, initialise, next_token_loss
+from mirai_ds.model.gpt import RMSNorm
+from mirai_ds.model.rope2d import apply_rope, rope_table
+
+Loss = Callable[..., Tensor]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As in FeedForward."""
+    return F.silu(gate) * up
+
+
+@dataclass
+class Operation:
+    """A function of differentiable inputs that one step uses `uses` times; `liger` is Liger-Kernel's, if it has one."""
+
+    uses: int
+    function: Loss
+    inputs: list[Tensor]
+    liger: Loss | None = None
+
+
+def operations(model: ModelConfig, batch: int, dtype: torch.dtype, device: str) -> dict[str, Operation]:
+    """Everything of the model that moves more than it computes, but the alignment loss."""
+    slots, width, hidden = model.block_size, model.width, model.ffn_hidden
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype).requires_grad_()
+
+    norm = RMSNorm(width, model.norm_eps).to(device, dtype)
+    rope = rope_table(model.grid, width // model.heads).to(device)[:slots]
+    tokens = torch.randint(0, model.vocab_size, (batch, slots), generator=generator, device=device)
+    found = {
+        "rmsnorm": Operation(2 * model.depth + 1, norm, [random(batch, slots, width)]),
+        "rotary": Operation(
+            2 * model.depth, lambda x: apply_rope(x, rope), [random(batch, slots, model.heads, width // model.heads)]
+        ),
+        "swiglu": Operation(model.depth, swiglu, [random(batch, slots, hidden), random(batch, slots, hidden)]),
+        "cross-entropy": Operation(
+            1, lambda logits: next_token_loss(logits, tokens), [random(batch, slots, model.vocab_size)]
+        ),
+    }
+    if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import functional
+
+        found["rmsnorm"].liger = lambda x: functional.liger_rms_norm(x, norm.weight, model.norm_eps, in_place=False)
+        found["swiglu"].liger = functional.liger_swiglu
+        found["cross-entropy"].liger = lambda x: functional.liger_cross_entropy(x.flatten(0, 1), tokens.flatten())
+    return found
+
+
+def both_passes(function: Loss, inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    """Forward and backward with a gradient of the output that is there already."""
+    out = function(*inputs)
+    upstream = torch.ones_like(out)
+    return lambda: torch.autograd.grad(function(*inputs), inputs, upstream)
+
+
+def step_milliseconds(model: ModelConfig, batch: int, dtype: torch.dtype, device: str, runs: int = 3) -> float:
+    """Forward and backward of the whole model; the best of a few."""
+    gpt = GPT(model)
+    initialise(gpt, 0)
+    gpt = gpt.to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (batch, model.block_size), generator=generator).to(device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    best = float("inf")
+    for _ in range(runs + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        next_token_loss(gpt(tokens[:, :-1], labels).logits, tokens).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) * 1e3)
+    return best
+
+
+def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command: str) -> list[bench.Row]:
+    """Rows of all operations of one model, `ratio` being of eager's time; and of one step, against itself."""
+    model = ModelConfig(size=f"GPT-{size}")
+    facts = bench.facts(device, command)
+    torch_dtype = bench.DTYPES[dtype]
+    step = step_milliseconds(model, batch, torch_dtype, device)
+    found = [("step", "eager", step, 1.0, 1)]
+    for name, op in operations(model, batch, torch_dtype, device).items():
+        torch._dynamo.reset()
+        runs = {"eager": both_passes(op.function, op.inputs)}
+        runs["compiled"] = both_passes(torch.compile(op.function, dynamic=False), op.inputs)
+        if op.liger is not None:
+            runs["liger"] = both_passes(op.liger, op.inputs)
+        times = bench.queued_milliseconds(runs, rounds) if device == "cuda" else bench.milliseconds(runs, rounds)
+        found += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
+    return [
+        bench.Row(
+            **facts, op=op, size=size, method=f"{uses} a step", batch=batch, heads=model.heads, width=model.width,
+            dtype=dtype, variant=variant, median_ms=round(ms, 4), ratio=round(ratio, 2), extra_mib=0.0,
+            gradient_mib=0.0, gb_per_s=0.0,
+        )
+        for op, variant, ms, ratio, uses in found
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown: a line an operation, its share of the step and what compiling it would leave of the step."""
+    lines = [
+        "| device | model, batch, dtype | operation | uses a step | eager ms | of the step | torch.compile | Liger |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for step in (row for row in rows if row["op"] == "step"):
+        same = [r for r in rows if all(r[k] == step[k] for k in ("device", "size", "batch", "dtype"))]
+        for row in (r for r in same if r["method"].endswith(" a step") and r["op"] != "step"):
+            if row["variant"] != "eager":
+                continue
+            uses = int(row["method"].split()[0])
+            share = uses * float(row["median_ms"]) / float(step["median_ms"])
+            ratios = {r["variant"]: f"{float(r['ratio']):.2f}x" for r in same if r["op"] == row["op"]}
+            lines.append(
+                f"| {row['device']}, torch {row['torch']}, {row['date']} | GPT-{row['size']}, {row['batch']}, "
+                f"{row['dtype']} | {row['op']} | {uses} | {float(row['median_ms']):.3g} | {share:.1%} | "
+                f"{ratios['compiled']} | {ratios.get('liger', '-')} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, add rows to the results file, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m mirai_ds.benchmarks.traffic", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=bench.WIDTHS, default="B")
+    parser.add_argument("--dtypes", nargs="+", choices=bench.DTYPES, default=list(bench.DTYPES))
+    parser.add_argument("--batch", type=int, help="default: 4 on the CPU, 32 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--out", type=Path, default=bench.RESULTS, help="CSV file to add rows to (default: %(default)s)"
+    )
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: the folder is missing")
+    command = " ".join(["python -m mirai_ds.benchmarks.traffic", *given])
+    batch = args.batch or (4 if args.device == "cpu" else 32)
+    for dtype in args.dtypes:
+        bench.write(measure(args.size, batch, dtype, args.device, args.rounds, command), args.out)
+    print(table(bench.read(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    bench.restart_as_training_runs("mirai_ds.benchmarks.traffic")
+    sys.exit(main())

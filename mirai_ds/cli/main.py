@@ -1,0 +1,180 @@
+"""`mirai-ds`: one verb for each thing a user does.  Heavy modules are imported inside the verb that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from mirai_ds.cli.analyse import flops, map_, plan, report
+from mirai_ds.cli.bench import bench
+from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli.evaluate import evaluate
+from mirai_ds.cli.extract import extract
+from mirai_ds.cli.recipes import recipes, table
+from mirai_ds.cli.runs import compare, inspect
+from mirai_ds.cli.sample import sample
+from mirai_ds.cli.study import study
+from mirai_ds.cli.submit import submit
+from mirai_ds.version import __version__
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mirai-ds")
+def main() -> None:
+    """Train autoregressive image models with Mirai foresight alignment on DeepSpeed.
+
+    \b
+    mirai-ds extract codes --help         from images to tokens
+    mirai-ds recipes list                 what can be trained
+    mirai-ds train digits-mirai-e         train it here, on all devices
+    mirai-ds sample runs/digits-mirai-e   draw images from it
+    mirai-ds COMMAND --help               explains a command, with an example
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."
+)
+@click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME of the recipe.")
+@click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest whole checkpoint, or a step.")
+@click.option("--fresh", is_flag=True, help="Set an earlier run of this name aside (renamed, not deleted).")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Local ranks; default one a GPU (fewer where the batch cannot be shared), else launch.cpu_ranks.",
+)
+@mistakes_in_one_line
+def train(
+    recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None,
+    fresh: bool, ranks: int | None,
+) -> None:  # fmt: skip
+    """Train RECIPE (a name from `recipes list`, or a .yaml file) on all local devices.
+
+    Starts DeepSpeed's launcher itself.  Under deepspeed, torchrun or srun (one task a GPU) it is one of the ranks.
+
+    \b
+    Example:
+      mirai-ds train digits-mirai-e --set train.epochs=10 --deepspeed ds_configs/zero1.json
+      deepspeed --hostfile hosts --module mirai_ds.train recipe.yaml    the same on several nodes
+    """
+    from mirai_ds.checkpoint.store import check_run_folder
+    from mirai_ds.config.deepspeed_file import ranks_that_fit, resolve
+    from mirai_ds.config.errors import UserError
+    from mirai_ds.config.load import load
+    from mirai_ds.runs.outcome import EXIT_CODES, NAME, VARIABLE
+    from mirai_ds.runs.outcome import read as read_outcome
+    from mirai_ds.runtime.launch import launch, visible_gpus
+    from mirai_ds.runtime.signals import STOP_FILE
+
+    if fresh and resume:
+        raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
+    passed = [recipe, *[part for o in overrides for part in ("--set", o)]]
+    passed += ["--deepspeed", deepspeed] if deepspeed else []
+    passed += ["--run-dir", str(run_dir)] if run_dir else []
+    passed += ["--resume", resume] if resume else []
+    passed += ["--fresh"] if fresh else []
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        from mirai_ds.train.__main__ import main as rank_main
+
+        rank_main(passed)
+        return
+    config = load(recipe, overrides, deepspeed)
+    gpus = visible_gpus()
+    count = ranks or gpus or config.launch.cpu_ranks
+    if gpus and not ranks:
+        count, why = ranks_that_fit(config, gpus)
+        if why:
+            click.echo(f"mirai-ds: training on {count} of {gpus} GPUs: {why}", err=True)
+    resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
+    run = run_dir or Path(config.output_dir) / config.name
+    check_run_folder(run, resume, fresh)
+    code = launch("mirai_ds.train", passed, count, gpus, run / STOP_FILE)
+    outcome = read_outcome(Path(os.environ.get(VARIABLE) or run / NAME))
+    sys.exit(EXIT_CODES[outcome[0]] if outcome and outcome[0] != "failed" else code)  # launchers lose exit codes
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
+@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), default="both", show_default=True)
+@click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
+@click.option("--projectors", is_flag=True, help="Keep the alignment heads too (samplers do not need them).")
+@mistakes_in_one_line
+def export(run: Path, out: Path, weights: str, step: int | None, projectors: bool) -> None:
+    """Write a run's weights as a file that LlamaGen's own samplers load.
+
+    `both` puts raw weights under "model" and the average under "ema"; LlamaGen's samplers read "model", so use
+    `--weights ema` to sample the average there.
+
+    \b
+    Example:
+      mirai-ds export runs/digits-mirai-e --weights ema --out digits.pt
+    """
+    from mirai_ds.checkpoint.export import export_run
+
+    click.echo(export_run(run, out, weights, step, projectors))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest max|a-b| / max|b| of an array.")
+@mistakes_in_one_line
+def verify(files: tuple[Path, ...], tolerance: float) -> None:
+    """Recompute reference vectors (.npz) with this model and objective; exit 1 when an array is off.
+
+    \b
+    Example:
+      mirai-ds verify tests/fixtures/*.npz
+    """
+    from rich.console import Console
+
+    from mirai_ds.selfcheck.check import render, verify_files
+
+    results = verify_files(list(files), tolerance)
+    Console(width=None if sys.stdout.isatty() else 120).print(render(results))
+    sys.exit(0 if all(result.ok for result in results) else 1)
+
+
+@main.command()
+@click.option("--self-test/--no-self-test", default=None, help="Let every device compute too; default where GPUs are.")
+@mistakes_in_one_line
+def doctor(self_test: bool | None) -> None:
+    """Check this machine: versions, devices, compilers, what will run; exit 1 when training cannot work.
+
+    On GPUs a process each also multiplies, runs the alignment kernel beside its reference, meets the others and takes
+    two training steps, in about twenty seconds.
+
+    \b
+    Example:
+      mirai-ds doctor
+    """
+    from mirai_ds.selfcheck.doctor import examine
+
+    lines, healthy = examine(self_test)
+    click.echo("\n".join(lines))
+    sys.exit(0 if healthy else 1)
+
+
+main.add_command(bench)
+main.add_command(evaluate)
+main.add_command(extract)
+main.add_command(compare)
+main.add_command(flops)
+main.add_command(inspect)
+main.add_command(map_)
+main.add_command(plan)
+main.add_command(report)
+main.add_command(sample)
+main.add_command(study)
+main.add_command(submit)
+main.add_command(recipes)
+main.add_command(table)
+
+if __name__ == "__main__":
+    main()

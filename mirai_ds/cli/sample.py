@@ -1,0 +1,152 @@
+"""`mirai-ds sample`: a grid to look at, or a file of many images for evaluators.  Heavy modules are imported inside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
+
+if TYPE_CHECKING:
+    from mirai_ds.runtime.distributed import World
+
+FILE = click.Path(path_type=Path)
+SWITCH = click.Choice(["auto", "on", "off"])
+# Options that mean something in one of the two modes only.
+GRID_ONLY = ("per_class",)
+NUM_ONLY = ("policy", "image_size", "image_size_eval", "precision", "batch", "compile", "cuda_graphs", "png", "ranks",
+            "patience")  # fmt: skip
+
+
+def _many(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of --num."""
+    for option in (
+        click.option("--patience", type=click.FloatRange(min=1), default=300.0, show_default=True,
+                     help="Seconds that rank 0 waits for others without a sign of life."),
+        click.option("--ranks", type=click.IntRange(min=1), help="Local ranks; default one a GPU, else one."),
+        click.option("--png", is_flag=True, help="Also one PNG an image, numbered, in a folder."),
+        click.option("--cuda-graphs", type=SWITCH, default="auto", show_default=True, help="auto: on GPUs."),
+        click.option("--compile", type=SWITCH, default="auto", show_default=True,
+                     help="torch.compile of the step; auto: on GPUs."),
+        click.option("--batch", type=click.IntRange(min=1), help="Images at a time; default 64 on GPUs, 16 on CPUs."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default bf16 on GPUs, fp32 on CPUs."),
+        click.option("--image-size-eval", type=click.IntRange(min=1), help="Resize to this, bicubically; e.g. 256."),
+        click.option("--image-size", type=click.IntRange(min=1), help="Pixels the tokens decode to; e.g. 384."),
+        click.option("--policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
+                     help="random: each class as likely; balanced: each as often."),
+        # torchrun and deepspeed take `--num` for the beginning of an option of theirs, wherever it stands.
+        click.option("--num", "--num-images", "num", type=click.IntRange(min=1),
+                     help="Draw so many into one .npz, on all ranks."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("source", type=FILE)
+@_many
+@click.option("--out", type=FILE, help="Output folder, with --num an .npz file; default below SOURCE or ./samples.")
+@click.option("--per-class", type=click.IntRange(min=1), help="Images of each class; default the run's.")
+@click.option("--classes", metavar="0,3,7", help="Classes to draw; default the run's, with --num all.")
+@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema).")
+@click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
+@click.option("--cfg", "cfg_scale", type=float, help="Guidance scale; 1 = none.")
+@click.option("--cfg-interval", type=int, help="Guide decode steps 0..N only; -1 = all.")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int, help="0 = off.")
+@click.option("--top-p", type=float, help="1 = off.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--tokenizer", type=FILE, help="Its file, to show tokens of any run as pictures.")
+@click.option("--recipe", help="For a bare weights file: the recipe it was trained with; default by its shapes.")
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens an image, without a recipe.",
+)
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # from the deepspeed command
+@mistakes_in_one_line
+def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> None:
+    """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file.
+
+    A few, to look at: writes tokens.npz (tokens, labels, and images where the data can decode them) and grid.png.
+    With --num many, on all GPUs: an .npz with arr_0 as ADM's evaluator reads it, its protocol, labels and tokens, a
+    contact sheet.  Image i depends on the seed and i alone; killed at any time, the same command goes on.
+
+    \b
+    Example:
+      mirai-ds sample runs/digits-mirai-e --cfg 1.5 --per-class 4 --out /tmp/digits
+      mirai-ds sample runs/mine --num 50000 --cfg 2.0 --tokenizer vq_ds16_c2i.pt --out mine.npz
+      srun --ntasks-per-node 8 mirai-ds sample runs/mine --num 50000 ...        on several nodes
+      torchrun --nproc-per-node 8 -m mirai_ds.cli.sample runs/mine --num-images 50000 ...
+    """
+    _check_mode(num is not None)
+    if num is None:
+        _grid(source, options)
+        return
+    world = _world(ranks)
+    if world is None:
+        return
+    from mirai_ds.sampling import Request, draw_archive
+
+    if not _given("block_size"):
+        options["block_size"] = None
+    del options["per_class"]
+    said = draw_archive(Request(source, num, **options), world)
+    if said is not None:
+        click.echo(said)
+
+
+def _grid(source: Path, options: dict[str, Any]) -> None:
+    """One process draws it, whoever started how many."""
+    from mirai_ds.runtime.distributed import read_world
+    from mirai_ds.sampling.grid import sample_to_folder
+
+    world = read_world()
+    if world is None or world.rank == 0:
+        click.echo(sample_to_folder(source, **{k: v for k, v in options.items() if k not in NUM_ONLY}))
+
+
+def _given(name: str) -> bool:
+    """Whether the user wrote this option."""
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def _check_mode(many: bool) -> None:
+    from mirai_ds.config.errors import UserError
+
+    for name in GRID_ONLY if many else NUM_ONLY:
+        if _given(name):
+            where = "with --num; --classes and --policy choose labels" if many else "without --num"
+            raise UserError(f"--{name.replace('_', '-')}: has no meaning {where}")
+
+
+def _world(ranks: int | None) -> World | None:
+    """This process's place; None when it was only the one that started the others."""
+    from mirai_ds.config.errors import UserError
+    from mirai_ds.runtime.distributed import World, read_world
+    from mirai_ds.runtime.launch import launch, visible_gpus
+
+    world = read_world()
+    if world is not None:
+        if ranks not in (None, world.size):
+            raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
+        return world
+    gpus = visible_gpus()
+    count = ranks or max(gpus, 1)
+    if count == 1:
+        return World(0, 0, 1, 1)
+    arguments = sys.argv[1:]
+    sys.exit(launch("mirai_ds.cli.sample", arguments[arguments[:1] == ["sample"] :], count, gpus))
+
+
+if (
+    __name__ == "__main__"
+):  # one rank, under any launcher: the deepspeed command puts --local_rank right after the module
+    sample(prog_name="python -m mirai_ds.cli.sample")

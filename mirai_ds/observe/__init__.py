@@ -1,1 +1,0 @@
-"""Metrics, throughput and FLOPs, and where they are written."""

@@ -1,0 +1,390 @@
+"""What a recipe will need on a cluster: memory, time, disk, traffic; `mirai-ds plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mirai_ds.checkpoint.format import FP32_COPIES
+from mirai_ds.config import RunConfig, UserError, load
+from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.config.schedule import total_steps
+from mirai_ds.planning.activations import Pass
+from mirai_ds.planning.cluster import Cluster, Compute, StepTime, step_time
+from mirai_ds.planning.collectives import collectives
+from mirai_ds.planning.costs import encoder_shape
+from mirai_ds.planning.devices import GIB, MARGIN, Allowance, Device, find_device, fits, needed
+from mirai_ds.planning.flops import recomputed_flops, training_parts
+from mirai_ds.planning.memory import Memory, as_dict, predict, refreshed_bytes, variant
+from mirai_ds.planning.outlook import assumptions, scaling_rows, scaling_table, sent_rows, sent_table
+from mirai_ds.planning.speed import Utilisation, utilisation
+from mirai_ds.planning.states import States
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+IMAGENET = 1_281_167
+DIGITS = 1_797
+MFU_SPREAD = 0.2  # the range of step times is at (1 - this) and (1 + this) times the MFU
+POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("none", {"policy": "none"}), ("every-n 2", {"policy": "every-n", "every": 2}), ("mlp", {"policy": "mlp"}),
+    ("full", {"policy": "full"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks."""
+
+    recipe: str
+    nodes: int
+    gpus: int
+    device: str
+    deepspeed: str | None = None
+    micro_batch: int | None = None
+    mfu: float | None = None  # None: what was measured there, else an assumption
+    images: int | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The largest micro batch that fits a stage with a recompute policy; 0: none does."""
+
+    stage: int
+    policy: str
+    micro: int
+    needed: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Answers; sizes in bytes, times in seconds."""
+
+    request: Request
+    config: RunConfig
+    device: Device
+    work: Pass
+    states: States
+    memory: Memory
+    choices: list[Choice]
+    suggestion: Choice | None
+    flops: dict[str, float]  # a rank's, of an aligned step
+    recomputed: float
+    sent: list[dict[str, Any]]  # `scaling.outlook.sent_rows`
+    utilisation: Utilisation
+    time: tuple[StepTime, StepTime, StepTime] | None  # at the higher, at the lower, at the MFU itself
+    plain_share: float  # of steps before alignment starts
+    steps: int
+    steps_per_epoch: int
+    checkpoint: float
+    kept: int
+    scaling: list[dict[str, float]]  # the global batch grows with the ranks
+    same_batch: list[dict[str, float]]  # it does not
+
+    @property
+    def allowance(self) -> Allowance:
+        """Beside tensors."""
+        return Allowance.of(self.device, self.request.world)
+
+    @property
+    def needed(self) -> float:
+        """Device memory for the configuration as it is."""
+        return needed(self.memory.peak.total, self.allowance)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return fits(self.memory.peak.total, self.device, self.request.world)
+
+    @property
+    def cluster(self) -> Cluster:
+        """Where it runs."""
+        return Cluster(self.device, self.request.nodes, self.request.gpus)
+
+    def run_seconds(self) -> tuple[float, float] | None:
+        """All steps: fastest with all communication hidden, slowest with none; saves and evaluation left out."""
+        if self.time is None:
+            return None
+        aligned, plain = sum(self.flops.values()), self.flops["gpt forward"] + self.flops["gpt backward"]
+        extra = self.recomputed
+        factor = 1 - self.plain_share * (1 - (plain + extra) / (aligned + extra))
+        fast, slow, _ = self.time
+        return (
+            self.steps * max(fast.compute * factor, fast.communication),
+            self.steps * (slow.compute * factor + slow.communication),
+        )
+
+
+def make_plan(request: Request, other_choices: bool = True) -> Plan:
+    """Raises UserError for an unknown device or recipe and whatever the configuration refuses.  other_choices: find
+    what fits on every stage too."""
+    device = find_device(request.device)
+    if request.mfu is not None and not 0 < request.mfu <= 1:
+        raise UserError(f"--mfu {request.mfu:g}: must be in (0, 1], e.g. 0.45")
+    config = configured(request)
+    world = request.world
+    ds_config = resolve(config, world)
+    memory = predict(config, world, device=device.kind)
+    vit = encoder_shape(config.foresight, config.model)
+    work = Pass(
+        config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
+        ds_config["train_micro_batch_size_per_gpu"], config.train.recompute,
+        chunked=config.train.cross_entropy == "chunked", device=device.kind,
+    )  # fmt: skip
+    states = States.of(work, ds_config, world)
+    batch = config.train.global_batch_size
+    images = batch // world
+    parts = training_parts(config.model, config.foresight, work.feature_dim, config.foresight.active, vit)
+    flops = {name: images * value for name, value in parts.items()}
+    recomputed = images * recomputed_flops(config.model, work.recomputed_blocks())
+    recomputed += flops["heads forward"] if work.heads_again else 0.0
+    cluster, teacher = Cluster(device, request.nodes, request.gpus), refreshed_bytes(config)
+    seconds = _seconds(device, work, flops, recomputed)
+    found = collectives(states, teacher)
+    used = utilisation(device, config, work.micro, request.mfu)
+    times = scaling = same = None
+    if device.peak(work.precision):
+        fast, slow, likely = (
+            step_time(cluster, found, seconds(used.mfu * factor, 1.0, states.accumulation))
+            for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
+        )
+        times = fast, slow, likely
+        scaling, same = (
+            scaling_rows(cluster, states, teacher, partial(seconds, used.mfu), batch, grows) for grows in (True, False)
+        )
+    per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
+    steps = total_steps(config.train, per_epoch)
+    warmup = (config.foresight.warmup_epochs or 0.0) * per_epoch if config.foresight.active else 0.0
+    choices = _choices(request, config, device) if other_choices else []
+    return Plan(
+        request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
+        sent_rows(cluster, found), used, times, min(1.0, warmup / steps), steps, per_epoch,
+        4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
+    )  # fmt: skip
+
+
+def configured(request: Request) -> RunConfig:
+    """The recipe with the request's DeepSpeed file, overrides and micro batch; raises UserError."""
+    overrides = list(request.overrides)
+    if request.micro_batch is not None:
+        overrides += [f"train.micro_batch_size={request.micro_batch}", "train.grad_accum_steps=null"]
+    return load(request.recipe, overrides, request.deepspeed)
+
+
+def _seconds(
+    device: Device, work: Pass, flops: dict[str, float], recomputed: float
+) -> Callable[[float, float, int], Compute]:
+    """Of (MFU, share of the images of a step, micro-batches): the step's matrix products."""
+    before = sum(value for name, value in flops.items() if name in ("teacher forward", "encoder forward"))
+    back = sum(value for name, value in flops.items() if name.endswith("backward")) + recomputed
+    forth = sum(flops.values()) + recomputed - before - back
+
+    def at(mfu: float, share: float, rounds: int) -> Compute:
+        each = share / (min(1.0, mfu) * device.peak(work.precision))
+        return Compute(before * each, forth * each, back * each, work.model.depth + 2, rounds)
+
+    return at
+
+
+def _training_images(request: Request, config: RunConfig) -> int:
+    if request.images is not None:
+        return request.images
+    whole = DIGITS if config.data.source == "digits" else IMAGENET
+    return round(whole * (1 - (config.data.held_out_fraction or 0.0)))
+
+
+def _kept(config: RunConfig, steps: int) -> int:
+    """Checkpoints on disk at once, the one being written included."""
+    c = config.checkpoint
+    permanent = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
+    return c.keep_last + c.keep_best + permanent + 1 if c.every_steps or c.at_end else 0
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def _choices(request: Request, config: RunConfig, device: Device) -> list[Choice]:
+    """Every stage (with the recipe's own DeepSpeed file otherwise) and recompute policy."""
+    per_rank = config.train.global_batch_size // request.world
+    divisors = [d for d in range(per_rank, 0, -1) if per_rank % d == 0]
+    found = []
+    for stage in range(4):
+        if stage == 0 and config.train.precision == "bf16":
+            continue  # refused: DeepSpeed steps once before training
+        for name, policy in POLICIES:
+            best = Choice(stage, name, 0, 0.0)
+            for micro in divisors:
+                peak = predict(variant(config, stage, policy, micro), request.world, device=device.kind).peak.total
+                if fits(peak, device, request.world):
+                    best = Choice(stage, name, micro, needed(peak, Allowance.of(device, request.world)))
+                    break
+            found.append(best)
+    return found
+
+
+def suggest(choices: list[Choice]) -> Choice | None:
+    """Least recomputation first, then the largest micro batch, then the lowest stage, which communicates least."""
+    order = {name: i for i, (name, _) in enumerate(POLICIES)}
+    fitting = [choice for choice in choices if choice.micro]
+    return min(fitting, key=lambda c: (order[c.policy], -c.micro, c.stage)) if fitting else None
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Stable keys, JSON values."""
+    r, seconds = plan.request, plan.run_seconds()
+    return {
+        "recipe": r.recipe, "nodes": r.nodes, "gpus": r.gpus, "device": plan.device.name, "world": r.world,
+        "precision": plan.work.precision, "zero_stage": plan.states.stage, "micro_batch": plan.work.micro,
+        "accumulation": plan.states.accumulation, "parameters": plan.work.parameters,
+        "head_parameters": plan.work.head_parameters,
+        "memory": as_dict(plan.memory) | {
+            "needed_bytes": round(plan.needed), "device_bytes": round(plan.device.memory * GIB), "fits": plan.fits,
+            "allowance_fixed_bytes": round(plan.allowance.fixed * GIB), "allowance_share": plan.allowance.share,
+            "margin": MARGIN,
+        },
+        "choices": [vars(choice) for choice in plan.choices],
+        "suggestion": vars(plan.suggestion) if plan.suggestion else None,
+        "flops_a_rank": plan.flops | {"recomputed": plan.recomputed},
+        "sent_bytes": {row["name"]: row["sent_bytes"] for row in plan.sent}, "communication": plan.sent,
+        "bus_bytes_per_s": _finite(plan.cluster.bandwidth()),
+        "mfu": plan.utilisation.mfu, "mfu_source": plan.utilisation.source, "mfu_spread": MFU_SPREAD,
+        "step_seconds": [plan.time[0].overlapped, plan.time[1].exposed] if plan.time else None,
+        "expected_step_seconds": plan.time[2].expected if plan.time else None,
+        "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch,
+        "days": [s / 86400 for s in seconds] if seconds else None,
+        "checkpoint_bytes": plan.checkpoint, "checkpoints_kept": plan.kept, "scaling": plan.scaling,
+        "scaling_same_batch": plan.same_batch,
+        "assumptions": assumptions(plan.cluster, plan.utilisation.mfu) if plan.time else [],
+    }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if 0 < value < float("inf") else None
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan) -> list[RenderableType]:
+    """What to print, one after the other."""
+    from rich.text import Text
+
+    r, w = plan.request, plan.work
+    title = (
+        f"{plan.config.name}: {w.model.size}, {w.parameters:,} parameters ({w.head_parameters:,} in heads), "
+        f"{plan.config.foresight.method}, {w.precision}, {r.world} ranks ({r.nodes} x {r.gpus} {plan.device.name}), "
+        f"ZeRO-{plan.states.stage}, micro batch {w.micro} x {plan.states.accumulation}, recompute "
+        f"{plan.config.train.recompute.policy}"
+    )
+    lines = [f"note: {note}" for note in _notes(plan)]
+    return [
+        Text(title, style="bold"), Text(), _memory_table(plan), Text(), Text(_verdict(plan), style="bold"), Text(),
+        _choice_table(plan), Text(), *(Text(line) for line in _time_lines(plan)), Text(),
+        *_communication(plan), *(Text(line) for line in lines),
+    ]  # fmt: skip
+
+
+def _memory_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    peak = plan.memory.peak
+    table = Table("GiB a rank", "between steps", f"at the peak ({peak.name})", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = dict.fromkeys([*plan.memory.resting, *peak.parts])
+    for name in names:
+        resting, there = plan.memory.resting.get(name, 0.0), peak.parts.get(name, 0.0)
+        if resting or there:
+            table.add_row(name, f"{resting / GIB:.3f}", f"{there / GIB:.3f}")
+    table.add_row("sum", f"{sum(plan.memory.resting.values()) / GIB:.3f}", f"{peak.total / GIB:.3f}")
+    table.add_row("with allowances", "", f"{plan.needed / GIB:.3f}")
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    device = f"{plan.device.name} ({plan.device.memory:g} GiB, {MARGIN:.0%} kept free)"
+    now = f"{'fits' if plan.fits else 'does NOT fit'} {device}"
+    best = plan.suggestion
+    if best is None:
+        return f"{now}; nothing does: a larger device, more ranks, or offloading (ds_configs/zero3-offload.json)"
+    return (
+        f"{now}; suggested: micro batch {best.micro}, ZeRO-{best.stage}, recompute {best.policy} "
+        f"({best.needed / GIB:.1f} GiB)"
+    )
+
+
+def _choice_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(
+        "largest micro batch that fits", *[f"recompute {name}" for name, _ in POLICIES], box=None
+    )  # fmt: skip
+    for stage in sorted({choice.stage for choice in plan.choices}):
+        cells = [
+            f"{c.micro} ({c.needed / GIB:.1f} GiB)" if c.micro else "none" for c in plan.choices if c.stage == stage
+        ]
+        table.add_row(f"ZeRO-{stage}", *cells)
+    return table
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    seconds, lines = plan.run_seconds(), []
+    if plan.time is None or seconds is None:
+        lines.append(f"time: not predicted, the speed of {plan.device.name} is not known")
+    else:
+        fast, slow, likely = plan.time
+        lines.append(
+            f"step: {likely.expected:.3f} s, {fast.overlapped:.3f} to {slow.exposed:.3f} s "
+            f"({plan.config.train.global_batch_size} images); {plan.config.train.epochs:g} epochs = {plan.steps:,} "
+            f"steps: {seconds[0] / 86400:.2f} to {seconds[1] / 86400:.2f} days"
+        )
+    whole = plan.checkpoint * plan.kept
+    lines.append(f"disk: {plan.checkpoint / 1e9:.2f} GB a checkpoint, {plan.kept} at once: {whole / 1e9:.2f} GB")
+    return lines
+
+
+def _communication(plan: Plan) -> list[RenderableType]:
+    from rich.text import Text
+
+    if plan.request.world == 1:
+        parts: list[RenderableType] = [Text("one rank: nothing is sent"), Text()]
+    else:
+        parts = [sent_table(plan.sent), Text()]
+    if plan.scaling:
+        parts += [scaling_table(plan.scaling, "each rank keeps its images, the global batch grows"), Text()]
+        title = "the global batch stays, each rank's share shrinks"
+        parts += [scaling_table(plan.same_batch, title), Text()]
+        parts += [Text(f"assumed: {line}") for line in assumptions(plan.cluster, plan.utilisation.mfu)]
+    return parts
+
+
+def _notes(plan: Plan) -> list[str]:
+    d, u, a = plan.device, plan.utilisation, plan.allowance
+    notes = [
+        f"with allowances = sum + {a.share:.0%} (rounding, fragmentation) + {a.fixed:g} GiB "
+        + ("(CUDA context, cuBLAS, NCCL)" if d.gpu else "(Python and libraries)")
+        + ": assumed, not measured"
+    ]
+    if plan.time is not None:
+        notes += [
+            f"MFU {u.mfu:.3g}: {u.source}",
+            f"the range is {1 + MFU_SPREAD:g} and {1 - MFU_SPREAD:g} times that MFU; peak "
+            f"{d.peak(plan.work.precision) / 1e12:g} TFLOP/s; the fast end hides all communication, the slow end none; "
+            "evaluation, samples and checkpoints come on top",
+        ]
+    if plan.config.foresight.method == "mirai-i":
+        notes.append("Mirai-I: the encoder's forward pass is in the time; reading images is not")
+    if any(plan.states.offloaded(what) for what in ("offload_param", "offload_optimizer")):
+        notes.append("offloading: what lies in host memory is left out, and its copies' time too; not measured")
+    return notes

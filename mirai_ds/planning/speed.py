@@ -1,0 +1,98 @@
+"""Shares of a device's peak that training steps of this project reached, where they were measured; `mirai-ds plan`.
+
+The rows are steps of Mirai-E (K = 3, 256 tokens, bf16-autocast, dropout on) on one device, of docs/results/gpu.csv; a
+test holds them equal.  An MFU is made from milliseconds by the FLOPs that are done (`observe/flops.py`) and the printed
+peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from mirai_ds.config import RunConfig, load
+from mirai_ds.planning.devices import DEVICES, Device
+from mirai_ds.planning.flops import training_flops
+
+ASSUMED_MFU = 0.45  # trainers report 0.43 to 0.60 for decoders of these sizes on A100
+# How many times as large or as small as the measured batch another may be.  Where the host is the bottleneck a larger
+# batch takes hardly longer, so that an MFU says little about batches far from it.
+REACH = 2.0
+SAME_PEAK = {"h100": "h200"}  # a family that was not measured: one with the same chip, whose memory is faster
+
+
+@dataclass(frozen=True)
+class Measured:
+    """family: a device's name before its memory.  compiled: `train.compile`.  stage: of ZeRO.  note: what was odd."""
+
+    family: str
+    size: str
+    batch: int
+    compiled: str
+    stage: int
+    milliseconds: float
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """An MFU and where it is from, for people; kind: given, measured, estimated (from another one), assumed."""
+
+    mfu: float
+    source: str
+    kind: str
+
+
+_H200 = "measured on NVIDIA H200, torch 2.11, 2026-11-27"
+_MENDED = "compiled blocks with a fault mended by hand"
+MEASURED = (
+    Measured("h200", "GPT-B", 32, "none", 2, 101.6, _H200), Measured("h200", "GPT-B", 128, "none", 2, 171.9, _H200),
+    Measured("h200", "GPT-L", 32, "none", 2, 214.5, _H200), Measured("h200", "GPT-XL", 16, "none", 2, 284.5, _H200),
+    Measured("h200", "GPT-B", 32, "blocks", 0, 56.6, _H200, _MENDED),
+    Measured("h200", "GPT-B", 128, "blocks", 0, 85.1, _H200, _MENDED),
+    Measured("h200", "GPT-L", 32, "blocks", 0, 130.8, _H200, _MENDED),
+    Measured("h200", "GPT-XL", 16, "blocks", 0, 116.8, _H200, _MENDED),
+)  # fmt: skip
+
+
+@cache
+def mfu_of(row: Measured) -> float:
+    """Model FLOPs a second over the dense bf16 peak."""
+    config = load(f"mirai-e-{row.size.removeprefix('GPT-').lower()}", [])
+    flops = row.batch * training_flops(config.model, config.foresight, config.model.width, aligned=True)
+    peak = next(device.bf16 for name, device in DEVICES.items() if name.partition("-")[0] == row.family)
+    return flops / (1e-3 * row.milliseconds * peak)
+
+
+def utilisation(device: Device, config: RunConfig, micro: int, asked: float | None = None) -> Utilisation:
+    """The MFU that was asked for; else the measured one of this card's family, size and a batch like this; else what
+    such measurements make likely for another batch or size; else the assumption.  Each says what it is."""
+    if asked is not None:
+        return Utilisation(asked, "given (--mfu)", "given")
+    family, size, compiled = device.name.partition("-")[0], config.model.size, config.train.compile
+    rows = [row for row in MEASURED if row.compiled == compiled and row.family in (family, SAME_PEAK.get(family))]
+    if not rows or config.train.precision == "fp32":
+        return Utilisation(ASSUMED_MFU, f"an assumption: no step like this was measured on {device.name}", "assumed")
+    near = min((row for row in rows if row.size == size), key=lambda row: _apart(row, micro), default=None)
+    if near is not None and _apart(near, micro) <= REACH:
+        there = near.family == family
+        return Utilisation(mfu_of(near), _told(near), "measured" if there else "estimated")
+    if near is not None and micro < near.batch:
+        why = "where the host is the bottleneck a smaller batch takes as long; "
+        return Utilisation(mfu_of(near) * micro / near.batch, why + _told(near), "estimated")
+    best = max(rows, key=mfu_of)
+    return Utilisation(mfu_of(best), "no batch like this was measured; the best that was: " + _told(best), "estimated")
+
+
+def _apart(row: Measured, micro: int) -> float:
+    """How many times one batch is the other."""
+    return max(row.batch / micro, micro / row.batch)
+
+
+def _told(row: Measured) -> str:
+    note = f" ({row.note})" if row.note else ""
+    return (
+        f"{row.source}: {row.size}, Mirai-E, batch {row.batch}, bf16-autocast, ZeRO-{row.stage}, compile {row.compiled}"
+        + note
+    )

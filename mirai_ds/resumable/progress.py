@@ -1,0 +1,58 @@
+"""How far all ranks together have come: a bar on a terminal, a line every half minute in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from mirai_ds.resumable.parts import missing_blocks
+from mirai_ds.resumable.plan import Plan
+
+LINE_SECONDS, LOOK_SECONDS = 30.0, 1.0
+
+
+class Progress:
+    """Counts the finished parts in the folder, whoever made them."""
+
+    def __init__(self, plan: Plan, folder: Path, speaks: bool) -> None:
+        self.plan, self.folder, self.speaks = plan, folder, speaks
+        self._began = self._looked = self._spoke = time.monotonic()
+        self._first = self._done()
+        self._bar: Bar | None = None
+        if speaks and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[rate]}"))
+            self._task = self._bar.add_task("images", total=plan.num_images, completed=self._first, rate="")
+            self._bar.start()
+        elif speaks and self._first:
+            print(f"mirai-ds: going on after {self._first} of {plan.num_images} images", file=sys.stderr, flush=True)
+
+    def _done(self) -> int:
+        if not self.speaks:
+            return 0
+        missing = sum(len(self.plan.images_of(block)) for block in missing_blocks(self.folder, self.plan))
+        return self.plan.num_images - missing
+
+    def tell(self) -> None:
+        """Look again, at most once a second."""
+        now = time.monotonic()
+        if not self.speaks or now - self._looked < LOOK_SECONDS:
+            return
+        self._looked, done = now, self._done()
+        rate = (done - self._first) / (now - self._began)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:.1f}/s")
+        elif now - self._spoke >= LINE_SECONDS:
+            self._spoke = now
+            left = (self.plan.num_images - done) / rate / 60 if rate else float("inf")
+            said = f"{done} of {self.plan.num_images} images, {rate:.1f}/s, {left:.0f} minutes left"
+            print(f"mirai-ds: {said}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

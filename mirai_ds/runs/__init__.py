@@ -1,0 +1,1 @@
+"""A run's folder: its lock, outcome, attempts, records.  Imports no torch."""

@@ -1,0 +1,185 @@
+"""Drawing an archive: a plan, blocks on every rank, then on rank 0 the files.  Ranks meet in a folder, as those of an
+extraction do, so that any of them may die at any instant and the same command goes on, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirai_ds.config import UserError
+from mirai_ds.config.errors import shown
+from mirai_ds.resumable.parts import run_blocks, sign_of_life, sure_part, wait_for_parts
+from mirai_ds.resumable.plan import PARTS, PLAN, Plan, read_plan
+from mirai_ds.resumable.progress import Progress
+from mirai_ds.runtime.disk import left_behind, write_whole
+from mirai_ds.runtime.distributed import World, local_device
+from mirai_ds.sampling.archive import write_sample_archive
+from mirai_ds.sampling.job import DrawJob
+from mirai_ds.sampling.request import Request, bytes_needed, prepare
+from mirai_ds.tracking.pictures import labelled_grid
+
+Array = np.ndarray[Any, Any]
+
+KIND = "samples"
+PLAN_SECONDS = 600.0  # rank 0 loads weights meanwhile, as all do
+SHEET = 100  # images on the contact sheet
+
+
+class Files:
+    """What lies where, for `--out x.npz`: x.npz.json (the record), x.tokens.npz, x.sheet.png, x/ (PNGs); x.npz.work/
+    while it is unfinished."""
+
+    def __init__(self, out: Path) -> None:
+        self.archive = out
+        self.record = out.with_name(f"{out.name}.json")
+        self.tokens = out.with_name(f"{out.stem}.tokens.npz")
+        self.sheet = out.with_name(f"{out.stem}.sheet.png")
+        self.pictures = out.with_name(out.stem)
+        self.work = out.with_name(f"{out.name}.work")
+        self.written = (self.archive, self.tokens, self.sheet, self.record)
+
+
+def draw_archive(request: Request, world: World) -> str | None:
+    """Draw what is asked for.  Call it on every rank with the same request.
+
+    Rank 0 returns a line that says what was done, the others None when their own blocks are.  Raises UserError.
+    """
+    device = local_device(world)
+    drawing = prepare(request, device)
+    files = Files(drawing.out)
+    plan = Plan(KIND, str(request.source), drawing.settings, drawing.batch, request.num, [])
+    with troubles_in_one_line(files):
+        if _agree(files, plan, world, bytes_needed(drawing, request.num)):
+            job = DrawJob(request, drawing, plan, device, files.pictures)
+            _work(job, files, plan, request, world)
+        if world.rank != 0:
+            return None
+        _tidy(files)
+    return f"{files.archive}: {request.num} images of {drawing.size} pixels from {request.source}; {files.record.name}"
+
+
+def _work(job: DrawJob, files: Files, plan: Plan, request: Request, world: World) -> None:
+    progress = Progress(plan, files.work, speaks=world.rank == 0)
+    try:
+        with sign_of_life(files.work, world.rank):
+            run_blocks(job, plan, files.work, world.rank, world.size, False, progress.tell)
+        if world.rank == 0:
+            wait_for_parts(files.work, plan, request.patience, progress.tell)
+            progress.close()
+            _assemble(job, files, plan)
+    finally:
+        progress.close()
+
+
+def _agree(files: Files, plan: Plan, world: World, needed: int) -> bool:
+    """Whether there is work to do by `plan`, which rank 0 fixes and all check.  Raises UserError where it cannot be."""
+    if world.rank == 0 and not files.record.is_file() and read_plan(files.work) is None:
+        _begin(files, plan, needed)
+    end = time.monotonic() + PLAN_SECONDS
+    while True:
+        if files.record.is_file():
+            _check_same(files, json.loads(files.record.read_text(encoding="utf-8")), plan, finished=True)
+            if not files.archive.is_file():
+                raise UserError(f"{files.record}: is there without {files.archive.name}; remove it to draw again")
+            return False
+        begun = read_plan(files.work)
+        if begun is not None:
+            _check_same(files, record_of(begun), plan, finished=False)
+            return True
+        if time.monotonic() > end:
+            raise UserError(f"--out {files.archive}: rank 0 made no plan within {PLAN_SECONDS:.0f} s; see its messages")
+        time.sleep(0.1)
+
+
+def _begin(files: Files, plan: Plan, needed: int) -> None:
+    for path in files.written:
+        if path.exists():
+            raise UserError(f"{path}: is in the way and not this command's; remove it or give another --out")
+    (files.work / PARTS).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(files.work).free
+    if free < needed:
+        raise UserError(f"--out {files.archive}: needs {needed / 1e9:.2f} GB meanwhile, {free / 1e9:.2f} are free")
+    write_whole(files.work / PLAN, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def record_of(plan: Plan) -> dict[str, Any]:
+    """What the record says of the protocol."""
+    return {"source": plan.source, **{name: json.loads(text) for name, text in plan.settings.items()}}
+
+
+def _check_same(files: Files, before: dict[str, Any], plan: Plan, finished: bool) -> None:
+    """Raises UserError naming the first setting that differs.  The source may have moved: its digest counts."""
+    now = record_of(plan)
+    for name in plan.settings:
+        if before.get(name) != now[name]:
+            state = "was drawn" if finished else "was begun"
+            instead = "give another --out" if finished else f"go on with the same, or remove {files.work}"
+            raise UserError(
+                f"--out {files.archive}: {state} with {name} = {shown(before.get(name))}, this is {shown(now[name])}; "
+                f"{instead}"
+            )
+
+
+def _assemble(job: DrawJob, files: Files, plan: Plan) -> None:
+    """Parts into the files that stay; the record comes last.  A batch is in memory at a time, and all tokens."""
+    labels: list[Array] = []
+    tokens: list[Array] = []
+    first: list[Array] = []
+
+    def batches() -> Iterator[Array]:
+        for block in range(plan.blocks):
+            part = sure_part(job, plan, files.work, block, whole=job.whole)
+            labels.append(part.arrays["labels"])
+            tokens.append(part.arrays["tokens"])
+            if block * plan.block_images < SHEET:
+                first.append(part.arrays["images"])
+            yield part.arrays["images"]
+
+    size = job.drawing.size
+    digest = write_sample_archive(files.archive, batches(), (plan.num_images, size, size, 3))
+    _write(files, np.concatenate(labels), np.concatenate(tokens), np.concatenate(first)[:SHEET])
+    record = {**record_of(plan), "samples_sha256": digest}
+    write_whole(files.record, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _write(files: Files, labels: Array, tokens: Array, first: Array) -> None:
+    from PIL import Image
+
+    data = io.BytesIO()
+    np.savez(data, labels=labels, tokens=tokens)
+    write_whole(files.tokens, data.getvalue())
+    picture = io.BytesIO()
+    Image.fromarray(labelled_grid(first, columns=10)).save(picture, format="PNG")
+    write_whole(files.sheet, picture.getvalue())
+
+
+def _tidy(files: Files) -> None:
+    """Remove what only unfinished samples need, and files that a kill left half written."""
+    shutil.rmtree(files.work, ignore_errors=True)
+    written = [path.with_name(glob.escape(path.name)) for path in (*files.written, files.archive)]
+    for pattern in [*written, files.pictures / "*.png"]:
+        for path in left_behind(pattern):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def troubles_in_one_line(files: Files) -> Iterator[None]:
+    """A file that cannot be written is the user's to mend; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and files.record.is_file():
+            return  # another start of the same command was faster and has tidied up
+        problem = f"cannot be written ({error.strerror or error}); mend that and give the same command again to go on"
+        raise UserError(f"--out {files.archive}: {problem}") from None

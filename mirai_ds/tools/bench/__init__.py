@@ -1,1 +1,0 @@
-"""Benchmarks that need a whole training session."""

@@ -1,1 +1,0 @@
-"""Looking inside and ahead: token maps, what a run will need, what it did."""

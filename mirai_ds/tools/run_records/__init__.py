@@ -1,1 +1,0 @@
-"""What finished and running runs left on disk: compared and described.  Imports no torch."""

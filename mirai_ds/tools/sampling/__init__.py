@@ -1,6 +1,0 @@
-"""Many images from one model on all ranks, into one file that evaluators read."""
-
-from mirai_ds.tools.sampling.request import Request
-from mirai_ds.tools.sampling.run import draw_archive
-
-__all__ = ["Request", "draw_archive"]

@@ -1,1 +1,0 @@
-"""Reference vectors: what their files hold, and this installation's numbers against theirs."""

@@ -1,0 +1,1 @@
+"""Where a run's metrics and pictures are written: JSON lines, TensorBoard."""

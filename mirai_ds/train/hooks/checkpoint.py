@@ -1,0 +1,44 @@
+"""Saves at the interval and at the end; publishes what was written in the background."""
+
+from __future__ import annotations
+
+from mirai_ds.checkpoint.saver import SaveError
+from mirai_ds.train.hooks.log import Sinks
+from mirai_ds.train.loop import Hook
+from mirai_ds.train.session import Session
+from mirai_ds.train.step import StepRecord
+
+
+class CheckpointHook(Hook):
+    """`checkpoint.every_steps`, `checkpoint.at_end`.  A failed save stops the run with its cause, or is told and tried
+    again at the next interval (`checkpoint.on_failure`); one in the background is heard of at the next step."""
+
+    def __init__(self, sinks: Sinks) -> None:
+        self.sinks = sinks
+
+    def looks(self, session: Session) -> bool:
+        """At the interval; the loop looks at the last step anyway."""
+        every = session.config.checkpoint.every_steps
+        return every is not None and session.step % every == 0
+
+    def after_step(self, session: Session, record: StepRecord) -> None:
+        """Publish what is complete, save when it is time."""
+        config, saver = session.config.checkpoint, session.saver
+        in_flight, stalled = saver.in_flight, saver.stall_seconds
+        last = session.step == session.total_steps
+        due = self.looks(session)
+        try:
+            saver.poll(session.facts.written)
+            if due or (config.at_end and last):
+                session.save_checkpoint()
+            if last:
+                saver.finish()
+        except SaveError as error:
+            session.saved_step = -1
+            if config.on_failure == "stop":
+                raise
+            if session.is_main:
+                print(f"mirai-ds: warning: {error}; trying again at the next one", flush=True)
+        if due or (in_flight >= 0 and saver.in_flight != in_flight):
+            values = {"checkpoint/stall_s": saver.stall_seconds - stalled, "checkpoint/write_s": saver.write_seconds}
+            self.sinks.machine(values, session)

@@ -1,0 +1,151 @@
+"""Metrics to TensorBoard, metrics.jsonl and the terminal, every `logging.every_steps` steps."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+
+from mirai_ds.config import dump
+from mirai_ds.foresight import offsets
+from mirai_ds.planning.flops import training_flops
+from mirai_ds.tracking.sinks import JsonLines, TensorBoard
+from mirai_ds.train.hooks.progress import Progress
+from mirai_ds.train.loop import Hook
+from mirai_ds.train.session import Session
+from mirai_ds.train.step import StepRecord, mean_over_ranks
+
+
+class Sinks:
+    """The main rank's TensorBoard and JSONL; on other ranks writing does nothing."""
+
+    def __init__(self) -> None:
+        self.jsonl: JsonLines | None = None
+        self.board: TensorBoard | None = None
+
+    def open(self, session: Session) -> None:
+        """Open for appending after `session.step`."""
+        if not session.is_main or self.jsonl is not None:
+            return
+        self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step, session.log_bytes)
+        session.log_position = self.jsonl.position
+        if session.config.logging.tensorboard:
+            self.board = TensorBoard(session.run / "tensorboard", session.step)
+
+    def rewind(self, session: Session) -> None:
+        """Take back what came after the checkpoint that was returned to."""
+        self.close()
+        self.jsonl, self.board = None, None
+        self.open(session)
+
+    def machine(self, values: dict[str, float], session: Session) -> None:
+        """Write scalars that tell of the machine; they are no part of the curve that a resume repeats."""
+        if self.board is not None:
+            self.board.scalars(values, session.step)
+
+    def scalars(self, values: dict[str, float], session: Session) -> None:
+        """Write named scalars of the current step.  Raises FencedError when another start holds the run."""
+        if self.jsonl is not None:
+            session.fence.check()
+            epoch = session.step / session.order.steps_per_epoch
+            self.jsonl.write({"step": session.step, "epoch": round(epoch, 6), **values})
+        if self.board is not None:
+            self.board.scalars(values, session.step)
+
+    def close(self) -> None:
+        """Close both."""
+        for sink in (self.jsonl, self.board):
+            if sink is not None:
+                sink.close()
+
+
+class LogHook(Hook):
+    """Losses, cosines, rates, gradient norm, throughput and memory.
+
+    A logged loss is the global batch's at that step, not an average since the last log: curves of a resumed run are
+    the same numbers.
+    """
+
+    def __init__(self, sinks: Sinks) -> None:
+        self.sinks = sinks
+        self._since, self._step = 0.0, 0
+        self._flops_done = 0.0
+        self.progress: Progress | None = None
+
+    def on_start(self, session: Session) -> None:
+        """Open the sinks, describe the run."""
+        self.sinks.open(session)
+        if self.sinks.board is not None and session.step == 0:
+            self.sinks.board.text("config/run", dump(session.config))
+            self.sinks.board.text("config/deepspeed", (session.run / "deepspeed.json").read_text(encoding="utf-8"))
+        self._step, self._since = session.step, time.perf_counter()
+        if session.is_main:
+            for note in session.notes:
+                print(f"mirai-ds: {note}", flush=True)
+            self.progress = Progress(
+                session.config.name, session.step, session.total_steps, session.config.logging.progress
+            )
+
+    def looks(self, session: Session) -> bool:
+        """At the interval and at the last step."""
+        return session.step % session.config.logging.every_steps == 0 or session.step == session.total_steps
+
+    def after_step(self, session: Session, record: StepRecord) -> None:
+        """Count FLOPs always; reduce and write when it is time."""
+        feature_dim = session.teacher.feature_dim if session.teacher else 0
+        per_image = training_flops(session.config.model, session.config.foresight, feature_dim, record.aligned)
+        self._flops_done += per_image * session.config.train.global_batch_size
+        if not self.looks(session):
+            return
+        values = self._values(session, record)
+        self.sinks.scalars(values, session)
+        if self.progress is not None:
+            self.progress.show(session.step, record.epoch, values)
+        self._since, self._step, self._flops_done = time.perf_counter(), session.step, 0.0
+        session.hook_seconds = 0.0
+
+    def on_rewind(self, session: Session) -> None:
+        """Start counting and writing from the step that was returned to."""
+        self.sinks.rewind(session)
+        self._step, self._since, self._flops_done = session.step, time.perf_counter(), 0.0
+
+    def on_end(self, session: Session) -> None:
+        """Close the progress line."""
+        if self.progress is not None:
+            self.progress.close()
+
+    def _values(self, session: Session, record: StepRecord) -> dict[str, float]:
+        means = mean_over_ranks(record.metrics)  # waits for the device, so the clock below is right
+        seconds = time.perf_counter() - self._since - session.hook_seconds
+        images = (session.step - self._step) * session.config.train.global_batch_size
+        values: dict[str, float] = {"loss/total": means["loss"][0], "loss/ntp": means["ntp"][0]}
+        if record.aligned:
+            values["loss/alignment"] = means["alignment"][0]
+            kind = "entropy" if "entropy" in means else "cosine"
+            for k, (down, right) in enumerate(offsets(session.config.foresight)):
+                values[f"{kind}/head{k + 1}_down{down}_right{right}"] = means[kind][k]
+        values |= {
+            "foresight/lambda": record.multiplier,
+            "optimizer/lr": record.lr,
+            "optimizer/grad_norm": float(record.grad_norm),
+            "optimizer/skipped_steps": float(session.step - session.applied_steps),
+            "speed/images_per_s": images / seconds,
+            "speed/tokens_per_s": images * session.config.model.block_size / seconds,
+            "speed/model_tflops_per_s_per_rank": self._flops_done / seconds / session.world.size / 1e12,
+            "memory/peak_gib": peak_memory(session.device) / 2**30,
+        }
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def last_values(run_records: list[dict[str, Any]], name: str) -> float | None:
+    """The newest value of a metric among JSONL records, or None."""
+    return next((float(r[name]) for r in reversed(run_records) if name in r), None)

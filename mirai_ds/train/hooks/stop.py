@@ -1,0 +1,41 @@
+"""Requests to stop: all ranks agree on one step, save, and leave."""
+
+from __future__ import annotations
+
+from mirai_ds.runs.lock import FencedError
+from mirai_ds.runtime.control import Facts
+from mirai_ds.runtime.signals import REQUEUE
+from mirai_ds.train.loop import Hook
+from mirai_ds.train.session import Session
+from mirai_ds.train.step import StepRecord
+
+
+class StopHook(Hook):
+    """Runs last: what the step was to bring is logged, measured and drawn before it is saved."""
+
+    def on_start(self, session: Session) -> None:
+        """A request from the time of building; there is nothing new to save."""
+        self._obey(session, session.control.now(Facts(session.stop.poll(), lost=session.fence.lost)))
+
+    def looks(self, session: Session) -> bool:
+        """When it is time to save and leave."""
+        return bool(session.facts.stop) or session.facts.lost
+
+    def after_step(self, session: Session, record: StepRecord) -> None:
+        """One step after the first rank was asked, which every rank learns at the same step."""
+        self._obey(session, session.facts)
+
+    def _obey(self, session: Session, facts: Facts) -> None:
+        if facts.lost:
+            session.fence.check()  # says by whom
+            raise FencedError(f"{session.run}: was taken over by another start; nothing more is written")
+        if not facts.stop:
+            return
+        session.stop.obeyed = True
+        reason = next(filter(None, session.control.gather(session.stop.reason)), "asked to stop")
+        if session.step < session.total_steps:
+            if session.step > 0:
+                session.save_checkpoint()
+            session.saver.finish()
+            verdict = "requeue" if facts.stop == REQUEUE else "stopped"
+            session.ended = (verdict, f"{reason} at step {session.step}")  # type: ignore[assignment]
