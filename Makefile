@@ -61,23 +61,23 @@ kernels-cuda: $(STAMP) ## compile the CUDA kernels, no GPU needed; show register
 		else echo "kernels-cuda: SKIPPED, no nvcc here"; fi
 
 bench: $(STAMP) ## the training step against a plain baseline: time, parts, memory (`mirai-ds bench` lists others)
-	$(BIN)/mirai-ds bench step
+	$(BIN)/mirai-ds bench step --out docs/results/step.csv
 
 bench-kernels: $(STAMP) ## time and memory of the fused operations against eager and compiled PyTorch
-	$(BIN)/python -m mirai_ds.benchmarks.kernels
-	$(BIN)/python -m mirai_ds.benchmarks.traffic
+	$(BIN)/mirai-ds bench kernels --out docs/results/kernels.csv
+	$(BIN)/mirai-ds bench traffic --out docs/results/kernels.csv
 
 bench-data: $(STAMP) ## speed of extraction and of loading codes and images, against the peers' way
-	$(BIN)/python -m mirai_ds.benchmarks.data
+	$(BIN)/mirai-ds bench data --out docs/results/data.csv
 
 bench-safety: $(STAMP) ## what guards, saves and digests cost, in steps
-	$(BIN)/python -m mirai_ds.benchmarks.safety
+	$(BIN)/mirai-ds bench safety --out docs/results/safety.csv
 
 bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
-	$(BIN)/python -m mirai_ds.benchmarks.sampling
+	$(BIN)/mirai-ds bench sampling --out docs/results/sampling.csv
 
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
-	$(BIN)/python -m mirai_ds.benchmarks.memory --ranks 2
+	$(BIN)/mirai-ds bench memory --ranks 2 --out docs/results/memory.csv
 
 gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 15 minutes on 2 cores (C++ compiler, CUDA headers)
 	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal -n 2 --dist loadfile

@@ -11,7 +11,6 @@ Real photographs (scikit-learn's two, cut into pieces of ImageNet's usual 500 x 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirai_ds.benchmarks.kernels import facts, read
+from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
 from mirai_ds.data import BatchLoader, DataOrder
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
@@ -38,7 +37,6 @@ from mirai_ds.resumable.plan import Listing, Plan
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import VQ16, Tokenizer, VQTokenizer
 
-RESULTS = Path("docs/data-results.csv")
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "task", "variant", "value", "unit", "ratio", "note")
 TASKS = ("loader", "views", "extract")
 ALONE = World(0, 0, 1, 1)
@@ -178,16 +176,6 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(new: list[Row], path: Path) -> None:
-    """Add rows, in place of earlier ones of the same device and task."""
-    replaced = {(row["device"], row["task"]) for row in new}
-    kept = [row for row in read(path) if (row["device"], row["task"]) not in replaced] if path.is_file() else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + new)
-
-
 def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> list[Row]:
     """The rows of a task.  quick: a fraction of the work, for a test that the benchmark runs."""
     rounds = 1 if quick else 5
@@ -219,21 +207,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a fraction of the work: shows that it runs")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out as a table; measure nothing")
+    add_output(parser, "data")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if args.table:
-        if not args.out.is_file():
-            parser.error(f"--out {args.out}: no such file")
-        print(table(read(args.out)))
+    if only_table(args, table):
         return 0
-    about = facts(args.device, " ".join(["python -m mirai_ds.benchmarks.data", *given]))
+    about = facts(args.device, command_line("mirai_ds.benchmarks.data", given, [args.out]))
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(task, Path(folder), args.device, args.quick, about)
-        write(found, args.out)
+        append(args.out, FIELDS, found, ("device", "task"))
         print("\n".join(table(found).splitlines()[2:]), flush=True)
     return 0
 

@@ -11,28 +11,33 @@ Rows go to a CSV file with device, date, versions and command; `--table` prints 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirai_ds.benchmarks.harness import (
+    add_output,
+    append,
+    command_line,
+    facts,
+    milliseconds,
+    only_table,
+    peak_extra_bytes,
+    queued_milliseconds,
+    restart_as_training_runs,
+)
 from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
 
 WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
 METHODS = {"E": 3, "I": 1}  # heads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = 16
-RESULTS = Path("kernels/results.csv")
+KEY = ("device", "op", "size", "method", "batch", "dtype", "variant")  # a later row of the same takes its place
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class Row:
     extra_mib: float  # peak memory beyond the inputs
     gradient_mib: float
     gb_per_s: float  # of the fewest bytes
+
+
+COLUMNS = [field.name for field in fields(Row)]
 
 
 @dataclass
@@ -123,79 +131,6 @@ def variants(t: Task) -> dict[str, Callable[[], Any]]:
     }
 
 
-def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 5) -> dict[str, float]:
-    """Median time of each on the CPU, taking turns of `repeat` runs.  The first of a turn is not counted: it pays for
-    the memory that the variant before gave back to the operating system."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            for j in range(repeat):
-                began = time.perf_counter()
-                run()
-                if i > 0 and j > 0:
-                    times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 10) -> dict[str, float]:
-    """The same on a GPU, by its own clock: `repeat` runs queued behind each other, so that launching costs nothing.
-    The inputs exceed the L2 cache at all sizes but B, I in bf16, which keeps part of them from run to run."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(100_000_000)  # some 50 ms, in which the queue fills
-            start.record()
-            for _ in range(repeat):
-                run()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= 2:
-                times[name].append(start.elapsed_time(end) / repeat)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_extra_bytes(run: Callable[[], Any], device: str) -> int:
-    """Most memory that one run holds beyond what was there before."""
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        del kept
-        return peak
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
-    del kept
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def facts(device: str, command: str) -> dict[str, str]:
-    """What a row must say about where it comes from."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return {
-        "date": time.strftime("%Y-%m-%d"), "device": name, "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": (torch.version.cuda or "") if device == "cuda" else "", "command": command,
-    }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    from mirai_ds.runtime.environment import cpu_name
-
-    return cpu_name()
-
-
 def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds: int, command: str) -> list[Row]:
     """All variants of one task."""
     torch._dynamo.reset()
@@ -226,24 +161,6 @@ def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds:
             )
         )
     return rows
-
-
-def write(rows: Iterable[Row], path: Path) -> None:
-    """Add rows, in place of earlier ones of the same device and task."""
-    new = [{k: str(v) for k, v in asdict(row).items()} for row in rows]
-    keys = ("device", "op", "size", "method", "batch", "dtype", "variant")
-    replaced = {tuple(row[key] for key in keys) for row in new}
-    kept = [row for row in read(path) if tuple(row[key] for key in keys) not in replaced] if path.is_file() else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + new)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -283,33 +200,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out as a table; measure nothing")
+    add_output(parser, "kernels")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if args.table:
-        if not args.out.is_file():
-            parser.error(f"--out {args.out}: no such file")
-        print(table(read(args.out)))
+    if only_table(args, table):
         return 0
-    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
-        parser.error(f"--out {args.out}: the folder is missing or cannot be written")
-    command = " ".join(["python -m mirai_ds.benchmarks.kernels", *given])
+    command = command_line("mirai_ds.benchmarks.kernels", given, [args.out])
     for size in args.sizes:
         for method in args.methods:
             for dtype in args.dtypes:
                 rows = measure(size, method, dtype, args.batch, args.device, args.rounds, command)
-                write(rows, args.out)
+                append(args.out, COLUMNS, [asdict(row) for row in rows], KEY)
                 print(table([{k: str(v) for k, v in asdict(r).items()} for r in rows]).splitlines()[-1], flush=True)
     return 0
-
-
-def restart_as_training_runs(module: str) -> None:
-    """Replace this process by one with the memory settings of training on a CPU, unless it has them."""
-    from mirai_ds.runtime.launch import CPU_MEMORY
-
-    if not torch.cuda.is_available() and not CPU_MEMORY.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**CPU_MEMORY, **os.environ})
 
 
 if __name__ == "__main__":

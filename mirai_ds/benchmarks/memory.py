@@ -3,7 +3,7 @@
 CPU: the bytes of all live tensor storages, counted from before the engine is built.  (The profiler's record of the CPU
 allocator would miss what gloo's threads release.)  GPU: the caching allocator's own peak of allocated bytes.
 
-    python -m mirai_ds.benchmarks.memory --ranks 2      compare with the plan, append to docs/memory-results.csv
+    python -m mirai_ds.benchmarks.memory --ranks 2      compare with the plan, append to bench-memory.csv
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirai_ds.benchmarks.harness import append
+from mirai_ds.benchmarks.harness import add_output, append, command_line, only_table
 from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import RunConfig, build
 from mirai_ds.runtime.distributed import World, leave_process_group, local_device, read_world
@@ -136,7 +135,6 @@ def _work(config: RunConfig, world: World, device: torch.device, counter: LiveSt
 
 # --- against the plan -----------------------------------------------------------------------------------------------
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "memory-results.csv"
 MODULE = "mirai_ds.benchmarks.memory"
 FIELDS = (
     "device", "ranks", "model", "method", "precision", "zero_stage", "recompute", "micro_batch", "accumulation",
@@ -248,6 +246,22 @@ def described(config: RunConfig) -> str:
     return ", ".join([f.method, *more])
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: a line a configuration."""
+    lines = [
+        "| method | precision | stage | recompute | micro batch x accumulation, ranks "
+        "| measured MB | plan MB | error |",
+        "|---|---|---|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "
+        f"{r['accumulation']}, {r['ranks']} | {r['measured_mb']} | {r['planned_mb']} | "
+        f"{float(r['error_percent']):+.1f} % |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Launch ranks, measure every case, print and append the rows."""
     argv = sys.argv[1:] if argv is None else argv
@@ -255,8 +269,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--size", help="this LlamaGen size on 256 tokens instead of the small cases")
     parser.add_argument("--cases", default=":", metavar="FROM:TO", help="some of them, as in a Python slice")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_output(parser, "memory")
     args = parser.parse_args(argv)
+    if only_table(args, table):
+        return 0
     world = read_world()
     if world is None:
         return launch(MODULE, argv, args.ranks or min(2, visible_gpus() or 2), visible_gpus())
@@ -271,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         for method in ("none", "mirai-e") for recompute in (RECOMPUTE[0], RECOMPUTE[2]) for micro in (4, 16)
     ]  # fmt: skip
     for config in cases[slice(*(int(part) if part else None for part in args.cases.split(":")))]:
-        row = compare(config, world, device) | {"command": " ".join([f"python -m {MODULE}", *argv])}
+        row = compare(config, world, device) | {"command": command_line(MODULE, argv, [args.out])}
         if world.rank == 0:
             print(json.dumps(row), flush=True)
             append(args.out, FIELDS, [row])

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.benchmarks.harness import append
+from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
 from mirai_ds.runtime.distributed import World, leave_process_group, read_world
 
 MODULE = "mirai_ds.benchmarks.safety"
-RESULTS = Path("docs/safety-results.csv")
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
           "ratio")  # fmt: skip
 Row = dict[str, str]
@@ -198,7 +197,6 @@ def table(rows: list[Row]) -> str:
 
 def measure(world: World, overrides: list[str], run: Path, rounds: int, block: int, command: str) -> list[Row]:
     """One rank: build a session in `run`, measure; rows on the main rank."""
-    from mirai_ds.benchmarks.kernels import facts
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runs.outcome import Outcome
@@ -237,14 +235,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--block", type=int, default=1, help="steps in a turn")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--table", action="store_true", help="print the committed rows as Markdown")
+    add_output(parser, "safety")
     args = parser.parse_args(argv)
-    if args.table:
-        from mirai_ds.benchmarks.kernels import read
-
-        print(table(read(args.out)))
+    if only_table(args, table):
         return 0
     world = read_world()
     if world is None:
@@ -254,8 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             return launch(
                 MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
             )
-    told = [a for a in argv if a not in ("--run-dir", str(args.run_dir))]
-    command = " ".join([f"python -m {MODULE}", *told])
+    command = command_line(MODULE, argv, [args.out, args.run_dir])
     found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
     if found:
         print(table(found), flush=True)

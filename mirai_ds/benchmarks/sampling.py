@@ -17,22 +17,19 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirai_ds.benchmarks.harness import append
-from mirai_ds.benchmarks.kernels import facts, read
+from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, Decoder, SamplingRules, Speed, initialise
 from mirai_ds.model.rope2d import apply_rope
 from mirai_ds.model.rules import guide
 
 MODULE = "mirai_ds.benchmarks.sampling"
-RESULTS = Path("docs/sampling-results.csv")
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "model", "batch", "tokens", "dtype", "variant",
           "ms_step", "images_per_s", "times_as_long")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -200,18 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of a CPU; default torch's")
     parser.add_argument("--compile", action="store_true", help="also on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the committed rows as Markdown")
+    add_output(parser, "sampling")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table(read(args.out)))
+    if only_table(args, table):
         return 0
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     args.batch = args.batch or (64 if args.device == "cuda" else 8)
     if args.threads:
         torch.set_num_threads(args.threads)
-    told = [word for word in argv if word not in ("--out", str(args.out))]
-    found = measure(args, " ".join([f"python -m {MODULE}", *told]))
+    found = measure(args, command_line(MODULE, argv, [args.out]))
     print(table(found), flush=True)
     append(args.out, FIELDS, found)
     return 0

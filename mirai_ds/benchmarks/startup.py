@@ -20,10 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.benchmarks.harness import append
+from mirai_ds.benchmarks.harness import add_output, append, facts, only_table
 
 MODULE = "mirai_ds.benchmarks.startup"
-RESULTS = Path("docs/startup-results.csv")
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
           "ratio")  # fmt: skip
 STAMPS = "MIRAI_DS_STARTUP_STAMPS"  # file to which stamps are added, one a line
@@ -144,8 +143,6 @@ def measure(
     row is to name."""
     import torch
 
-    from mirai_ds.benchmarks.kernels import facts
-
     about = {**facts("cuda" if torch.cuda.is_available() else "cpu", told), "ranks": str(ranks)}
 
     def row(model: str, variant: str, seconds: float, ratio: float | None) -> Row:
@@ -188,14 +185,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="starts of each case that count")
     parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default all")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--table", action="store_true", help="print the committed rows as Markdown")
+    add_output(parser, "startup")
     args = parser.parse_args(argv)
-    if args.table:
-        from mirai_ds.benchmarks.kernels import read
-
-        print(table(read(args.out)))
+    if only_table(args, table):
         return 0
     rows = measure(args.ranks, args.repeat, shlex.join(["python", "-m", MODULE, *argv]), args.case or tuple(CASES))
     print(json.dumps(rows, indent=1) if args.json else table(rows), flush=True)

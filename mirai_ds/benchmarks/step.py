@@ -22,14 +22,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mirai_ds.benchmarks.arms import Arm, Workers
-from mirai_ds.benchmarks.harness import append
+from mirai_ds.benchmarks.harness import add_output, append, facts, only_table
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 
-RESULTS = Path("docs/step-results.csv")
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
           "batch", "ranks", "threads", "variant", "rounds", "median_s", "times_as_fast", "memory_gb",
           "memory_ratio", "states_gb", "resident_gb", "mfu", "last_loss", "parts")  # fmt: skip
@@ -146,7 +144,6 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
 
 def where(args: argparse.Namespace) -> Row:
     """Device and versions."""
-    from mirai_ds.benchmarks.kernels import facts
     from mirai_ds.runtime.environment import package_versions
 
     found = facts("cuda" if args.gpus else "cpu", "")
@@ -216,9 +213,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a CPU, for all ranks")
     parser.add_argument("--switches", type=lambda text: text.split(","), help="some of them, by name")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON, not as a table")
-    parser.add_argument("--table", action="store_true", help="print the rows of --out instead")
+    add_output(parser, "step")
     args = parser.parse_args(argv)
     args.gpus = min(1, visible_gpus())
     args.what = args.what or list(COMPARISONS[:3])
@@ -233,13 +229,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, append to the results."""
-    from mirai_ds.benchmarks.kernels import read
-
     argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    if args.table:
-        rows = read(args.out)
-        print(f"{table(rows)}\n\n{parts_table(rows)}")
+    if only_table(args, lambda rows: f"{table(rows)}\n\n{parts_table(rows)}"):
         return 0
     told = [word for word in argv if word not in ("--out", str(args.out))]
     for rows in measure(args, " ".join(["mirai-ds bench step", *told])):

@@ -12,8 +12,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirai_ds.benchmarks import kernels as bench
+from mirai_ds.benchmarks.harness import (
+    add_output,
+    append,
+    command_line,
+    facts,
+    milliseconds,
+    only_table,
+    queued_milliseconds,
+    read,
+    restart_as_training_runs,
+)
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, initialise, next_token_loss
 from mirai_ds.model.gpt import RMSNorm
@@ -104,7 +114,7 @@ def step_milliseconds(model: ModelConfig, batch: int, dtype: torch.dtype, device
 def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command: str) -> list[bench.Row]:
     """Rows of all operations of one model, `ratio` being of eager's time; and of one step, against itself."""
     model = ModelConfig(size=f"GPT-{size}")
-    facts = bench.facts(device, command)
+    about = facts(device, command)
     torch_dtype = bench.DTYPES[dtype]
     step = step_milliseconds(model, batch, torch_dtype, device)
     found = [("step", "eager", step, 1.0, 1)]
@@ -114,11 +124,11 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
         runs["compiled"] = both_passes(torch.compile(op.function, dynamic=False), op.inputs)
         if op.liger is not None:
             runs["liger"] = both_passes(op.liger, op.inputs)
-        times = bench.queued_milliseconds(runs, rounds) if device == "cuda" else bench.milliseconds(runs, rounds)
+        times = queued_milliseconds(runs, rounds) if device == "cuda" else milliseconds(runs, rounds)
         found += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
     return [
         bench.Row(
-            **facts, op=op, size=size, method=f"{uses} a step", batch=batch, heads=model.heads, width=model.width,
+            **about, op=op, size=size, method=f"{uses} a step", batch=batch, heads=model.heads, width=model.width,
             dtype=dtype, variant=variant, median_ms=round(ms, 4), ratio=round(ratio, 2), extra_mib=0.0,
             gradient_mib=0.0, gb_per_s=0.0,
         )
@@ -156,21 +166,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=bench.DTYPES, default=list(bench.DTYPES))
     parser.add_argument("--batch", type=int, help="default: 4 on the CPU, 32 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--out", type=Path, default=bench.RESULTS, help="CSV file to add rows to (default: %(default)s)"
-    )
+    add_output(parser, "traffic")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: the folder is missing")
-    command = " ".join(["python -m mirai_ds.benchmarks.traffic", *given])
+    if only_table(args, table):
+        return 0
+    command = command_line("mirai_ds.benchmarks.traffic", given, [args.out])
     batch = args.batch or (4 if args.device == "cpu" else 32)
     for dtype in args.dtypes:
-        bench.write(measure(args.size, batch, dtype, args.device, args.rounds, command), args.out)
-    print(table(bench.read(args.out)))
+        rows = measure(args.size, batch, dtype, args.device, args.rounds, command)
+        append(args.out, bench.COLUMNS, [asdict(row) for row in rows], bench.KEY)
+    print(table(read(args.out)))
     return 0
 
 
 if __name__ == "__main__":
-    bench.restart_as_training_runs("mirai_ds.benchmarks.traffic")
+    restart_as_training_runs("mirai_ds.benchmarks.traffic")
     sys.exit(main())

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import click
 
-from mirai_ds.cli.analyse import flops, map_, plan, report
+from mirai_ds.cli.analyse import map_, report
 from mirai_ds.cli.bench import bench
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
 from mirai_ds.cli.evaluate import evaluate
 from mirai_ds.cli.extract import extract
+from mirai_ds.cli.plan import flops, plan
 from mirai_ds.cli.recipes import recipes, table
 from mirai_ds.cli.runs import compare, inspect
 from mirai_ds.cli.sample import sample

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from mirai_ds.config import UserError
 from mirai_ds.runtime.disk import write_whole
 
-RUNS, CURVES, COSTS, FACTS = "study-runs.csv", "study-curves.csv", "study-costs.csv", "study-facts.json"
+RUNS, CURVES, COSTS = "results/study-runs.csv", "results/study-curves.csv", "results/study-costs.csv"
+FACTS = "results/study-facts.json"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def from_csv(path: Path, kind: type[Row]) -> list[Row]:
 
 def write_rows(rows: Rows, folder: Path) -> None:
     """The four files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FACTS).parent.mkdir(parents=True, exist_ok=True)
     for name, part, kind in ((RUNS, rows.runs, RunRow), (CURVES, rows.curves, CurveRow), (COSTS, rows.costs, CostRow)):
         write_whole(folder / name, to_csv(part, kind))
     write_whole(folder / FACTS, json.dumps(rows.facts, indent=1) + "\n")

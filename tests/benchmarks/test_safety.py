@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_document_shows_the_committed_rows() -> None:
     text = (ROOT / "docs" / "resilience.md").read_text(encoding="utf-8")
     shown = text.split("<!-- python -m mirai_ds.benchmarks.safety --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = read(ROOT / "docs" / "safety-results.csv")
+    rows = read(ROOT / "docs" / "results" / "safety.csv")
     assert shown == safety.table(rows)
     for row in rows:
         assert row["command"].startswith("python -m mirai_ds.benchmarks.safety")

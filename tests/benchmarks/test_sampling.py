@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 def test_the_document_shows_the_committed_rows() -> None:
     text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     shown = text.split("<!-- python -m mirai_ds.benchmarks.sampling --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = read(ROOT / "docs" / "sampling-results.csv")
+    rows = read(ROOT / "docs" / "results" / "sampling.csv")
     assert shown == sampling.table(rows)
     for row in rows:
         assert row["command"].startswith("python -m mirai_ds.benchmarks.sampling")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_document_shows_the_committed_rows() -> None:
-    rows = read(ROOT / "docs" / "startup-results.csv")
+    rows = read(ROOT / "docs" / "results" / "startup.csv")
     assert startup.table(rows) in (ROOT / "docs" / "startup.md").read_text(encoding="utf-8")
     assert {row["variant"] for row in rows} >= {*startup.PHASES.values(), "all", "mirai-ds --help"}
 

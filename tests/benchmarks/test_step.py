@@ -116,4 +116,4 @@ def test_the_page_shows_the_committed_rows() -> None:
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- mirai-ds bench step --table -->\n")[2].partition("\n<!-- end -->")[0]
-    assert shown == bench.table(read(root / "docs" / "step-results.csv"))
+    assert shown == bench.table(read(root / "docs" / "results" / "step.csv"))

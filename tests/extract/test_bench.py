@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_document_shows_the_measured_rows() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     shown = text.split("<!-- python -m mirai_ds.benchmarks.data --table -->\n")[1].split("\n<!-- end -->")[0]
-    found = read(ROOT / "docs" / "data-results.csv")
+    found = read(ROOT / "docs" / "results" / "data.csv")
     assert shown == bench.table(found)
     assert {row["task"] for row in found} == {"loader", "views", "extract"}
     for row in found:

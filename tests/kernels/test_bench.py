@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_readme_shows_the_measured_rows() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = text.split("<!-- python -m mirai_ds.benchmarks.kernels --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = bench.read(ROOT / "kernels" / "results.csv")
+    rows = bench.read(ROOT / "docs" / "results" / "kernels.csv")
     assert shown == bench.table(rows)
     assert shown.count("\n") >= 13
     assert traffic.table(rows) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
