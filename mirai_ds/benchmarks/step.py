@@ -1,6 +1,6 @@
 """How fast a training step is: `mirai-ds bench step`.
 
-Compared are the trainer as configured (`mirai_ds`) and the plain baseline (`tools/bench/plain.py`: DDP, separate copies
+Compared are the trainer as configured (`mirai_ds`) and the plain baseline (`benchmarks/plain.py`: DDP, separate copies
 for the average and the teacher, an fp32 teacher; eager, and on a GPU compiled too), in these comparisons:
 
   plain      mirai_ds against the baseline, same method, batch and precision

@@ -19,6 +19,7 @@ from mirai_ds.cli.runs import compare, inspect
 from mirai_ds.cli.sample import sample
 from mirai_ds.cli.study import study
 from mirai_ds.cli.submit import submit
+from mirai_ds.train.options import TrainOptions, train_options
 from mirai_ds.version import __version__
 
 
@@ -37,24 +38,14 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recipe")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."
-)
-@click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME of the recipe.")
-@click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest whole checkpoint, or a step.")
-@click.option("--fresh", is_flag=True, help="Set an earlier run of this name aside (renamed, not deleted).")
+@train_options
 @click.option(
     "--ranks",
     type=click.IntRange(min=1),
     help="Local ranks; default one a GPU (fewer where the batch cannot be shared), else launch.cpu_ranks.",
 )
 @mistakes_in_one_line
-def train(
-    recipe: str, overrides: tuple[str, ...], deepspeed: str | None, run_dir: Path | None, resume: str | None,
-    fresh: bool, ranks: int | None,
-) -> None:  # fmt: skip
+def train(options: TrainOptions, ranks: int | None) -> None:
     """Train RECIPE (a name from `recipes list`, or a .yaml file) on all local devices.
 
     Starts DeepSpeed's launcher itself.  Under deepspeed, torchrun or srun (one task a GPU) it is one of the ranks.
@@ -73,19 +64,14 @@ def train(
     from mirai_ds.runtime.launch import launch, visible_gpus
     from mirai_ds.runtime.signals import STOP_FILE
 
-    if fresh and resume:
+    if options.fresh and options.resume:
         raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
-    passed = [recipe, *[part for o in overrides for part in ("--set", o)]]
-    passed += ["--deepspeed", deepspeed] if deepspeed else []
-    passed += ["--run-dir", str(run_dir)] if run_dir else []
-    passed += ["--resume", resume] if resume else []
-    passed += ["--fresh"] if fresh else []
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
-        from mirai_ds.train.__main__ import main as rank_main
+        from mirai_ds.train.__main__ import run_rank
 
-        rank_main(passed)
+        run_rank(options)
         return
-    config = load(recipe, overrides, deepspeed)
+    config = load(options.recipe, options.overrides, options.deepspeed)
     gpus = visible_gpus()
     count = ranks or gpus or config.launch.cpu_ranks
     if gpus and not ranks:
@@ -93,9 +79,9 @@ def train(
         if why:
             click.echo(f"mirai-ds: training on {count} of {gpus} GPUs: {why}", err=True)
     resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
-    run = run_dir or Path(config.output_dir) / config.name
-    check_run_folder(run, resume, fresh)
-    code = launch("mirai_ds.train", passed, count, gpus, run / STOP_FILE)
+    run = options.run_dir or Path(config.output_dir) / config.name
+    check_run_folder(run, options.resume, options.fresh)
+    code = launch("mirai_ds.train", options.arguments(), count, gpus, run / STOP_FILE)
     outcome = read_outcome(Path(os.environ.get(VARIABLE) or run / NAME))
     sys.exit(EXIT_CODES[outcome[0]] if outcome and outcome[0] != "failed" else code)  # launchers lose exit codes
 

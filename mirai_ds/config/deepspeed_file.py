@@ -167,7 +167,7 @@ def resolve(config: RunConfig, world_size: int, cpu: bool = False) -> dict[str, 
 
     cpu: the ranks have no GPU: what DeepSpeed does on GPUs alone is refused.
     """
-    data = deepcopy(read(config.deepspeed))
+    data = deepcopy(config.deepspeed_file if config.deepspeed_file is not None else read(config.deepspeed))
     check_keys(data)
     if cpu:
         _refuse_on_cpu(data)

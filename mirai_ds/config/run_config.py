@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mirai_ds.config.errors import ConfigError, nearest
 from mirai_ds.config.foresight_config import ForesightConfig
@@ -287,6 +287,16 @@ class RunConfig(Section):
     quality: QualityConfig = QualityConfig()
     launch: LaunchConfig = LaunchConfig()
     deepspeed: str | dict[str, Any] = "zero2"
+    _deepspeed_file: dict[str, Any] | None = PrivateAttr(None)
+
+    @property
+    def deepspeed_file(self) -> dict[str, Any] | None:
+        """The DeepSpeed file's content, once that is agreed upon; None: `deepspeed` is still to be read."""
+        return self._deepspeed_file
+
+    def use_deepspeed_file(self, content: dict[str, Any]) -> None:
+        """From now on this is the content of the DeepSpeed file, whatever becomes of the file itself."""
+        self._deepspeed_file = content
 
     @field_validator("deepspeed", mode="before")
     @classmethod

@@ -1,8 +1,8 @@
 """Shares of a device's peak that training steps of this project reached, where they were measured; `mirai-ds plan`.
 
 The rows are steps of Mirai-E (K = 3, 256 tokens, bf16-autocast, dropout on) on one device, of docs/results/gpu.csv; a
-test holds them equal.  An MFU is made from milliseconds by the FLOPs that are done (`observe/flops.py`) and the printed
-peak.
+test holds them equal.  An MFU is made from milliseconds by the FLOPs that are done (`planning/flops.py`) and the
+printed peak.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mirai_ds.runtime.disk import write_whole
 from mirai_ds.config import UserError
+from mirai_ds.runtime.disk import write_whole
 
 FOLDER, HEARTBEAT = "incarnations", "heartbeat"
 HEARTBEAT_SECONDS = 2.0

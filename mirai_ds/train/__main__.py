@@ -5,7 +5,6 @@ An entry point, like the command line: it joins all rooms and nothing imports it
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
@@ -14,25 +13,15 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
+
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
 from mirai_ds.runs.lock import Fence, FencedError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import World, read_world
 from mirai_ds.runtime.signals import STOP, StopRequests
-
-
-def arguments(argv: list[str]) -> argparse.Namespace:
-    """The options that `mirai-ds train` passes on; `--local_rank` comes from the deepspeed launcher."""
-    parser = argparse.ArgumentParser(prog="python -m mirai_ds.train", description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--deepspeed", metavar="FILE")
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--resume", metavar="auto|if-present|STEP")
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+from mirai_ds.train.options import TrainOptions, train_options
 
 
 def set_aside(run: Path) -> None:
@@ -76,12 +65,13 @@ class Start:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from mirai_ds.engine.start import start_process_group
-        from mirai_ds.train.agree import agree_on_kernel
+        from mirai_ds.train.agree import agree_on_kernel, agree_on_start
         from mirai_ds.train.hooks import Sinks, default_hooks
         from mirai_ds.train.loop import run_loop
         from mirai_ds.train.run_folder import open_run_folder
 
         start_process_group(self.world, config.launch.timeout_minutes)
+        agree_on_start(config, self.world, {"--run-dir": str(run), "--resume": resume, "--fresh": fresh})
         kernel = agree_on_kernel(config, device, self.world)
         facts = {"alignment_kernel": kernel}
         resume, fence = open_run_folder(
@@ -141,18 +131,25 @@ class Start:
         )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
+@click.command()
+@train_options
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # deepspeed's launcher adds it
+def main(options: TrainOptions) -> None:
+    """Be one rank of a run: `deepspeed --module mirai_ds.train RECIPE`; torchrun and srun likewise."""
+    run_rank(options)
+
+
+def run_rank(options: TrainOptions) -> None:
     """Exit code 2 and one line for a mistake of the user, 75 to be started again, 1 for anything unforeseen."""
-    args = arguments(sys.argv[1:] if argv is None else argv)
     world = read_world() or World(0, 0, 1, 1)
     start = Start(world)
     start.stop.install()
     if world.rank == 0:
         start.outcome.clear_named()
     try:
-        config = load(args.recipe, args.overrides, args.deepspeed)
-        run = args.run_dir or Path(config.output_dir) / config.name
-        verdict, _ = start.train(config, run, args.resume, args.fresh)
+        config = load(options.recipe, options.overrides, options.deepspeed)
+        run = options.run_dir or Path(config.output_dir) / config.name
+        verdict, _ = start.train(config, run, options.resume, options.fresh)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in NO_ROOM:
@@ -208,4 +205,4 @@ def _say_and_leave(error: UserError, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m mirai_ds.train")

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config.deepspeed_file import read
+from mirai_ds.config.errors import shown
 from mirai_ds.kernels.build import say_on_stderr
 from mirai_ds.kernels.foresight_cosine import choose
+from mirai_ds.runs.records import flatten
 from mirai_ds.runtime.distributed import World
 
 T = TypeVar("T")
+
+
+# What torch, cuBLAS, NCCL and DeepSpeed read from the environment and compute differently for.
+NUMERICS = (
+    "DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT",
+    "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
+    "MKL_CBWR", "ATEN_CPU_CAPABILITY",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """What one rank was started with.  given: dotted names and values; deepspeed: its DeepSpeed file as read."""
+
+    rank: int
+    host: str
+    given: dict[str, Any]
+    deepspeed: dict[str, Any]
+
+
+def agree_on_start(config: RunConfig, world: World, options: dict[str, Any]) -> None:
+    """Collective, first: all ranks were started alike, and all go on with the DeepSpeed file that rank 0 has read.
+
+    Compared are the configuration, the content of the DeepSpeed file, `options` by name, and the environment that
+    changes numbers.  Raises UserError on every rank that names the rank, the field and both values: ranks with other
+    settings train together without a word, and what comes out belongs to neither.
+    """
+    resolved = config.model_dump(mode="json")
+    source = resolved.pop("deepspeed")
+    file = read(config.deepspeed)
+    given = {
+        **flatten(resolved), **flatten({"deepspeed": file}), **options,
+        **{f"environment variable {name}": os.environ[name] for name in NUMERICS if name in os.environ},
+    }  # fmt: skip
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, RankStart(world.rank, socket.gethostname(), given, file))
+    first: RankStart = everyone[0]
+    for other in everyone[1:]:
+        for field in sorted(first.given.keys() | other.given.keys()):
+            theirs, ours = (shown(rank.given[field]) if field in rank.given else "none" for rank in (other, first))
+            if theirs != ours:
+                raise UserError(
+                    f"rank {other.rank} on {other.host} was started with another {field} than rank 0 on {first.host}: "
+                    f"{theirs}, not {ours}; start all ranks with the same recipe, files and options"
+                    + (f" (DeepSpeed file {shown(source)})" if field.startswith("deepspeed.") else "")
+                )
+    config.use_deepspeed_file(first.deepspeed)
 
 
 def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.checkpoint.format import FP32_COPIES
-from mirai_ds.config import RunConfig, UserError, dump
+from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data.stores import TOKEN_FORMAT, open_token_store, store_format
 from mirai_ds.runs.lock import path_of
 from mirai_ds.runtime.environment import code_version, package_versions
@@ -27,11 +26,10 @@ BESIDE = 64 * 2**20  # logs, pictures, manifests
 
 @dataclass(frozen=True)
 class RankFacts:
-    """One rank's."""
+    """What one rank found on its node.  clock: seconds since 1970; problem: what the user must mend, "" if nothing."""
 
     rank: int
     host: str
-    config: str
     code: str
     packages: dict[str, str]
     teacher: str
@@ -58,10 +56,6 @@ def preflight(session: Session) -> None:
     first = everyone[0]
     for facts in everyone[1:]:
         where = f"rank {facts.rank} on {facts.host}"
-        if facts.config != first.config:
-            raise UserError(
-                f"preflight: {where} has another configuration than rank 0 on {first.host}; give all the same"
-            )
         if facts.code != first.code:
             raise UserError(f"preflight: {where} runs code {facts.code[:16]}, rank 0 on {first.host} {first.code[:16]}")
         if facts.teacher != first.teacher:
@@ -98,9 +92,8 @@ def _look(session: Session) -> RankFacts:
             _check_data(session.config)
     except (UserError, OSError, RuntimeError) as error:
         problem = str(error)
-    config = hashlib.sha256(dump(session.config).encode()).hexdigest()
     return RankFacts(
-        rank, socket.gethostname(), config, code_version(), package_versions(), session.teacher_digest,
+        rank, socket.gethostname(), code_version(), package_versions(), session.teacher_digest,
         _device_name(session.device), clock, problem,
     )  # fmt: skip
 

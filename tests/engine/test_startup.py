@@ -9,8 +9,7 @@ import sys
 
 CODE = """
 import json, sys
-from mirai_ds.train import __main__, guarded, preflight, run_folder, session
-from mirai_ds import hooks
+from mirai_ds.train import __main__, hooks, nonfinite, preflight, run_folder, session
 import deepspeed
 from deepspeed.runtime import compiler
 from mirai_ds.engine import start

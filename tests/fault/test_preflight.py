@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirai_ds.config import UserError
+from mirai_ds.config import UserError, load
+from mirai_ds.config.deepspeed_file import read, resolve
 from mirai_ds.train.preflight import check_device
 from tests.fault.faulty_ranks import run_ranks
 
@@ -57,20 +58,65 @@ def test_a_device_that_computes_wrongly() -> None:
         check_device(cpu, lambda a, b: a @ b + (torch.arange(64) == 7))
 
 
-def test_another_configuration_on_one_rank(tmp_path: Path) -> None:
+STARTS = {
+    "override": ("optimizer.lr", "0.5, not 0.0"),
+    "file": ("deepspeed.zero_optimization.stage", "1, not 2"),
+    "edited file": ("deepspeed.gradient_predivide_factor", "8.0, not none"),
+    "run folder": ("--run-dir", "other"),
+    "fresh": ("--fresh", "true, not false"),
+    "environment": ("environment variable NVIDIA_TF32_OVERRIDE", "'1', not none"),
+}
+
+
+@pytest.mark.parametrize("what", STARTS)
+def test_ranks_that_were_started_differently(tmp_path: Path, what: str) -> None:
+    """They would train together, and what comes out would belong to neither configuration."""
     run = tmp_path / "run"
-    ended = run_ranks(run, prepare=other_settings, arguments=())
+    ended = run_ranks(run, prepare=started_differently, arguments=(what,))
+    field, values = STARTS[what]
     assert ended.codes == [2, 2], ended.out[-3000:]
-    assert "rank 1 on " in ended.outcome
-    assert "has another configuration than rank 0 on" in ended.outcome
+    assert f"was started with another {field} than rank 0 on " in ended.out
+    assert values in ended.out
+    assert "start all ranks with the same recipe, files and options" in ended.out
+    assert ended.out.count("mirai-ds: error:") == 1
+    assert "Traceback" not in ended.out
+    assert not run.exists()
 
 
-def other_settings() -> None:
-    if os.environ["RANK"] == "1":
-        from mirai_ds.train import __main__ as entry
+def started_differently(what: str) -> None:
+    """Rank 1 gets another command, file or environment."""
+    if os.environ["RANK"] != "1":
+        return
+    from dataclasses import replace
 
-        load = entry.load
+    from mirai_ds.config import deepspeed_file
+    from mirai_ds.train import __main__ as entry
+    from mirai_ds.train import agree
+
+    begin, load = entry.run_rank, entry.load
+    if what == "override":
         entry.load = lambda recipe, overrides, file: load(recipe, [*overrides, "optimizer.lr=0.5"], file)
+    elif what == "file":
+        entry.load = lambda recipe, overrides, file: load(recipe, overrides, "zero1")
+    elif what == "edited file":  # the same name on both; what is in it differs from node to node
+        agree.read = lambda source: {**deepspeed_file.read(source), "gradient_predivide_factor": 8.0}
+    elif what == "run folder":
+        entry.run_rank = lambda options: begin(replace(options, run_dir=options.run_dir.with_name("other")))
+    elif what == "fresh":
+        entry.run_rank = lambda options: begin(replace(options, fresh=True))
+    else:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "1"
+
+
+def test_a_file_that_changes_after_the_start_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 1}}')
+    config = load("digits-mirai-e", (), str(file))
+    config.use_deepspeed_file(read(str(file)))
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    assert resolve(config, 2)["zero_optimization"]["stage"] == 1
+    file.unlink()
+    assert resolve(config, 2)["zero_optimization"]["stage"] == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
