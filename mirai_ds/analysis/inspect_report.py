@@ -80,8 +80,8 @@ def _history(report: RunReport) -> list[Line]:
         lines.append(("starts", f"{total}; the newest {_MOST}:"))
     for number, start in enumerate(starts, start=total - len(starts) + 1):
         lines.append(("starts" if not lines else "", f"{number}: {start.text}"))
-    if report.incarnations:
-        lines.append(("held by", holder_text(report.incarnations[-1])))
+    if report.attempts:
+        lines.append(("held by", holder_text(report.attempts[-1])))
     if report.outcome is not None:
         lines.append(("outcome", " ".join(report.outcome).strip()))
     if report.earlier_configs:
@@ -187,7 +187,7 @@ def as_json(report: RunReport) -> Json:
         "configuration_valid": report.config is not None,
         "parameters": parameter_count(report.config.model) if report.config else None,
         "starts": [asdict(start) for start in report.starts],
-        "held_by": asdict(report.incarnations[-1]) if report.incarnations else None,
+        "held_by": asdict(report.attempts[-1]) if report.attempts else None,
         "outcome": None if report.outcome is None else dict(zip(("verdict", "reason"), report.outcome, strict=True)),
         "step": steps[-1] if steps else None, "epoch": report.curve.epochs[steps[-1]] if steps else None,
         "last": at(last_values(report.curve)), "lowest": at(lowest_values(report.curve)),

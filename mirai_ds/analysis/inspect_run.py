@@ -19,11 +19,11 @@ from mirai_ds.analysis.checkpoints import (
     resume_point,
 )
 from mirai_ds.config import RunConfig, UserError, build
-from mirai_ds.runs.lock import Incarnation, living_until, read_all
+from mirai_ds.runs.lock import Attempt, read_all, valid_attempts
 from mirai_ds.runs.outcome import NAME as OUTCOME
 from mirai_ds.runs.outcome import read as read_outcome
 from mirai_ds.runs.records import METRICS, Curve, Json, count_text, parse_curve, read_config
-from mirai_ds.runs.starts import Start, read_starts
+from mirai_ds.runs.starts import StartRecord, read_starts
 
 RUN_FILES = ("config.yaml", METRICS, "starts.jsonl", "checkpoints")
 _EXPORTS = (".pt", ".pth", ".safetensors")
@@ -37,8 +37,8 @@ class RunReport:
     path: Path
     config: RunConfig | None
     raw: Json
-    starts: list[Start]
-    incarnations: list[Incarnation]
+    starts: list[StartRecord]
+    attempts: list[Attempt]
     outcome: tuple[str, str] | None
     curve: Curve
     checkpoints: list[Checkpoint]
@@ -97,13 +97,13 @@ def inspect_run(run: Path, verify: bool = False) -> RunReport:
         raise UserError(f"{run}: is not a run folder (it has none of {', '.join(RUN_FILES)})")
     raw, notes = read_config(run)
     config, problem = _validated(raw or {}, run) if raw is not None else (None, notes)
-    incarnations = read_all(run)
-    checkpoints = read_checkpoints(run, verify, living_until(incarnations))
+    attempts = read_all(run)
+    checkpoints = read_checkpoints(run, verify, valid_attempts(attempts))
     curve = _curve(run)
     latest, wrong_pointer = read_pointer(run)
     report = RunReport(
         path=run, config=config, raw=config.model_dump(mode="json") if config else raw or {},
-        starts=read_starts(run), incarnations=incarnations, outcome=read_outcome(run / OUTCOME), curve=curve,
+        starts=read_starts(run), attempts=attempts, outcome=read_outcome(run / OUTCOME), curve=curve,
         checkpoints=checkpoints, digests_read=verify, latest=latest, leftovers=leftovers(run),
         resume=resume_point(checkpoints), samples=_names(run, "samples/*.png"),
         exports=_exports(run), nonfinite=_names(run, "nonfinite/*"), hang=_names(run, "hang/*"),

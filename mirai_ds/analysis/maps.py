@@ -18,7 +18,7 @@ from torch import Tensor
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.data import load_dataset
-from mirai_ds.data.token_source import Decoder, TokenSource
+from mirai_ds.data.token_source import TokenDecoder, TokenSource
 from mirai_ds.model import GPT, gpt_from_weights
 from mirai_ds.model.par import cell_order
 from mirai_ds.runs.configuration import read_run_config
@@ -175,9 +175,11 @@ def find_images(
 _NO_HELD_OUT = "there are no held-out samples at hand; give --image FILE.npz with an array `tokens` (n, N)"
 
 
-def _held_out(config: RunConfig, tokenizer: Path | None, needed: bool) -> tuple[TokenSource | None, Decoder | None]:
+def _held_out(
+    config: RunConfig, tokenizer: Path | None, needed: bool
+) -> tuple[TokenSource | None, TokenDecoder | None]:
     """The run's held-out samples, None where there are none, and what decodes tokens."""
-    decoder: Decoder | None = None if tokenizer is None else open_tokenizer(tokenizer)
+    decoder: TokenDecoder | None = None if tokenizer is None else open_tokenizer(tokenizer)
     try:
         data = load_dataset(config.data, config.model)
     except UserError as error:
@@ -192,7 +194,7 @@ def _held_out(config: RunConfig, tokenizer: Path | None, needed: bool) -> tuple[
     return data.held_out, decoder
 
 
-def _pick(source: TokenSource, decoder: Decoder | None, chosen: list[int]) -> Images:
+def _pick(source: TokenSource, decoder: TokenDecoder | None, chosen: list[int]) -> Images:
     indices = np.asarray(chosen)
     tokens = source.first_view(indices)
     labels = torch.from_numpy(source.labels[indices].astype(np.int64))
@@ -200,7 +202,7 @@ def _pick(source: TokenSource, decoder: Decoder | None, chosen: list[int]) -> Im
     return Images(tokens, labels, pixels, [f"held out {n}, class {c}" for n, c in zip(chosen, labels, strict=True)])
 
 
-def _from_file(path: Path, config: RunConfig, decoder: Decoder | None, label: int | None) -> Images:
+def _from_file(path: Path, config: RunConfig, decoder: TokenDecoder | None, label: int | None) -> Images:
     if not path.is_file():
         raise UserError(f"--image {path}: no such file (and not the number of a held-out sample)")
     unknown = config.model.num_classes if label is None else label  # the unconditional class
@@ -227,7 +229,7 @@ def _from_file(path: Path, config: RunConfig, decoder: Decoder | None, label: in
     return Images(tokens, torch.tensor([unknown]), decoder.decode(tokens), [path.name])
 
 
-def _from_npz(path: Path, config: RunConfig, decoder: Decoder | None, unknown: int) -> Images:
+def _from_npz(path: Path, config: RunConfig, decoder: TokenDecoder | None, unknown: int) -> Images:
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}

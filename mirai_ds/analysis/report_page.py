@@ -15,7 +15,7 @@ from mirai_ds.config import UserError, load, recipe_names
 from mirai_ds.config.errors import shown
 from mirai_ds.config.load import TWIN, paper_entry
 from mirai_ds.paper.catalogue import numbers_of
-from mirai_ds.paper.essence import differences, essence
+from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.evaluations import Evaluation, read_evaluations
 from mirai_ds.runs.records import Json, count_text, flatten, read_json, time_text
 from mirai_ds.runtime.disk import write_whole
@@ -224,7 +224,7 @@ def _departures(report: RunReport, recipe: str) -> list[str]:
         return ["its configuration cannot be read whole"]
     theirs = load(recipe + TWIN if report.name != recipe else recipe)
     epochs = report.config.train.epochs
-    return differences(essence(report.config, epochs), essence(theirs, epochs))
+    return differences(comparable_config(report.config, epochs), comparable_config(theirs, epochs))
 
 
 _MAIN = (

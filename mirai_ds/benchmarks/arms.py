@@ -27,7 +27,7 @@ MAX_STEPS = 200  # that there is data for
 
 
 @dataclass
-class Arm:
+class BenchArm:
     """What to run: the plain baseline or the trainer, on a recipe with overrides, in an environment.  module: another
     program that answers the same commands, with `settings` of its own; the baseline's may say `compiled`."""
 
@@ -46,7 +46,7 @@ class Arm:
 class Workers:
     """The processes of one arm."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: BenchArm) -> None:
         from mirai_ds.runtime.launch import free_port
 
         self.arm, port = arm, free_port()

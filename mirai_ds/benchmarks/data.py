@@ -33,7 +33,7 @@ from mirai_ds.data.views import FileViews, PackedViews
 from mirai_ds.extract.codes import CodesJob
 from mirai_ds.extract.images import ENCODINGS
 from mirai_ds.extract.run import Options, extract_images
-from mirai_ds.resumable.plan import Listing, Plan
+from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import VQ16, Tokenizer, VQTokenizer
 
@@ -85,7 +85,7 @@ def extraction(
     """Images a second end to end; both give the same codes."""
     found, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     listing = Listing(found.names, found.labels)
-    plan = Plan("codes", str(found.root), {}, images, images, found.classes)
+    plan = WorkPlan("codes", str(found.root), {}, images, images, found.classes)
 
     def ours() -> float:
         job = CodesJob(plan, listing, geometry, tokenizer, batch, workers)

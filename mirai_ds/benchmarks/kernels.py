@@ -69,7 +69,7 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 @dataclass
-class Task:
+class KernelTask:
     """Inputs as training has them: a 16x16 grid, official offsets, wrapped borders."""
 
     projected: list[Tensor]
@@ -90,7 +90,7 @@ class Task:
         return self.target, self.index, self.weights, self.counts
 
 
-def task(heads: int, width: int, batch: int, dtype: torch.dtype, device: str) -> Task:
+def task(heads: int, width: int, batch: int, dtype: torch.dtype, device: str) -> KernelTask:
     """Random features; head k looks 0, 1 or 16 cells ahead and has no target beyond the last cell."""
     cells = GRID * GRID
     shifts = torch.tensor([0, 1, GRID][:heads])
@@ -99,7 +99,9 @@ def task(heads: int, width: int, batch: int, dtype: torch.dtype, device: str) ->
     generator = torch.Generator(device).manual_seed(0)
     make = lambda: torch.randn(batch, cells, width, generator=generator, device=device).to(dtype)  # noqa: E731
     counts = (index >= 0).sum(0).float()
-    return Task([make().requires_grad_() for _ in range(heads)], make(), index, torch.full_like(counts, 2.0), counts)
+    return KernelTask(
+        [make().requires_grad_() for _ in range(heads)], make(), index, torch.full_like(counts, 2.0), counts
+    )
 
 
 def masked(projected: list[Tensor], target: Tensor, index: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def masked(projected: list[Tensor], target: Tensor, index: Tensor, weights: Tens
     return total
 
 
-def variants(t: Task) -> dict[str, Callable[[], Any]]:
+def variants(t: KernelTask) -> dict[str, Callable[[], Any]]:
     """Name -> one forward and backward pass (`copy`: the bytes alone)."""
     compiled = torch.compile(masked, dynamic=False)
     half = torch.empty(t.fewest_bytes // 8, dtype=torch.float32, device=t.target.device)

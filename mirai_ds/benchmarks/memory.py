@@ -36,7 +36,7 @@ STEPS = 3  # AdamW's moments are there from the second on
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMemory:
     """Bytes on this rank: the peak within the last step, and what is there between steps."""
 
     peak: int
@@ -83,7 +83,7 @@ class LiveStorages(TorchDispatchMode):
         return self.live
 
 
-def measure_step(config: RunConfig, world: World, device: torch.device) -> Measured:
+def measure_step(config: RunConfig, world: World, device: torch.device) -> MeasuredMemory:
     """Collective: build the run on random codes, take `STEPS` steps.  The process group must exist.
 
     The configuration's data is replaced; a frozen teacher, and an encoder without a weights file, get random weights.
@@ -113,14 +113,16 @@ class _AllocatorOfGpu:
         return torch.cuda.memory_allocated(self.device)
 
 
-def worst(mine: Measured) -> Measured:
+def worst(mine: MeasuredMemory) -> MeasuredMemory:
     """Collective: the rank with the highest peak.  On ZeRO-2 it is the one whose gradients come first."""
-    everyone: list[Measured] = [mine] * dist.get_world_size()
+    everyone: list[MeasuredMemory] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return max(everyone, key=lambda one: one.peak)
 
 
-def _work(config: RunConfig, world: World, device: torch.device, counter: LiveStorages | _AllocatorOfGpu) -> Measured:
+def _work(
+    config: RunConfig, world: World, device: torch.device, counter: LiveStorages | _AllocatorOfGpu
+) -> MeasuredMemory:
     resting = 0
     with random_session(config, world, device, STEPS) as session:
         for step in range(STEPS):
@@ -130,7 +132,7 @@ def _work(config: RunConfig, world: World, device: torch.device, counter: LiveSt
         peak = counter.peak
         del session
     gc.collect()
-    return Measured(peak, resting)
+    return MeasuredMemory(peak, resting)
 
 
 # --- against the plan -----------------------------------------------------------------------------------------------

@@ -31,29 +31,29 @@ def bare_steps(session: Any, count: int) -> None:
     """What a loop without guards does."""
     from mirai_ds.train import step as module
 
-    guarded = module.poisoned_unless_finite
-    module.poisoned_unless_finite = lambda loss: loss
+    guarded = module.propagate_nonfinite_loss
+    module.propagate_nonfinite_loss = lambda loss: loss
     try:
         for _ in range(count):
             module.train_step(session, session.step)
             session.count_step()
     finally:
-        module.poisoned_unless_finite = guarded
+        module.propagate_nonfinite_loss = guarded
 
 
 def guarded_steps(session: Any, count: int) -> None:
     """What `run_loop` does around steps, whose last one is looked at."""
     from mirai_ds.runtime.control import Facts
-    from mirai_ds.train.nonfinite import settle
+    from mirai_ds.train.nonfinite import confirm_step
     from mirai_ds.train.step import train_step
 
     for _ in range(count):
         session.beat(f"step {session.step + 1}")
-        session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
+        session.control.post(Facts(session.stop.poll(), session.saver.written, session.run_lock.lost))
         record = train_step(session, session.step)
         session.count_step()
         session.facts = session.control.arrived()
-    settle(session, record)
+    confirm_step(session, record)
 
 
 def seconds(run: Callable[[], None], session: Any) -> float:
@@ -86,7 +86,7 @@ def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
     import torch
 
     from mirai_ds.runtime.control import Facts
-    from mirai_ds.train.step import poisoned_unless_finite
+    from mirai_ds.train.step import propagate_nonfinite_loss
 
     loss = torch.ones((), device=session.device, requires_grad=True)
 
@@ -106,7 +106,7 @@ def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
         run()
         return seconds(often, session) / repeat
 
-    refusal = each(lambda: poisoned_unless_finite(loss * 2).backward()) - each(lambda: (loss * 2).backward())
+    refusal = each(lambda: propagate_nonfinite_loss(loss * 2).backward()) - each(lambda: (loss * 2).backward())
     return {"agreement of the ranks": each(agree), "refusal of a loss": refusal, "beat and look": each(look)}
 
 
@@ -209,20 +209,20 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     config = load("digits-mirai-e", ["score.enabled=false", "foresight.warmup_epochs=0", *overrides])
     device = local_device(world)
     start_process_group(world, 5)
-    _, fence = open_run_folder(config, run, world, None, None, {}, Outcome())
+    _, run_lock = open_run_folder(config, run, world, None, None, {}, Outcome())
     stop = StopRequests()
     stop.watch_file(run)
-    session = build_session(config, run, world, device, fence, stop)
+    session = build_session(config, run, world, device, run_lock, stop)
     watchdog = Watchdog(600, run / "hang", world.rank, world.size, lambda text: None)
     session.beat = watchdog.beat
     if session.is_main:
-        fence.watch()
-    fence.settle(0, None)
+        run_lock.watch()
+    run_lock.note_start(0, None)
     millions = sum(p.numel() for p in session.engine.ds.module.parameters()) / 1e6
     about = {**facts(device.type, command), "ranks": str(world.size), "model": f"{millions:.1f} M"}
     found = rows_of(session, rounds, block, about)
     watchdog.close()
-    fence.release("finished")
+    run_lock.release("finished")
     session.control.barrier()
     return found if session.is_main else []
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mirai_ds.config import RunConfig, build
 from mirai_ds.model import GPT
-from mirai_ds.runs.lock import Fence
+from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.distributed import World, wait_for_ranks
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.session import Session, build_session
@@ -31,13 +31,13 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
     """
     with shared_folder(world) as folder:
         config = on_random_data(config, folder, world, steps)
-        mine = [Fence.take(folder).mine if world.rank == 0 else None]
+        mine = [RunLock.take(folder).mine if world.rank == 0 else None]
         dist.broadcast_object_list(mine, src=0)
-        fence = Fence(folder, mine[0], main=world.rank == 0)  # type: ignore[arg-type]
-        session = build_session(config, folder, world, device, fence, StopRequests())
-        fence.settle(0, None)
+        run_lock = RunLock(folder, mine[0], main=world.rank == 0)  # type: ignore[arg-type]
+        session = build_session(config, folder, world, device, run_lock, StopRequests())
+        run_lock.note_start(0, None)
         yield session
-        fence.release("finished")
+        run_lock.release("finished")
         session.saver.close()
         session.loader.close()
         session.engine.destroy()

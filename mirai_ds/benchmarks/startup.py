@@ -43,7 +43,7 @@ PHASES = {
     "rank": "launcher",
     "imports": "imports of the ranks",
     "group": "process group",
-    "folder": "run folder and fence",
+    "folder": "run folder and lock",
     "session": "data, model, engine",
     "preflight": "preflight",
     "step": "first step, evaluation before it",

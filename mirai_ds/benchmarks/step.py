@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from mirai_ds.benchmarks.arms import Arm, Workers
+from mirai_ds.benchmarks.arms import BenchArm, Workers
 from mirai_ds.benchmarks.harness import add_output, append, facts, only_table
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 
@@ -54,13 +54,15 @@ def overrides(args: argparse.Namespace, ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
-def arm(args: argparse.Namespace, name: str, method: str, more: list[str], plain: bool = False, ranks: int = 1) -> Arm:
+def arm(
+    args: argparse.Namespace, name: str, method: str, more: list[str], plain: bool = False, ranks: int = 1
+) -> BenchArm:
     """An arm of this call's size, batch and precision."""
     recipe = METHODS[method].format(args.size.removeprefix("GPT-").lower())
     given = [o for o in overrides(args, ranks) if method != "none" or not o.startswith("foresight.")]
     threads = max(1, args.threads // ranks)
     memory = GPU_MEMORY if args.gpus else CPU_MEMORY
-    return Arm(name, recipe, [*given, *more], plain, {} if plain else memory, ranks, threads, args.gpus)
+    return BenchArm(name, recipe, [*given, *more], plain, {} if plain else memory, ranks, threads, args.gpus)
 
 
 def fastest(args: argparse.Namespace) -> list[str]:
@@ -68,7 +70,7 @@ def fastest(args: argparse.Namespace) -> list[str]:
     return ["train.compile=blocks", f"deepspeed={'zero1' if args.precision == 'bf16' else 'zero0'}"]
 
 
-def comparisons(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Arm]]]:
+def comparisons(args: argparse.Namespace) -> Iterator[tuple[str, str, list[BenchArm]]]:
     """(comparison, method, arms); the first arm is what the others are compared with."""
     best = fastest(args)
     if "plain" in args.what:
@@ -94,7 +96,7 @@ def comparisons(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Arm]]
             yield "switches", "E", [arm(args, "mirai_ds", "E", best), arm(args, name, "E", [*best, *change])]
 
 
-def take_turns(arms: list[Arm], rounds: int) -> list[dict[str, Any]]:
+def take_turns(arms: list[BenchArm], rounds: int) -> list[dict[str, Any]]:
     """Seconds, losses and parts of each arm; who goes first alternates."""
     workers = [Workers(a) for a in arms]
     try:
@@ -152,7 +154,7 @@ def where(args: argparse.Namespace) -> Row:
             "deepspeed": package_versions()["deepspeed"]}  # fmt: skip
 
 
-def utilisation(a: Arm, args: argparse.Namespace, seconds: float) -> str:
+def utilisation(a: BenchArm, args: argparse.Namespace, seconds: float) -> str:
     """Model FLOPs (attention included, recomputation not) a second over the device's dense bf16 peak; empty where that
     is not known."""
     from mirai_ds.config import load

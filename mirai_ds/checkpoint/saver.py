@@ -19,7 +19,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import Snapshot, rank_file, write_snapshot
 from mirai_ds.checkpoint.store import INFO, MANIFEST, POINTER, CheckpointInfo, folder_of
 from mirai_ds.config import CheckpointConfig, UserError
-from mirai_ds.runs.lock import Fence, living_until, read_all
+from mirai_ds.runs.lock import RunLock, read_all, valid_attempts
 from mirai_ds.runtime.control import Control
 from mirai_ds.runtime.disk import digest_of_file, sync, write_whole
 
@@ -41,8 +41,8 @@ class _Job:
 class Saver:
     """Collective in the same order on every rank.  At most one save is on its way: memory for one copy of the state."""
 
-    def __init__(self, run: Path, rank: int, fence: Fence, control: Control, config: CheckpointConfig) -> None:
-        self.run, self.rank, self.fence, self.control, self.config = run, rank, fence, control, config
+    def __init__(self, run: Path, rank: int, run_lock: RunLock, control: Control, config: CheckpointConfig) -> None:
+        self.run, self.rank, self.run_lock, self.control, self.config = run, rank, run_lock, control, config
         self.stall_seconds = 0.0  # training stood still for saves
         self.write_seconds = 0.0  # the last save took, stalling or not
         self._began = 0.0
@@ -79,7 +79,7 @@ class Saver:
         problem = ""
         if self.rank == 0:
             try:
-                self.fence.check()
+                self.run_lock.check()
                 for left in target.parent.glob("step-*.partial-*"):  # of a save that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 job.partial.mkdir(parents=True)
@@ -98,7 +98,7 @@ class Saver:
 
     def _write(self, job: _Job, snapshot: Snapshot) -> None:
         try:
-            self.fence.check()
+            self.run_lock.check()
             job.report = _write_rank(rank_file(job.partial, self.rank), snapshot)
         except Exception as error:  # whatever it is (safetensors has errors of its own), the loop must hear of it
             job.report = f"rank {self.rank}: {type(error).__name__}: {error}"
@@ -115,7 +115,7 @@ class Saver:
         failures = [r for r in reports if isinstance(r, str)]
         if not failures and self.rank == 0:
             try:
-                self.fence.check()
+                self.run_lock.check()
                 self._publish(job, [r for r in reports if not isinstance(r, str)])
             except (UserError, OSError) as error:
                 failures = [f"rank 0: {type(error).__name__}: {error}"]
@@ -197,9 +197,9 @@ def _remove(folder: Path) -> None:
 def superseded(run: Path, config: CheckpointConfig) -> list[int]:
     """Steps that the retention rules let go: all but the last `keep_last`, every `keep_every_steps`, and the
     `keep_best` with the lowest `best_metric`.  Damaged ones and dead branches go when newer whole ones exist."""
-    living = living_until(read_all(run))
+    living = valid_attempts(read_all(run))
     infos: dict[int, CheckpointInfo | None] = {step: _info(run, step) for step in store.list_steps(run)}
-    alive = {step: info for step, info in infos.items() if info is not None and store.is_living(info, living)}
+    alive = {step: info for step, info in infos.items() if info is not None and store.is_valid(info, living)}
     keep = set(sorted(alive)[-config.keep_last :])
     if config.keep_every_steps:
         keep |= {step for step in alive if step % config.keep_every_steps == 0}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import UserError
-from mirai_ds.runs import lock as fence
+from mirai_ds.runs import lock
 from mirai_ds.runtime.disk import digest_of_file
 
 FORMAT = 1
@@ -24,7 +24,7 @@ START_FILES = frozenset(
         "stop",
         "jobs",
         "hang",
-        fence.FOLDER,
+        lock.FOLDER,
     }
 )
 POINTER, MANIFEST, INFO = "latest", "manifest.json", "info.json"
@@ -45,7 +45,7 @@ class CheckpointInfo:
     method: str
     code: str
     applied_steps: int
-    incarnation: int = 0  # which start wrote it (checkpoint.fence)
+    incarnation: int = 0  # which start wrote it (runs.lock)
     data: str = ""  # digest of codes and labels
     teacher: str = ""  # digest of a frozen teacher's weights
     batch_offset: int = 0  # batches left out by rollbacks: step s trains on batch s + offset
@@ -107,8 +107,8 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def is_living(info: CheckpointInfo, living: dict[int, float]) -> bool:
-    """Whether the run still builds upon this checkpoint, by `fence.living_until`."""
+def is_valid(info: CheckpointInfo, living: dict[int, float]) -> bool:
+    """Whether the run still builds upon this checkpoint, by `lock.valid_attempts`."""
     return not living or info.step <= living.get(info.incarnation, -1)
 
 
@@ -142,7 +142,7 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
     request: `auto` (the newest that is whole) or a step number.  Raises UserError when there is none: a run that was
     asked to resume never starts afresh.
     """
-    steps, living = list_steps(run), fence.living_until(fence.read_all(run))
+    steps, living = list_steps(run), lock.valid_attempts(lock.read_all(run))
     if request not in ("auto", "if-present"):
         if not request.isdigit() or int(request) not in steps:
             raise UserError(f"--resume {request}: {run} has checkpoints of steps {steps or 'none'}; give one or 'auto'")
@@ -156,7 +156,7 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
         except UserError as error:
             skipped.append(str(error))
             continue
-        if is_living(info, living):
+        if is_valid(info, living):
             return folder, info, skipped
         skipped.append(f"{folder}: start {info.incarnation} wrote it on a branch that a later start left behind")
     reason = f"; none of {len(skipped)} is whole: {skipped[0]}" if skipped else ": there is no checkpoint"

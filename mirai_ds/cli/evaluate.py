@@ -46,14 +46,14 @@ def evaluate(
       mirai-ds evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth
       mirai-ds evaluate samples/ test-images/ --features timm:resnet18.a1_in1k:resnet18.safetensors
     """
-    from mirai_ds.eval.evaluation import Request, all_metrics, evaluate_files
+    from mirai_ds.eval.evaluation import EvaluationRequest, all_metrics, evaluate_files
     from mirai_ds.eval.report import render, write_json
 
     asked = all_metrics(metrics)
     write = None if json_file is None else write_json(json_file, (samples, reference))
     place = _device(device)
     network = _network(weights, features, place, tf32)
-    request = Request(samples, reference, asked, "exact" if exact_pr else None, cache, batch_size)
+    request = EvaluationRequest(samples, reference, asked, "exact" if exact_pr else None, cache, batch_size)
     row = evaluate_files(request, network, _progress)
     click.echo(render(row))
     if write is not None:

@@ -71,7 +71,7 @@ def plan(recipe: str, as_json: bool, **options: Any) -> None:
     """
     from mirai_ds.planning import plan as planning
 
-    found = planning.make_plan(planning.Request(recipe, **options))
+    found = planning.make_plan(planning.PlanRequest(recipe, **options))
     if as_json:
         print_json(planning.plan_json(found))
     else:

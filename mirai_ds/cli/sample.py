@@ -93,12 +93,12 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
     world = _world(ranks)
     if world is None:
         return
-    from mirai_ds.sampling import Request, draw_archive
+    from mirai_ds.sampling import SamplingRequest, draw_archive
 
     if not _given("block_size"):
         options["block_size"] = None
     del options["per_class"]
-    said = draw_archive(Request(source, num, **options), world)
+    said = draw_archive(SamplingRequest(source, num, **options), world)
     if said is not None:
         click.echo(said)
 

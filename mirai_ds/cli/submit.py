@@ -12,7 +12,7 @@ import click
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
 
 if TYPE_CHECKING:
-    from mirai_ds.submit import Job
+    from mirai_ds.submit import SlurmJob
 
 TEMPLATES = ["train", "array", "extract", "sample_evaluate", "smoke"]
 
@@ -61,13 +61,13 @@ def submit(dry_run: bool, **options: Any) -> None:
       mirai-ds submit mine.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --account me
       mirai-ds submit codes --template extract --nodes 2 -- --images in/train --tokenizer vq.pt --size 256 --out codes
     """
-    from mirai_ds.submit import Wish, plan, read_cluster, render, send, write_script
+    from mirai_ds.submit import SubmitOptions, plan, read_cluster, render, send, write_script
     from mirai_ds.submit.plan import interpreter
     from mirai_ds.submit.send import script_path
 
-    wish = Wish(**options)
-    cluster = read_cluster(wish.cluster)
-    job = plan(wish, cluster)
+    asked = SubmitOptions(**options)
+    cluster = read_cluster(asked.cluster)
+    job = plan(asked, cluster)
     script = script_path(job)
     text = render(job, cluster, interpreter(cluster), script)
     _show(text)
@@ -89,7 +89,7 @@ def _show(text: str) -> None:
     Console().print(Syntax(text, "bash", theme="ansi_dark", background_color="default"))
 
 
-def _report(job: Job, script: Path, ids: list[str]) -> None:
+def _report(job: SlurmJob, script: Path, ids: list[str]) -> None:
     from mirai_ds.submit.send import log_path
 
     lines = [f"job {' -> '.join(ids)}: {job.name}, {job.nodes} x {job.ranks_per_node} ranks, {job.time} each start"]

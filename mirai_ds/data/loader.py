@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut(Dataset[Any]):
+class MicroBatchDataset(Dataset[Any]):
     """A rank's micro-batches, numbered from the start of the run: number k is accumulation k % A of step k // A.
 
     Micro-batch a of rank r holds positions (a * world + r) * micro ... of the global batch.  Which view a sample shows
@@ -62,10 +62,10 @@ class Cut(Dataset[Any]):
         return Batch(tokens, labels, keys, images)
 
 
-class _Caught(Dataset[Any]):
+class _ErrorsAsText(Dataset[Any]):
     """Brings a user's mistake out of a worker as text: DataLoader would wrap it into a traceback."""
 
-    def __init__(self, cut: Cut) -> None:
+    def __init__(self, cut: MicroBatchDataset) -> None:
         self.cut = cut
 
     def __getitem__(self, number: int) -> Batch | str:
@@ -94,7 +94,7 @@ class BatchLoader:
         accumulation, rest = divmod(order.global_batch_size, micro * world)
         if rest:
             raise ValueError(f"micro * world = {micro} * {world} does not divide {order.global_batch_size}")
-        self.cut = Cut(source, order, micro, rank, world, accumulation, images)
+        self.cut = MicroBatchDataset(source, order, micro, rank, world, accumulation, images)
         self.device, self.workers, self.prefetch = device, workers, prefetch
         self.accumulation = accumulation
         self._stream: Iterator[Batch | str] | None = None
@@ -129,7 +129,7 @@ class BatchLoader:
     def _start(self, number: int) -> Iterator[Batch | str]:
         self.close()
         loader = DataLoader(
-            _Caught(self.cut), batch_size=None, sampler=itertools.count(number), num_workers=self.workers,
+            _ErrorsAsText(self.cut), batch_size=None, sampler=itertools.count(number), num_workers=self.workers,
             prefetch_factor=self.prefetch, pin_memory=self.device.type == "cuda", worker_init_fn=_quiet_worker,
             generator=torch.Generator(),  # else it would draw from the process's own
         )  # fmt: skip

@@ -21,7 +21,7 @@ from mirai_ds.data.stores import (
     store_format,
 )
 from mirai_ds.data.stores.files import read_manifest
-from mirai_ds.data.token_source import Dataset, Decoder, TokenSource
+from mirai_ds.data.token_source import Dataset, TokenDecoder, TokenSource
 from mirai_ds.data.views import ArrayViews, FileViews, PackedViews, ViewSource
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 
@@ -73,7 +73,7 @@ def _images(store: TokenStore, path: Path) -> ViewSource:
     return PackedViews(images)
 
 
-def _decoder(data: DataConfig, store: TokenStore, device: str) -> Decoder | None:
+def _decoder(data: DataConfig, store: TokenStore, device: str) -> TokenDecoder | None:
     own, facts = store.codebook(), store.manifest.tokenizer
     if data.tokenizer is None:
         return own
@@ -149,7 +149,7 @@ def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
     return np.sort(train), np.sort(held_out)
 
 
-def load_decoder(data: DataConfig, device: str = "cpu") -> Decoder | None:
+def load_decoder(data: DataConfig, device: str = "cpu") -> TokenDecoder | None:
     """What shows the configured data's tokens, a network on `device`; None where nothing does.  Opens no more than
     that needs."""
     if data.source != "store":

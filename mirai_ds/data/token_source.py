@@ -16,7 +16,7 @@ from mirai_ds.data.views import ViewSource
 Array = np.ndarray[Any, Any]
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """The half of a tokenizer that shows tokens."""
 
     vocab_size: int
@@ -37,7 +37,7 @@ class TokenSource:
     codes: Array
     labels: Array
     images: ViewSource | None = None
-    decoder: Decoder | None = None
+    decoder: TokenDecoder | None = None
     rows: Array | None = None
     max_code: int | None = None
     seal: str | None = None

@@ -123,10 +123,10 @@ class TrainEngine:
         self.ema.update(self.update.refusing)
         return self.update.norm
 
-    def look(self) -> int:
+    def confirm_updates(self) -> int:
         """How many of the last updates were not made, from the first whose gradients were not finite on; 0: all were.
         Reads from the device; the next updates are made again.  The same on every rank."""
-        return self.update.look()
+        return self.update.confirm_updates()
 
     def set_rates(self, lr: float, heads_active: bool) -> None:
         """Learning rate of the coming step.  Inactive heads get neither rate nor decay."""

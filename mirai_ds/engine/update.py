@@ -86,11 +86,11 @@ class Update:
         self._since += 1
 
     @property
-    def unseen(self) -> int:
+    def pending_steps(self) -> int:
         """Updates since the host looked: whether they were made is not known."""
         return self._since
 
-    def look(self) -> int:
+    def confirm_updates(self) -> int:
         """How many of the last updates were not made: the first that was refused and all after it.  Reads from the
         device, and lets updates be made again.  The same on every rank."""
         first, since = int(self._first), self._since

@@ -43,7 +43,7 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate: metrics None = all that network and reference allow."""
 
     samples: Path
@@ -64,7 +64,9 @@ def sidecar(samples: Path) -> Path | None:
     return next((path for path in beside if path.is_file() and path != samples), None)
 
 
-def evaluate_files(request: Request, network: FeatureNetwork, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate_files(
+    request: EvaluationRequest, network: FeatureNetwork, progress: Progress | None = None
+) -> dict[str, Any]:
     """The row of `mirai-ds evaluate`: scores under `COLUMNS` (None = not computed), samples, reference and protocol.
 
     progress: given a title and a number of images, returns what is called with each batch's number.  Raises UserError.
@@ -100,7 +102,7 @@ def evaluate_files(request: Request, network: FeatureNetwork, progress: Progress
 class Kept:
     """Features through the cache, and where each set's came from."""
 
-    def __init__(self, network: FeatureNetwork, request: Request, progress: Progress | None) -> None:
+    def __init__(self, network: FeatureNetwork, request: EvaluationRequest, progress: Progress | None) -> None:
         self.network, self.request, self.progress = network, request, progress
         self.origins: dict[str, str] = {}
 
@@ -137,7 +139,7 @@ def _prepare(reference: ReferenceFile, digest: str, kept: Kept) -> tuple[Referen
 
 
 def _protocol(
-    request: Request, network: FeatureNetwork, scores: Scores, stored: dict[str, str], kept: Kept
+    request: EvaluationRequest, network: FeatureNetwork, scores: Scores, stored: dict[str, str], kept: Kept
 ) -> dict[str, Any]:
     arithmetic = request.arithmetic or default_arithmetic(network)
     device = network.device

@@ -21,8 +21,8 @@ from mirai_ds.data.stores.files import (
 )
 from mirai_ds.data.stores.tokens import CODES, DIGEST_IMAGES, TOKENIZER, TokenizerFacts, TokenManifest, code_digests
 from mirai_ds.extract.crops import CropReader, Found, collect
-from mirai_ds.resumable.parts import Job, Part, sure_part
-from mirai_ds.resumable.plan import Listing, Plan
+from mirai_ds.resumable.parts import Part, ShardJob, load_or_redo_shard
+from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.disk import digest_of_file, replacing
 from mirai_ds.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 class CodesJob:
     """Batches are cut inside a block, so they, and with them every rounding, are the same on any number of ranks."""
 
-    def __init__(self, plan: Plan, listing: Listing, geometry: ViewGeometry, tokenizer: Tokenizer, batch: int,
+    def __init__(self, plan: WorkPlan, listing: Listing, geometry: ViewGeometry, tokenizer: Tokenizer, batch: int,
                  workers: int) -> None:  # fmt: skip
         """batch: views the tokenizer gets at once.  workers: reading threads."""
         self.geometry, self.tokenizer, self.batch = geometry, tokenizer, batch
@@ -40,7 +40,7 @@ class CodesJob:
         self.reader = CropReader(Path(plan.source), listing.names, geometry.side, mode, workers, then=np.asarray)
 
     def prepare(self, images: range) -> list[Future[Found[Array]]]:
-        """See `parts.Job`."""
+        """See `parts.ShardJob`."""
         return self.reader.submit(images)
 
     def finish(self, prepared: list[Future[Found[Array]]], block: int) -> Part:
@@ -65,8 +65,8 @@ class CodesJob:
             yield torch.from_numpy(np.stack(waiting))
 
 
-def assemble(job: Job, plan: Plan, folder: Path, listing: Listing, geometry: GeometryFacts, made_by: TokenizerFacts,
-             drop: frozenset[int] = frozenset()) -> TokenManifest:  # fmt: skip
+def assemble(job: ShardJob, plan: WorkPlan, folder: Path, listing: Listing, geometry: GeometryFacts,
+             made_by: TokenizerFacts, drop: frozenset[int] = frozenset()) -> TokenManifest:  # fmt: skip
     """One array of all parts, lists and digests; the manifest last.  drop: images to leave out.  Returns the manifest.
 
     Killed at any instant and begun again it writes the same bytes.
@@ -75,7 +75,7 @@ def assemble(job: Job, plan: Plan, folder: Path, listing: Listing, geometry: Geo
     problems: list[dict[str, Any]] = []
     shape: tuple[int, ...] = ()
     for block in range(plan.blocks):
-        part = sure_part(job, plan, folder, block, arrays=not kept)
+        part = load_or_redo_shard(job, plan, folder, block, arrays=not kept)
         shape = shape if kept else part.arrays["codes"].shape[1:]
         kept += [int(image) for image in part.kept if int(image) not in drop]
         problems += [problem._asdict() for problem in part.problems]
@@ -95,12 +95,12 @@ def assemble(job: Job, plan: Plan, folder: Path, listing: Listing, geometry: Geo
     return manifest
 
 
-def _write_codes(job: Job, plan: Plan, folder: Path, shape: tuple[int, ...], drop: frozenset[int]) -> None:
+def _write_codes(job: ShardJob, plan: WorkPlan, folder: Path, shape: tuple[int, ...], drop: frozenset[int]) -> None:
     with replacing(folder / CODES) as beside:
         out = np.lib.format.open_memmap(beside, "w+", np.uint16, shape)
         at = 0
         for block in range(plan.blocks):
-            part = sure_part(job, plan, folder, block)
+            part = load_or_redo_shard(job, plan, folder, block)
             chosen = [i for i, image in enumerate(part.kept) if int(image) not in drop]
             out[at : at + len(chosen)] = part.arrays["codes"][chosen]
             at += len(chosen)

@@ -21,8 +21,8 @@ from mirai_ds.data.stores.files import (
 )
 from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
 from mirai_ds.extract.crops import CropReader, Found, collect
-from mirai_ds.resumable.parts import Part, sure_part
-from mirai_ds.resumable.plan import Listing, Plan
+from mirai_ds.resumable.parts import Part, load_or_redo_shard
+from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.disk import digest_of_file, write_whole
 
 Array = np.ndarray[Any, Any]
@@ -52,13 +52,13 @@ def encoder(encoding: Encoding, quality: int | None) -> Callable[[Array], bytes]
 class ImagesJob:
     """A block's crops, encoded in the reading threads and written as one shard."""
 
-    def __init__(self, plan: Plan, listing: Listing, side: int, encode: Callable[[Array], bytes], folder: Path,
+    def __init__(self, plan: WorkPlan, listing: Listing, side: int, encode: Callable[[Array], bytes], folder: Path,
                  workers: int) -> None:  # fmt: skip
         self.folder = folder
         self.reader = CropReader(Path(plan.source), listing.names, side, "RGB", workers, then=encode)
 
     def prepare(self, images: range) -> list[Future[Found[bytes]]]:
-        """See `parts.Job`."""
+        """See `parts.ShardJob`."""
         return self.reader.submit(images)
 
     def finish(self, prepared: list[Future[Found[bytes]]], block: int) -> Part:
@@ -71,7 +71,7 @@ class ImagesJob:
         return Part(np.array(kept, np.int64), {"lengths": lengths, "digest": digest}, problems)
 
 
-def assemble_images(job: ImagesJob, plan: Plan, folder: Path, listing: Listing, geometry: GeometryFacts,
+def assemble_images(job: ImagesJob, plan: WorkPlan, folder: Path, listing: Listing, geometry: GeometryFacts,
                     encoding: Encoding, quality: int | None) -> ImageManifest:  # fmt: skip
     """Index, lists and manifest over the finished shards.  Returns the manifest."""
     kept: list[int] = []
@@ -101,11 +101,11 @@ def assemble_images(job: ImagesJob, plan: Plan, folder: Path, listing: Listing, 
     return manifest
 
 
-def _whole_part(job: ImagesJob, plan: Plan, folder: Path, block: int) -> Part:
+def _whole_part(job: ImagesJob, plan: WorkPlan, folder: Path, block: int) -> Part:
     """A part whose shard lies there in full; both are made anew otherwise."""
     shard = folder / shard_name(block)
 
     def whole(part: Part) -> bool:
         return shard.is_file() and shard.stat().st_size == int(part.arrays["lengths"].sum())
 
-    return sure_part(job, plan, folder, block, whole=whole)
+    return load_or_redo_shard(job, plan, folder, block, whole=whole)

@@ -21,9 +21,9 @@ from mirai_ds.data.stores.files import MANIFEST, read_manifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
 from mirai_ds.extract.codes import assemble, keep_codebook
 from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, full_disks_in_one_line, tidy
-from mirai_ds.resumable.parts import Part, run_blocks, sure_part
-from mirai_ds.resumable.plan import Listing, Plan, begin, check_same, read_plan
-from mirai_ds.resumable.progress import Progress
+from mirai_ds.resumable.parts import Part, load_or_redo_shard, run_blocks
+from mirai_ds.resumable.plan import Listing, WorkPlan, begin, check_same, read_plan
+from mirai_ds.resumable.progress import WorkProgress
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +52,7 @@ class ImportJob:
         self.reader = ThreadPoolExecutor(workers)
 
     def prepare(self, images: range) -> list[Future[tuple[Array, int] | str]]:
-        """See `parts.Job`."""
+        """See `parts.ShardJob`."""
         return [self.reader.submit(self._read, image) for image in images]
 
     def finish(self, prepared: list[Future[tuple[Array, int] | str]], block: int) -> Part:
@@ -103,16 +103,16 @@ def _import(request: Import) -> None:
     out, source = options.out, str(request.folder.resolve())
     if (out / MANIFEST).is_file():
         made = read_manifest(out, TokenManifest)
-        check_same(out, Plan("llamagen", "", made.made_with, 0, 0, []), "llamagen", None, settings | policy)
+        check_same(out, WorkPlan("llamagen", "", made.made_with, 0, 0, []), "llamagen", None, settings | policy)
         return
     plan = read_plan(out)
     if plan is None:
         count = _count(codes, labels)
         block = options.block or automatic_block(count, LARGEST_BLOCK["images"])
-        plan = Plan("llamagen", source, settings, block, count, [])
+        plan = WorkPlan("llamagen", source, settings, block, count, [])
         begin(out, plan, Listing([str(i) for i in range(count)], np.zeros(count, np.int32)))
     check_same(out, plan, "llamagen", source, settings)
-    job, progress = ImportJob(codes, labels, plan.block_images, options.workers), Progress(plan, out, speaks=True)
+    job, progress = ImportJob(codes, labels, plan.block_images, options.workers), WorkProgress(plan, out, speaks=True)
     try:
         run_blocks(job, plan, out, 0, 1, True, progress.tell)
         drop, found = _copies(job, plan, request)
@@ -192,13 +192,13 @@ def spans(numbers: list[int]) -> list[str]:
     return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in found]
 
 
-def _copies(job: ImportJob, plan: Plan, request: Import) -> tuple[list[int], Array]:
+def _copies(job: ImportJob, plan: WorkPlan, request: Import) -> tuple[list[int], Array]:
     """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about."""
     digests: list[bytes] = []
     labels: list[Array] = []
     shapes = set()
     for block in range(plan.blocks):
-        part = sure_part(job, plan, request.options.out, block)
+        part = load_or_redo_shard(job, plan, request.options.out, block)
         labels.append(part.arrays["labels"])
         shapes.add(part.arrays["codes"].shape[1:])
         digests += [hashlib.sha1(row.tobytes(), usedforsecurity=False).digest() for row in part.arrays["codes"]]

@@ -22,13 +22,13 @@ from mirai_ds.data.stores.images import ImageManifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
 from mirai_ds.extract.codes import CodesJob, assemble, keep_codebook
 from mirai_ds.extract.images import Encoding, ImagesJob, assemble_images, encoder
-from mirai_ds.resumable.parts import run_blocks, sign_of_life, wait_for_parts
+from mirai_ds.resumable.parts import heartbeat, run_blocks, wait_for_parts
 from mirai_ds.resumable.plan import (
     LISTING,
     PARTS,
     PLAN,
     Listing,
-    Plan,
+    WorkPlan,
     begin,
     check_same,
     pillow_version,
@@ -37,7 +37,7 @@ from mirai_ds.resumable.plan import (
     torch_version,
     wait_for_plan,
 )
-from mirai_ds.resumable.progress import Progress
+from mirai_ds.resumable.progress import WorkProgress
 from mirai_ds.runtime.distributed import World, local_device
 from mirai_ds.tokenizer import Tokenizer, open_tokenizer
 
@@ -90,7 +90,7 @@ def extract_codes(
     }  # fmt: skip
     facts = TokenizerFacts(name=tokenizer.name, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
 
-    def work(plan: Plan, listing: Listing) -> None:
+    def work(plan: WorkPlan, listing: Listing) -> None:
         job = CodesJob(plan, listing, options.geometry.views, tokenizer, batch, options.workers)
 
         def assemble_all() -> None:
@@ -113,7 +113,7 @@ def extract_images(
         quality = 95
     settings = options.settings() | {"encoding": encoding, "quality": str(quality or "")}
 
-    def work(plan: Plan, listing: Listing) -> None:
+    def work(plan: WorkPlan, listing: Listing) -> None:
         side, encode = options.geometry.views.side, encoder(encoding, quality)
         job = ImagesJob(plan, listing, side, encode, options.out, options.workers)
         finish = partial(assemble_images, job, plan, options.out, listing, options.geometry, encoding, quality)
@@ -124,12 +124,12 @@ def extract_images(
 
 
 def _run(
-    job: CodesJob | ImagesJob, plan: Plan, options: Options, world: World, assemble_all: Callable[[], object]
+    job: CodesJob | ImagesJob, plan: WorkPlan, options: Options, world: World, assemble_all: Callable[[], object]
 ) -> None:
     """This rank's blocks; on rank 0 the wait for the others' and the assembly, which may do damaged blocks anew."""
-    progress = Progress(plan, options.out, speaks=world.rank == 0)
+    progress = WorkProgress(plan, options.out, speaks=world.rank == 0)
     try:
-        with sign_of_life(options.out, world.rank):
+        with heartbeat(options.out, world.rank):
             run_blocks(job, plan, options.out, world.rank, world.size, options.strict, progress.tell)
         if world.rank == 0:
             wait_for_parts(options.out, plan, options.patience, progress.tell)
@@ -142,7 +142,7 @@ def _run(
 
 def _extract(
     kind: str, options: Options, world: World, settings: dict[str, str],
-    work: Callable[[Plan, Listing], None],
+    work: Callable[[WorkPlan, Listing], None],
 ) -> None:  # fmt: skip
     """Plan, work, tidy up."""
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in problems.jsonl
@@ -155,18 +155,18 @@ def _extract(
             tidy(out)
 
 
-def _agree(kind: str, options: Options, world: World, settings: dict[str, str], source: str) -> Plan | None:
+def _agree(kind: str, options: Options, world: World, settings: dict[str, str], source: str) -> WorkPlan | None:
     """The plan that all ranks follow; None when the store is finished already.  Raises UserError."""
     out = options.out
     if not (out / MANIFEST).is_file() and read_plan(out) is None and world.rank == 0:
         found = open_image_set(options.images, options.split)
         block = options.block or automatic_block(len(found.names), LARGEST_BLOCK[kind])
-        plan = Plan(kind, source, settings, block, len(found.names), found.classes)
+        plan = WorkPlan(kind, source, settings, block, len(found.names), found.classes)
         begin(out, plan, Listing(found.names, found.labels))
     begun = wait_for_plan(out, LISTING_SECONDS)
     if begun is None:
         made = read_manifest(out, TokenManifest if kind == "codes" else ImageManifest)
-        check_same(out, Plan(kind, "", made.made_with, 0, made.num_images, []), kind, None, settings)
+        check_same(out, WorkPlan(kind, "", made.made_with, 0, made.num_images, []), kind, None, settings)
         return None
     check_same(out, begun, kind, source, settings)
     return begun

@@ -9,7 +9,7 @@ from pathlib import Path
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.load import TWIN
 from mirai_ds.paper.catalogue import STEPS_PER_EPOCH, TableRow, rows_of, table_key
-from mirai_ds.paper.essence import differences, essence
+from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.evaluations import Evaluation, last_step, protocol_differences, read_evaluations
 from mirai_ds.runs.configuration import read_run_config
 
@@ -123,7 +123,7 @@ def _take(run: Path, evaluation: Evaluation, step: int, same: list[MeasuredRow],
 
 
 def _differences(config: RunConfig, m: MeasuredRow) -> list[str]:
-    ours, theirs = (essence(c, m.row.epochs) for c in (config, m.config))
+    ours, theirs = (comparable_config(c, m.row.epochs) for c in (config, m.config))
     return differences(ours, theirs)
 
 

@@ -19,7 +19,7 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class Pass:
+class ActivationMemory:
     """One rank's forward pass: `micro` sequences, and who aligns them.  feature_dim: the teacher's width."""
 
     model: ModelConfig

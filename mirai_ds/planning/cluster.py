@@ -31,7 +31,7 @@ _SLOWEST_NVLINK = 100e9  # bytes/s: a slower link is PCIe
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterShape:
     """`nodes` machines of `gpus` devices."""
 
     device: Device
@@ -137,7 +137,7 @@ def left_over(window: float, sent: float, pieces: float) -> float:
     return max(window + sent / pieces, window / pieces + sent) - window
 
 
-def step_time(cluster: Cluster, found: Sequence[Collective], compute: Compute) -> StepTime:
+def step_time(cluster: ClusterShape, found: Sequence[Collective], compute: Compute) -> StepTime:
     """Gradients hide behind the backward pass that makes them, ZeRO-3's gathers behind the blocks before; the gathers
     after the update and the teacher's behind nothing."""
     times = {c: cluster.seconds(c) for c in found}

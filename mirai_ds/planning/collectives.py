@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mirai_ds.planning.states import FLATTENED_AT_ONCE, States
+from mirai_ds.planning.states import FLATTENED_AT_ONCE, StateMemory
 
 Kind = Literal["all-reduce", "reduce", "reduce-scatter", "all-gather", "all-to-all"]
 Window = Literal["forward", "backward", "nothing"]
@@ -44,7 +44,7 @@ class Collective:
         return self.passes * self.size * (self.ranks - 1) / self.ranks
 
 
-def collectives(states: States, teacher: float) -> list[Collective]:
+def collectives(states: StateMemory, teacher: float) -> list[Collective]:
     """teacher: bytes of Mirai-E's teacher, gathered from the average once a step.  Nothing is sent on one rank.  Left
     out: norms and flags (a few bytes each), and what a first step or a checkpoint sends."""
     if states.world == 1:
@@ -55,16 +55,16 @@ def collectives(states: States, teacher: float) -> list[Collective]:
     return found
 
 
-def traffic(states: States, teacher: float) -> dict[str, float]:
+def traffic(states: StateMemory, teacher: float) -> dict[str, float]:
     """Bytes that one rank sends in one optimizer step, by what they are; zero on one rank."""
     return {c.name: c.sent for c in collectives(states, teacher)}
 
 
-def _buckets(states: States) -> int:
+def _buckets(states: StateMemory) -> int:
     return math.ceil(states.work.parameters / min(states.bucket, states.work.parameters))
 
 
-def _stages012(states: States) -> list[Collective]:
+def _stages012(states: StateMemory) -> list[Collective]:
     """Gradients in fp32.  Stages 1 and 2 all-reduce them too, unless `use_multi_rank_bucket_allreduce` is false: then
     each part is reduced to its owner alone, in smaller calls."""
     work, world = states.work, states.world
@@ -84,7 +84,7 @@ def _stages012(states: States) -> list[Collective]:
     return [gradients, Collective("parameters, all-gather", "all-gather", own, states.groups, world)]
 
 
-def _stage3(states: States) -> list[Collective]:
+def _stage3(states: StateMemory) -> list[Collective]:
     """Whole parameters are gathered as they are used, in calls of a matrix at least; those that were let go are
     gathered again on the way back, with hpZ from the node's own copy.  Small ones stay, and are gathered after the
     update."""
@@ -110,7 +110,7 @@ def _stage3(states: States) -> list[Collective]:
     return found
 
 
-def _stage3_gradients(states: States) -> list[Collective]:
+def _stage3_gradients(states: StateMemory) -> list[Collective]:
     work, world, rounds = states.work, states.world, states.accumulation
     hides: Window = "backward" if states.overlaps else "nothing"
     if not states.quantized("gradients"):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mirai_ds.planning import devices
 from mirai_ds.planning.devices import GIB, fits
 from mirai_ds.planning.memory import predict
-from mirai_ds.planning.plan import POLICIES, Plan, Request, configured, make_plan
+from mirai_ds.planning.plan import POLICIES, PlanRequest, TrainingPlan, configured, make_plan
 
 PAGE = Path("docs/layouts.md")
 MIRAI_E = ("mirai-e-b", "mirai-e-l", "mirai-e-xl")
@@ -47,9 +47,9 @@ FILES = (("nodes-zero1", "bf16-autocast"), ("nodes-zero1", "bf16"), ("nodes-zero
 NETWORKS = {"25 GB/s a GPU": 25e9, "1.6 GB/s a GPU": 1.6e9}
 
 
-def best(machine: Machine, recipe: str) -> Plan:
+def best(machine: Machine, recipe: str) -> TrainingPlan:
     """The plan with the least recomputation that fits, then the largest micro-batch."""
-    request = Request(recipe, machine.nodes, machine.gpus, machine.device, machine.file)
+    request = PlanRequest(recipe, machine.nodes, machine.gpus, machine.device, machine.file)
     device, per_rank = devices.find_device(machine.device), configured(request).train.global_batch_size // request.world
     for policy, _ in POLICIES:
         overrides = (f"train.recompute.policy={policy.split()[0]}",)
@@ -97,7 +97,7 @@ def files_table() -> list[str]:
             devices.DEVICES["a100-80g"] = dataclasses.replace(known, network=network)
             for file, precision in FILES:
                 overrides = (f"train.precision={precision}", "train.global_batch_size=2048")
-                found = make_plan(Request("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
+                found = make_plan(PlanRequest("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
                 here, far = (next(r for r in found.scaling if r["gpus"] == count) for count in (64, 512))
                 near, far_off = sum(row["link_bytes"] for row in found.sent), here["network_bytes_a_node"]
                 left = here["communication_s"] - here["hidden_s"]

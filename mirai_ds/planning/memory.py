@@ -10,16 +10,16 @@ from typing import Any
 from mirai_ds.config import RunConfig, build
 from mirai_ds.config.deepspeed_file import NEEDS_STAGE, read, resolve
 from mirai_ds.config.sizes import block_parameters
-from mirai_ds.planning.activations import FP32, Pass
+from mirai_ds.planning.activations import FP32, ActivationMemory
 from mirai_ds.planning.costs import encoder_shape
 from mirai_ds.planning.flops import ViT
-from mirai_ds.planning.states import States
+from mirai_ds.planning.states import StateMemory
 
 Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Moment:
+class PeakCandidate:
     """What is alive at one point of a step, in bytes by what it is."""
 
     name: str
@@ -36,10 +36,10 @@ class Memory:
     """One rank's memory: between steps, and each moment's."""
 
     resting: Parts
-    moments: list[Moment]
+    moments: list[PeakCandidate]
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> PeakCandidate:
         """The moment with most alive."""
         return max(self.moments, key=lambda moment: moment.total)
 
@@ -49,12 +49,12 @@ def predict(config: RunConfig, world: int, compiled_loss: bool = True, device: s
     does.  With recompute policy `budget` it is an upper bound: the compiler chooses what it keeps."""
     ds_config = resolve(config, world)
     vit = encoder_shape(config.foresight, config.model)
-    work = Pass(
+    work = ActivationMemory(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute, compiled_loss,
         config.train.cross_entropy == "chunked", device, config.train.compile == "blocks",
     )  # fmt: skip
-    states = States.of(work, ds_config, world)
+    states = StateMemory.of(work, ds_config, world)
     resting: Parts = {**states.resting(), "teacher": teacher_bytes(config, vit)}
     return Memory(resting, list(_moments(config, work, states, resting, vit)))
 
@@ -98,7 +98,7 @@ def _teacher_number(config: RunConfig) -> int:
     return 2 if low else FP32
 
 
-def _target(config: RunConfig, work: Pass, vit: ViT | None) -> float:
+def _target(config: RunConfig, work: ActivationMemory, vit: ViT | None) -> float:
     """The teacher's features, alive for the whole step; mtp's are the tokens."""
     f, m = config.foresight, config.model
     if vit is not None:
@@ -110,7 +110,9 @@ def _target(config: RunConfig, work: Pass, vit: ViT | None) -> float:
     return float(work.micro * slots * work.feature_dim * _teacher_number(config))
 
 
-def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit: ViT | None) -> Iterator[Moment]:
+def _moments(
+    config: RunConfig, work: ActivationMemory, states: StateMemory, resting: Parts, vit: ViT | None
+) -> Iterator[PeakCandidate]:
     base = {**resting, "target": _target(config, work, vit), "carried gradients": states.carried()}
     kept: Parts = {"blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered()}
     forgotten = work.feed_forward_weights() if work.recompute.policy == "mlp" else work.block_weights()
@@ -118,12 +120,12 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
     heads = {"heads": work.heads(), "heads' outputs": work.projected()} if config.foresight.active else {}
     kept |= {"next-token loss": work.chunked_gradients()} if work.chunked else {}
     logits = 0 if work.chunked else work.logits
-    yield Moment("teacher", {**base, "teacher's pass": _teacher_pass(config, work, states, vit)})
+    yield PeakCandidate("teacher", {**base, "teacher's pass": _teacher_pass(config, work, states, vit)})
     fetched = {"fetched parameters": states.fetched()}  # the output layer is the last to be used, or the last head
     before: Parts = {**base, **kept, "weights cast for blocks": cached}
-    yield Moment("output layer", {**before, **fetched, "logits": work.chunk_at_work() if work.chunked else 0.0})
+    yield PeakCandidate("output layer", {**before, **fetched, "logits": work.chunk_at_work() if work.chunked else 0.0})
     own = work.head_logits * (1 + work.heads_again) if work.mtp else 0  # the last head's, beside what it keeps
-    yield Moment("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits + own})
+    yield PeakCandidate("loss", {**before, **heads, **(fetched if heads else {}), "logits": 2 * logits + own})
     if heads:
         parts = {**base, **kept, "logits": logits}
         yield from _mtp_backward(work, states, parts) if work.mtp else [_heads_backward(work, states, parts)]
@@ -134,28 +136,28 @@ def _moments(config: RunConfig, work: Pass, states: States, resting: Parts, vit:
         aligned["unembedding's gradient"] = unembedding_gradient(work)
     gradients = {"gradients": base["gradients"] + states.gradients(done)}
     scaled = work.chunked_gradients() if work.chunked else 0.0  # times what the loss receives
-    yield Moment("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits + scaled})
+    yield PeakCandidate("loss backward", {**base, **kept, **aligned, **gradients, "logits": 3 * logits + scaled})
     yield from _backward(work, states, base, aligned, done)
     ended = {**base, "carried gradients": 0.0}
-    yield Moment("last reduction", {**ended, "gradients": base["gradients"] + states.at_the_end()})
-    yield Moment("update", {**ended, "gradients": base["gradients"] + states.update()})
+    yield PeakCandidate("last reduction", {**ended, "gradients": base["gradients"] + states.at_the_end()})
+    yield PeakCandidate("update", {**ended, "gradients": base["gradients"] + states.update()})
 
 
-def _heads_backward(work: Pass, states: States, parts: Parts) -> Moment:
+def _heads_backward(work: ActivationMemory, states: StateMemory, parts: Parts) -> PeakCandidate:
     """In the last head: two hidden gradients, one head's weight gradient; the others' are done."""
     each = work.head_parameters / max(1, work.foresight.heads)
     wide = work.rows * work.widest_in_head * work.compute
     at_work = {"at work": 2.0 * wide + _weight_gradient(work, each), "new gradients": states.gradients(each)}
-    return Moment("heads backward", {**parts, "heads": work.heads(), **at_work})
+    return PeakCandidate("heads backward", {**parts, "heads": work.heads(), **at_work})
 
 
-def unembedding_gradient(work: Pass) -> float:
+def unembedding_gradient(work: ActivationMemory) -> float:
     """mtp: the shared matrix's gradient is added up from the first head on to the next token's logits: in autocast of
     the one bf16 copy, but where heads are run again each has its own."""
     return work.output_parameters * (2.0 if work.autocast and not work.heads_again else work.parameter)
 
 
-def _mtp_backward(work: Pass, states: States, parts: Parts) -> Iterator[Moment]:
+def _mtp_backward(work: ActivationMemory, states: StateMemory, parts: Parts) -> Iterator[PeakCandidate]:
     """Head by head from the last: its cross-entropy, its part of the shared matrix's gradient, its own layers."""
     f, each = work.foresight, work.head_parameters / work.foresight.heads
     again = work.head() + (2 * (each + work.output_parameters) if work.autocast else 0) if work.heads_again else 0
@@ -168,26 +170,28 @@ def _mtp_backward(work: Pass, states: States, parts: Parts) -> Iterator[Moment]:
         shared, name = (unembedding_gradient(work) if gone else 0.0), f"head {f.heads - gone} backward"
         if gone:
             held["hidden state's gradient"] = float(work.rows * work.model.width * work.residual)
-        yield Moment(f"{name}, entropy", {**held, "at work": 2.0 * work.head_logits + shared})
+        yield PeakCandidate(f"{name}, entropy", {**held, "at work": 2.0 * work.head_logits + shared})
         held["heads"] -= work.head_logits
         logits = work.head_logits * (1.5 if work.low else 1.0)  # the fp32 gradient and its bf16 copy
         new = _weight_gradient(work, work.output_parameters) if work.heads_again else unembedding_gradient(work)
-        yield Moment(f"{name}, logits", {**held, "at work": logits + new + shared})
+        yield PeakCandidate(f"{name}, logits", {**held, "at work": logits + new + shared})
         own = wide + _weight_gradient(work, each) + unembedding_gradient(work)
-        yield Moment(f"{name}, layers", {**held, "at work": own})
+        yield PeakCandidate(f"{name}, layers", {**held, "at work": own})
 
 
-def _weight_gradient(work: Pass, parameters: float) -> float:
+def _weight_gradient(work: ActivationMemory, parameters: float) -> float:
     """A weight's gradient before it is where it belongs; in autocast it is first bf16, then fp32."""
     return parameters * (work.parameter + (2 if work.autocast else 0))
 
 
-def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: float) -> Iterator[Moment]:
+def _backward(
+    work: ActivationMemory, states: StateMemory, base: Parts, aligned: Parts, done: float
+) -> Iterator[PeakCandidate]:
     """The output layer, then the blocks from the last to the first, then the embeddings."""
     m, c = work.model, work.compute
     state = float(work.rows * m.width * work.residual)
     output = 0.0 if work.chunked else work.logits * (1.0 if not work.low else 1.5)  # fp32 gradient and bf16 copy
-    yield Moment("output layer backward", {
+    yield PeakCandidate("output layer backward", {
         **base, "blocks": work.blocks(), "ends": work.ends(), "gathered parameters": states.gathered(), **aligned,
         "logits": output, "at work": _weight_gradient(work, work.output_parameters) + state,
         "gradients": base["gradients"] + states.gradients(done),
@@ -201,20 +205,20 @@ def _backward(work: Pass, states: States, base: Parts, aligned: Parts, done: flo
         hidden = work.rows * m.ffn_hidden * c
         # In the gate's backward: three gradients of the hidden width, of which one replaces the product.
         at_work = 2.0 * hidden + 2 * state
-        yield Moment(f"block {index + 1} backward", {
+        yield PeakCandidate(f"block {index + 1} backward", {
             **base, "blocks": float(held), "gathered parameters": states.gathered(),
             "ends": float(work.mask(m.token_dropout)), **(aligned if index >= (work.foresight.layer or 0) else {}),
             "at work": at_work + states.reduction(done), "gradients": base["gradients"] + states.gradients(done),
         })  # fmt: skip
         done += block_parameters(m)
-    yield Moment("embeddings backward", {
+    yield PeakCandidate("embeddings backward", {
         **base, "gathered parameters": states.gathered(),
         "at work": state + _weight_gradient(work, work.embedding_parameters) / (1.5 if work.autocast else 1),
         "gradients": base["gradients"] + states.gradients(done),
     })  # fmt: skip
 
 
-def _teacher_pass(config: RunConfig, work: Pass, states: States, vit: ViT | None) -> float:
+def _teacher_pass(config: RunConfig, work: ActivationMemory, states: StateMemory, vit: ViT | None) -> float:
     """Without gradients nothing is kept: the weights on their way in, and one block's widest tensors."""
     m, f = config.model, config.foresight
     if vit is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mirai_ds.planning.cluster import PCIE_HOP, PROTOCOLS, Cluster, Compute, StepTime, step_time
+from mirai_ds.planning.cluster import PCIE_HOP, PROTOCOLS, ClusterShape, Compute, StepTime, step_time
 from mirai_ds.planning.collectives import Collective, collectives
 from mirai_ds.planning.devices import LINK_EFFICIENCY
-from mirai_ds.planning.states import States
+from mirai_ds.planning.states import StateMemory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,7 +17,7 @@ SCALES = (8, 64, 512)
 Row = dict[str, float]
 
 
-def sent_rows(cluster: Cluster, found: Sequence[Collective]) -> list[dict[str, Any]]:
+def sent_rows(cluster: ClusterShape, found: Sequence[Collective]) -> list[dict[str, Any]]:
     """One row a collective: bytes of a step, calls, seconds, behind what it hides."""
     return [
         {
@@ -30,7 +30,12 @@ def sent_rows(cluster: Cluster, found: Sequence[Collective]) -> list[dict[str, A
 
 
 def scaling_rows(
-    cluster: Cluster, states: States, teacher: float, compute: Callable[[float, int], Compute], batch: int, grows: bool
+    cluster: ClusterShape,
+    states: StateMemory,
+    teacher: float,
+    compute: Callable[[float, int], Compute],
+    batch: int,
+    grows: bool,
 ) -> list[Row]:
     """More ranks of the same nodes.  grows: every rank keeps its images and the global batch grows; else the global
     batch stays, and each rank's share of a micro-batch shrinks.  compute: of a share of a rank's images, in
@@ -42,9 +47,9 @@ def scaling_rows(
         if not grows and batch % count:
             continue
         gpus = min(count, cluster.gpus)
-        bigger = Cluster(cluster.device, -(-count // gpus), gpus)
+        bigger = ClusterShape(cluster.device, -(-count // gpus), gpus)
         rounds = states.accumulation if grows else max(1, batch // count // states.work.micro)
-        found = collectives(States(states.work, states.zero, count, rounds), teacher)
+        found = collectives(StateMemory(states.work, states.zero, count, rounds), teacher)
         time = step_time(bigger, found, compute(1.0 if grows else batch / count / own, rounds))
         rows.append({
             "gpus": count, "nodes": bigger.nodes, "global_batch": count * own if grows else float(batch),
@@ -63,7 +68,7 @@ def _efficiency(time: StepTime) -> Row:
     }  # fmt: skip
 
 
-def assumptions(cluster: Cluster, mfu: float) -> list[str]:
+def assumptions(cluster: ClusterShape, mfu: float) -> list[str]:
     """What the rows rest on, one sentence each."""
     d = cluster.device
     return [

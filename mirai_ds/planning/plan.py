@@ -11,8 +11,8 @@ from mirai_ds.checkpoint.format import FP32_COPIES
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.config.schedule import total_steps
-from mirai_ds.planning.activations import Pass
-from mirai_ds.planning.cluster import Cluster, Compute, StepTime, step_time
+from mirai_ds.planning.activations import ActivationMemory
+from mirai_ds.planning.cluster import ClusterShape, Compute, StepTime, step_time
 from mirai_ds.planning.collectives import collectives
 from mirai_ds.planning.costs import encoder_shape
 from mirai_ds.planning.devices import GIB, MARGIN, Allowance, Device, find_device, fits, needed
@@ -20,7 +20,7 @@ from mirai_ds.planning.flops import recomputed_flops, training_parts
 from mirai_ds.planning.memory import Memory, as_dict, predict, refreshed_bytes, variant
 from mirai_ds.planning.outlook import assumptions, scaling_rows, scaling_table, sent_rows, sent_table
 from mirai_ds.planning.speed import Utilisation, utilisation
-from mirai_ds.planning.states import States
+from mirai_ds.planning.states import StateMemory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,7 +35,7 @@ POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What the user asks."""
 
     recipe: str
@@ -65,14 +65,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Answers; sizes in bytes, times in seconds."""
 
-    request: Request
+    request: PlanRequest
     config: RunConfig
     device: Device
-    work: Pass
-    states: States
+    work: ActivationMemory
+    states: StateMemory
     memory: Memory
     choices: list[Choice]
     suggestion: Choice | None
@@ -105,9 +105,9 @@ class Plan:
         return fits(self.memory.peak.total, self.device, self.request.world)
 
     @property
-    def cluster(self) -> Cluster:
+    def cluster(self) -> ClusterShape:
         """Where it runs."""
-        return Cluster(self.device, self.request.nodes, self.request.gpus)
+        return ClusterShape(self.device, self.request.nodes, self.request.gpus)
 
     def run_seconds(self) -> tuple[float, float] | None:
         """All steps: fastest with all communication hidden, slowest with none; saves and evaluation left out."""
@@ -123,7 +123,7 @@ class Plan:
         )
 
 
-def make_plan(request: Request, other_choices: bool = True) -> Plan:
+def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     """Raises UserError for an unknown device or recipe and whatever the configuration refuses.  other_choices: find
     what fits on every stage too."""
     device = find_device(request.device)
@@ -134,19 +134,19 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     ds_config = resolve(config, world)
     memory = predict(config, world, device=device.kind)
     vit = encoder_shape(config.foresight, config.model)
-    work = Pass(
+    work = ActivationMemory(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute,
         chunked=config.train.cross_entropy == "chunked", device=device.kind,
     )  # fmt: skip
-    states = States.of(work, ds_config, world)
+    states = StateMemory.of(work, ds_config, world)
     batch = config.train.global_batch_size
     images = batch // world
     parts = training_parts(config.model, config.foresight, work.feature_dim, config.foresight.active, vit)
     flops = {name: images * value for name, value in parts.items()}
     recomputed = images * recomputed_flops(config.model, work.recomputed_blocks())
     recomputed += flops["heads forward"] if work.heads_again else 0.0
-    cluster, teacher = Cluster(device, request.nodes, request.gpus), refreshed_bytes(config)
+    cluster, teacher = ClusterShape(device, request.nodes, request.gpus), refreshed_bytes(config)
     seconds = _seconds(device, work, flops, recomputed)
     found = collectives(states, teacher)
     used = utilisation(device, config, work.micro, request.mfu)
@@ -164,14 +164,14 @@ def make_plan(request: Request, other_choices: bool = True) -> Plan:
     steps = total_steps(config.train, per_epoch)
     warmup = (config.foresight.warmup_epochs or 0.0) * per_epoch if config.foresight.active else 0.0
     choices = _choices(request, config, device) if other_choices else []
-    return Plan(
+    return TrainingPlan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
         sent_rows(cluster, found), used, times, min(1.0, warmup / steps), steps, per_epoch,
         4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
     )  # fmt: skip
 
 
-def configured(request: Request) -> RunConfig:
+def configured(request: PlanRequest) -> RunConfig:
     """The recipe with the request's DeepSpeed file, overrides and micro batch; raises UserError."""
     overrides = list(request.overrides)
     if request.micro_batch is not None:
@@ -180,7 +180,7 @@ def configured(request: Request) -> RunConfig:
 
 
 def _seconds(
-    device: Device, work: Pass, flops: dict[str, float], recomputed: float
+    device: Device, work: ActivationMemory, flops: dict[str, float], recomputed: float
 ) -> Callable[[float, float, int], Compute]:
     """Of (MFU, share of the images of a step, micro-batches): the step's matrix products."""
     before = sum(value for name, value in flops.items() if name in ("teacher forward", "encoder forward"))
@@ -194,7 +194,7 @@ def _seconds(
     return at
 
 
-def _training_images(request: Request, config: RunConfig) -> int:
+def _training_images(request: PlanRequest, config: RunConfig) -> int:
     if request.images is not None:
         return request.images
     whole = DIGITS if config.data.source == "digits" else IMAGENET
@@ -211,7 +211,7 @@ def _kept(config: RunConfig, steps: int) -> int:
 # --- what fits ------------------------------------------------------------------------------------------------------
 
 
-def _choices(request: Request, config: RunConfig, device: Device) -> list[Choice]:
+def _choices(request: PlanRequest, config: RunConfig, device: Device) -> list[Choice]:
     """Every stage (with the recipe's own DeepSpeed file otherwise) and recompute policy."""
     per_rank = config.train.global_batch_size // request.world
     divisors = [d for d in range(per_rank, 0, -1) if per_rank % d == 0]
@@ -240,7 +240,7 @@ def suggest(choices: list[Choice]) -> Choice | None:
 # --- for programs -----------------------------------------------------------------------------------------------------
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: TrainingPlan) -> dict[str, Any]:
     """Stable keys, JSON values."""
     r, seconds = plan.request, plan.run_seconds()
     return {
@@ -276,7 +276,7 @@ def _finite(value: float) -> float | None:
 # --- for people -----------------------------------------------------------------------------------------------------
 
 
-def render(plan: Plan) -> list[RenderableType]:
+def render(plan: TrainingPlan) -> list[RenderableType]:
     """What to print, one after the other."""
     from rich.text import Text
 
@@ -295,7 +295,7 @@ def render(plan: Plan) -> list[RenderableType]:
     ]  # fmt: skip
 
 
-def _memory_table(plan: Plan) -> RenderableType:
+def _memory_table(plan: TrainingPlan) -> RenderableType:
     from rich.table import Table
 
     peak = plan.memory.peak
@@ -312,7 +312,7 @@ def _memory_table(plan: Plan) -> RenderableType:
     return table
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: TrainingPlan) -> str:
     device = f"{plan.device.name} ({plan.device.memory:g} GiB, {MARGIN:.0%} kept free)"
     now = f"{'fits' if plan.fits else 'does NOT fit'} {device}"
     best = plan.suggestion
@@ -324,7 +324,7 @@ def _verdict(plan: Plan) -> str:
     )
 
 
-def _choice_table(plan: Plan) -> RenderableType:
+def _choice_table(plan: TrainingPlan) -> RenderableType:
     from rich.table import Table
 
     table = Table(
@@ -338,7 +338,7 @@ def _choice_table(plan: Plan) -> RenderableType:
     return table
 
 
-def _time_lines(plan: Plan) -> list[str]:
+def _time_lines(plan: TrainingPlan) -> list[str]:
     seconds, lines = plan.run_seconds(), []
     if plan.time is None or seconds is None:
         lines.append(f"time: not predicted, the speed of {plan.device.name} is not known")
@@ -354,7 +354,7 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _communication(plan: Plan) -> list[RenderableType]:
+def _communication(plan: TrainingPlan) -> list[RenderableType]:
     from rich.text import Text
 
     if plan.request.world == 1:
@@ -369,7 +369,7 @@ def _communication(plan: Plan) -> list[RenderableType]:
     return parts
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: TrainingPlan) -> list[str]:
     d, u, a = plan.device, plan.utilisation, plan.allowance
     notes = [
         f"with allowances = sum + {a.share:.0%} (rounding, fragmentation) + {a.fixed:g} GiB "

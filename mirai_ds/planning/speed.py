@@ -22,7 +22,7 @@ SAME_PEAK = {"h100": "h200"}  # a family that was not measured: one with the sam
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSpeed:
     """family: a device's name before its memory.  compiled: `train.compile`.  stage: of ZeRO.  note: what was odd."""
 
     family: str
@@ -47,17 +47,19 @@ class Utilisation:
 _H200 = "measured on NVIDIA H200, torch 2.11, 2026-11-27"
 _MENDED = "compiled blocks with a fault mended by hand"
 MEASURED = (
-    Measured("h200", "GPT-B", 32, "none", 2, 101.6, _H200), Measured("h200", "GPT-B", 128, "none", 2, 171.9, _H200),
-    Measured("h200", "GPT-L", 32, "none", 2, 214.5, _H200), Measured("h200", "GPT-XL", 16, "none", 2, 284.5, _H200),
-    Measured("h200", "GPT-B", 32, "blocks", 0, 56.6, _H200, _MENDED),
-    Measured("h200", "GPT-B", 128, "blocks", 0, 85.1, _H200, _MENDED),
-    Measured("h200", "GPT-L", 32, "blocks", 0, 130.8, _H200, _MENDED),
-    Measured("h200", "GPT-XL", 16, "blocks", 0, 116.8, _H200, _MENDED),
+    MeasuredSpeed("h200", "GPT-B", 32, "none", 2, 101.6, _H200),
+    MeasuredSpeed("h200", "GPT-B", 128, "none", 2, 171.9, _H200),
+    MeasuredSpeed("h200", "GPT-L", 32, "none", 2, 214.5, _H200),
+    MeasuredSpeed("h200", "GPT-XL", 16, "none", 2, 284.5, _H200),
+    MeasuredSpeed("h200", "GPT-B", 32, "blocks", 0, 56.6, _H200, _MENDED),
+    MeasuredSpeed("h200", "GPT-B", 128, "blocks", 0, 85.1, _H200, _MENDED),
+    MeasuredSpeed("h200", "GPT-L", 32, "blocks", 0, 130.8, _H200, _MENDED),
+    MeasuredSpeed("h200", "GPT-XL", 16, "blocks", 0, 116.8, _H200, _MENDED),
 )  # fmt: skip
 
 
 @cache
-def mfu_of(row: Measured) -> float:
+def mfu_of(row: MeasuredSpeed) -> float:
     """Model FLOPs a second over the dense bf16 peak."""
     config = load(f"mirai-e-{row.size.removeprefix('GPT-').lower()}", [])
     flops = row.batch * training_flops(config.model, config.foresight, config.model.width, aligned=True)
@@ -85,12 +87,12 @@ def utilisation(device: Device, config: RunConfig, micro: int, asked: float | No
     return Utilisation(mfu_of(best), "no batch like this was measured; the best that was: " + _told(best), "estimated")
 
 
-def _apart(row: Measured, micro: int) -> float:
+def _apart(row: MeasuredSpeed, micro: int) -> float:
     """How many times one batch is the other."""
     return max(row.batch / micro, micro / row.batch)
 
 
-def _told(row: Measured) -> str:
+def _told(row: MeasuredSpeed) -> str:
     note = f" ({row.note})" if row.note else ""
     return (
         f"{row.source}: {row.size}, Mirai-E, batch {row.batch}, bf16-autocast, ZeRO-{row.stage}, compile {row.compiled}"

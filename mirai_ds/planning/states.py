@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirai_ds.config.sizes import head_tensors
-from mirai_ds.planning.activations import FP32, Pass
+from mirai_ds.planning.activations import FP32, ActivationMemory
 
 FLATTENED_AT_ONCE = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, stage 0 and BF16_Optimizer
 _DEFAULTS = {  # DeepSpeed's own, for what a file leaves out
@@ -26,16 +26,16 @@ _DEFAULTS = {  # DeepSpeed's own, for what a file leaves out
 
 
 @dataclass(frozen=True)
-class States:
+class StateMemory:
     """The states of `work` under a resolved DeepSpeed file on `world` ranks.  All methods give bytes a rank."""
 
-    work: Pass
+    work: ActivationMemory
     zero: dict[str, Any]
     world: int
     accumulation: int
 
     @classmethod
-    def of(cls, work: Pass, ds_config: dict[str, Any], world: int) -> States:
+    def of(cls, work: ActivationMemory, ds_config: dict[str, Any], world: int) -> StateMemory:
         """ds_config: as `config.deepspeed_file.resolve` returns it."""
         return cls(work, ds_config["zero_optimization"], world, ds_config["gradient_accumulation_steps"])
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mirai_ds.config import UserError
 from mirai_ds.data.stores.files import MANIFEST
-from mirai_ds.resumable.plan import PARTS, Plan
+from mirai_ds.resumable.plan import PARTS, WorkPlan
 from mirai_ds.runtime.disk import write_whole
 
 Array = np.ndarray[Any, Any]
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     problems: list[Problem]
 
 
-class Job(Protocol):
+class ShardJob(Protocol):
     """What is done with a block.  A function of the block alone: not of ranks, workers or restarts."""
 
     def prepare(self, images: range) -> Any:
@@ -79,14 +79,14 @@ def read_part(path: Path, arrays: bool = True) -> Part | None:
         return None
 
 
-def missing_blocks(folder: Path, plan: Plan) -> list[int]:
+def missing_blocks(folder: Path, plan: WorkPlan) -> list[int]:
     """Blocks without a finished part."""
     there = {name for name in os.listdir(folder / PARTS) if name.endswith(".npz")}
     return [block for block in range(plan.blocks) if part_file(folder, block).name not in there]
 
 
 def run_blocks(
-    job: Job, plan: Plan, folder: Path, rank: int, world: int, strict: bool, tell: Callable[[], None]
+    job: ShardJob, plan: WorkPlan, folder: Path, rank: int, world: int, strict: bool, tell: Callable[[], None]
 ) -> None:
     """Do this rank's missing blocks: block b belongs to rank b % world.  The next block is read while one is worked on.
 
@@ -106,8 +106,13 @@ def run_blocks(
         tell()
 
 
-def sure_part(
-    job: Job, plan: Plan, folder: Path, block: int, arrays: bool = True, whole: Callable[[Part], bool] = lambda _: True
+def load_or_redo_shard(
+    job: ShardJob,
+    plan: WorkPlan,
+    folder: Path,
+    block: int,
+    arrays: bool = True,
+    whole: Callable[[Part], bool] = lambda _: True,
 ) -> Part:
     """A finished part; done anew where it is damaged or not `whole`."""
     path = part_file(folder, block)
@@ -119,7 +124,7 @@ def sure_part(
 
 
 @contextmanager
-def sign_of_life(folder: Path, rank: int) -> Iterator[None]:
+def heartbeat(folder: Path, rank: int) -> Iterator[None]:
     """Touch this rank's file every few seconds: a block may take an hour, a dead rank should be noticed sooner."""
     path, over = folder / PARTS / f"rank-{rank}.alive", threading.Event()
 
@@ -139,7 +144,7 @@ def sign_of_life(folder: Path, rank: int) -> Iterator[None]:
         thread.join()
 
 
-def wait_for_parts(folder: Path, plan: Plan, patience: float, tell: Callable[[], None]) -> None:
+def wait_for_parts(folder: Path, plan: WorkPlan, patience: float, tell: Callable[[], None]) -> None:
     """Wait for the blocks of other ranks.  Raises UserError when they show no sign of life for `patience` seconds."""
     signs, since = _signs_of_others(folder), time.monotonic()
     while (missing := missing_blocks(folder, plan)) and not (folder / MANIFEST).is_file():

@@ -22,7 +22,7 @@ PLAN, LISTING, PARTS = "plan.json", "listing.txt", "parts"
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkPlan:
     """settings decide the content and are kept in the manifest; source is where the images are read from."""
 
     kind: str
@@ -64,7 +64,7 @@ def torch_version() -> dict[str, str]:
     return {"torch": torch.__version__, "machine": platform.machine()}
 
 
-def begin(folder: Path, plan: Plan, listing: Listing) -> None:
+def begin(folder: Path, plan: WorkPlan, listing: Listing) -> None:
     """Fix plan and list; the plan comes last, and others wait for it.  Raises UserError where files are in the way."""
     folder.mkdir(parents=True, exist_ok=True)
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in (LISTING, PARTS))
@@ -77,17 +77,17 @@ def begin(folder: Path, plan: Plan, listing: Listing) -> None:
     write_whole(folder / PLAN, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> WorkPlan | None:
     """The plan in `folder`; None where there is none.  Raises UserError when it cannot be read."""
     try:
-        return Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        return WorkPlan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / PLAN}: cannot be read ({error}); remove {folder} and extract again") from None
 
 
-def read_listing(folder: Path, plan: Plan) -> Listing:
+def read_listing(folder: Path, plan: WorkPlan) -> Listing:
     """The list of a plan.  Raises UserError when it does not fit."""
     try:
         lines = (folder / LISTING).read_text(encoding="utf-8").split("\n")[:-1]
@@ -100,7 +100,7 @@ def read_listing(folder: Path, plan: Plan) -> Listing:
     return listing
 
 
-def check_same(folder: Path, begun: Plan, kind: str, source: str | None, settings: dict[str, str]) -> None:
+def check_same(folder: Path, begun: WorkPlan, kind: str, source: str | None, settings: dict[str, str]) -> None:
     """Raises UserError naming the first setting that differs from those the extraction in `folder` began with."""
     before = {"kind": begun.kind, **({} if source is None else {"images": begun.source}), **begun.settings}
     now = {"kind": kind, **({} if source is None else {"images": source}), **settings}
@@ -112,7 +112,7 @@ def check_same(folder: Path, begun: Plan, kind: str, source: str | None, setting
             )
 
 
-def wait_for_plan(folder: Path, seconds: float) -> Plan | None:
+def wait_for_plan(folder: Path, seconds: float) -> WorkPlan | None:
     """The plan that rank 0 makes; None when the store is finished already.  Raises UserError after `seconds`."""
     end = time.monotonic() + seconds
     while True:

@@ -10,15 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from mirai_ds.resumable.parts import missing_blocks
-from mirai_ds.resumable.plan import Plan
+from mirai_ds.resumable.plan import WorkPlan
 
 LINE_SECONDS, LOOK_SECONDS = 30.0, 1.0
 
 
-class Progress:
+class WorkProgress:
     """Counts the finished parts in the folder, whoever made them."""
 
-    def __init__(self, plan: Plan, folder: Path, speaks: bool) -> None:
+    def __init__(self, plan: WorkPlan, folder: Path, speaks: bool) -> None:
         self.plan, self.folder, self.speaks = plan, folder, speaks
         self._began = self._looked = self._spoke = time.monotonic()
         self._first = self._done()

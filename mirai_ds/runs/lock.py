@@ -28,12 +28,12 @@ HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 15.0  # without a heartbeat for so long, a holder on another node is taken for dead
 
 
-class FencedError(UserError):
+class RunTakenOverError(UserError):
     """This process no longer holds the run and must not write into it."""
 
 
 @dataclass(frozen=True)
-class Incarnation:
+class Attempt:
     """One start of a run: its number, who it is, where it began, how it ended."""
 
     number: int
@@ -75,9 +75,9 @@ def _space() -> str:
         return ""
 
 
-def _myself(number: int) -> Incarnation:
+def _myself(number: int) -> Attempt:
     env, pid = os.environ, os.getpid()
-    return Incarnation(
+    return Attempt(
         number, uuid.uuid4().hex, socket.gethostname(), _space(), pid, _pid_started(pid), env.get("SLURM_JOB_ID", ""),
         int(env.get("SLURM_RESTART_COUNT") or 0), time.time(),
     )  # fmt: skip
@@ -88,28 +88,28 @@ def path_of(run: Path, number: int) -> Path:
     return run / FOLDER / f"{number:05d}.json"
 
 
-def read_one(path: Path) -> Incarnation | None:
+def read_one(path: Path) -> Attempt | None:
     """An incarnation's file; None when it is not there or torn."""
     try:
-        return Incarnation(**json.loads(path.read_text(encoding="utf-8")))
+        return Attempt(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def read_all(run: Path) -> list[Incarnation]:
-    """All incarnations, oldest first.  A torn file (its writer died at once) counts as one that did nothing."""
+def read_all(run: Path) -> list[Attempt]:
+    """All attempts, oldest first.  A torn file (its writer died at once) counts as one that did nothing."""
     folder = run / FOLDER
     numbers = sorted(int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()) if folder.is_dir() else []
     return [
-        read_one(path_of(run, n)) or Incarnation(n, "", "unknown", "", 0, "", "", 0, 0.0, ended="died at once")
+        read_one(path_of(run, n)) or Attempt(n, "", "unknown", "", 0, "", "", 0, 0.0, ended="died at once")
         for n in numbers
     ]
 
 
-def living_until(incarnations: list[Incarnation]) -> dict[int, float]:
-    """Incarnation -> the last step it wrote that the run still builds upon: its newest start, what that one resumed
+def valid_attempts(attempts: list[Attempt]) -> dict[int, float]:
+    """Attempt -> the last step it wrote that the run still builds upon: its newest start, what that one resumed
     from, and so on.  Whoever is not in it wrote nothing that counts.  Empty where no start is known."""
-    by_number = {i.number: i for i in incarnations if i.resumed_after is not None}
+    by_number = {i.number: i for i in attempts if i.resumed_after is not None}
     living: dict[int, float] = {}
     number, limit = (max(by_number), math.inf) if by_number else (None, math.inf)
     while number is not None and number not in living:
@@ -126,7 +126,7 @@ def _heartbeat(run: Path) -> str:
         return ""
 
 
-def _is_alive(holder: Incarnation, run: Path, me: Incarnation, patience: float) -> bool:
+def _is_alive(holder: Attempt, run: Path, me: Attempt, patience: float) -> bool:
     """Whether the last start can still write.  No clocks are compared: a heartbeat either changes or it does not."""
     if holder.ended is not None:
         return False
@@ -152,7 +152,7 @@ def check_free(run: Path, patience: float = SILENCE_SECONDS) -> None:
         )
 
 
-def _create(run: Path, mine: Incarnation) -> bool:
+def _create(run: Path, mine: Attempt) -> bool:
     path = path_of(run, mine.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -166,10 +166,10 @@ def _create(run: Path, mine: Incarnation) -> bool:
     return True
 
 
-class Fence:
+class RunLock:
     """The main rank's hold on a run; other ranks have a copy that only looks."""
 
-    def __init__(self, run: Path, mine: Incarnation, main: bool = True) -> None:
+    def __init__(self, run: Path, mine: Attempt, main: bool = True) -> None:
         self.run, self.mine, self._main = run, mine, main
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -177,7 +177,7 @@ class Fence:
         self.lost = False
 
     @classmethod
-    def take(cls, run: Path, patience: float = SILENCE_SECONDS) -> Fence:
+    def take(cls, run: Path, patience: float = SILENCE_SECONDS) -> RunLock:
         """Take the run for this process.  Raises UserError while somebody else lives in it."""
         check_free(run, patience)
         known = read_all(run)
@@ -187,7 +187,7 @@ class Fence:
         return cls(run, mine)
 
     def check(self) -> None:
-        """Raises FencedError when a later start holds the run, or the folder is another's."""
+        """Raises RunTakenOverError when a later start holds the run, or the folder is another's."""
         with self._lock:
             there = read_one(path_of(self.run, self.mine.number))
             taken = path_of(self.run, self.mine.number + 1)
@@ -196,11 +196,11 @@ class Fence:
         self.lost = True
         later = read_all(self.run)
         by = later[-1].who if later and later[-1].id != self.mine.id else "somebody else (its files are gone)"
-        raise FencedError(f"{self.run}: was taken over by {by}; this is {self.mine.who}; nothing more is written")
+        raise RunTakenOverError(f"{self.run}: was taken over by {by}; this is {self.mine.who}; nothing more is written")
 
     def watch(self, on_lost: Callable[[], None] | None = None) -> None:
         """Beat, and look, from a thread of its own until released."""
-        self._thread = threading.Thread(target=self._beat, args=(on_lost,), daemon=True, name="fence")
+        self._thread = threading.Thread(target=self._beat, args=(on_lost,), daemon=True, name="run_lock")
         self._thread.start()
 
     def _beat(self, on_lost: Callable[[], None] | None) -> None:
@@ -211,14 +211,14 @@ class Fence:
                 if self._main:
                     count += 1
                     (self.run / FOLDER / HEARTBEAT).write_text(f"{self.mine.number} {count}", encoding="ascii")
-            except FencedError:
+            except RunTakenOverError:
                 if on_lost is not None:
                     on_lost()
                 return
             except OSError:
                 continue  # a full disk or a hiccup of the file system; others see silence only after a while
 
-    def settle(self, resumed_after: int, resumed_from: int | None) -> None:
+    def note_start(self, resumed_after: int, resumed_from: int | None) -> None:
         """Note from whose step this start goes on (0, None: from the beginning): what others wrote later is dead."""
         self._rewrite(resumed_after=resumed_after, resumed_from=resumed_from)
 
@@ -232,7 +232,7 @@ class Fence:
         )  # fmt: skip
         with self._lock:
             if not _create(self.run, mine):
-                raise FencedError(f"{self.run}: was taken over by another start; nothing more is written")
+                raise RunTakenOverError(f"{self.run}: was taken over by another start; nothing more is written")
             self.mine = mine
 
     def release(self, ended: str) -> None:
@@ -244,7 +244,7 @@ class Fence:
             try:
                 self.check()
                 self._rewrite(ended=ended)
-            except (FencedError, OSError):
+            except (RunTakenOverError, OSError):
                 return
 
     def _rewrite(self, **changes: object) -> None:
@@ -254,13 +254,13 @@ class Fence:
         write_whole(path_of(self.run, self.mine.number), json.dumps(asdict(self.mine)))
 
 
-def starts_without_progress(incarnations: list[Incarnation], resumes_after: int) -> int:
+def starts_without_progress(attempts: list[Attempt], resumes_after: int) -> int:
     """How many of the newest starts in a row died or failed without getting beyond `resumes_after`.
 
     A start that was asked to leave (preempted, stopped) is no sign of a fault.
     """
     count = 0
-    for one in reversed(incarnations):
+    for one in reversed(attempts):
         orderly = one.ended is not None and one.ended.split(" ")[0] in ("finished", "requeue", "stopped", "rolled")
         if orderly or (one.resumed_after is not None and one.resumed_after != resumes_after):
             break

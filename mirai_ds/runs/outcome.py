@@ -36,8 +36,8 @@ class Outcome:
             path.unlink(missing_ok=True)
 
     def in_run(self, run: Path, check: Callable[[], None]) -> None:
-        """From now on also into the run's folder, and nowhere once `check` raises FencedError: then what becomes of
-        the run is for the start to say that holds it."""
+        """From now on also into the run's folder, and nowhere once `check` raises RunTakenOverError: then what becomes
+        of the run is for the start to say that holds it."""
         self._paths.append(run / NAME)
         self._check = check
 

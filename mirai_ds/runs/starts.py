@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.runs.lock import Incarnation
+from mirai_ds.runs.lock import Attempt
 from mirai_ds.runs.records import code_text, count_text, read_lines, time_text
 
 
 @dataclass(frozen=True)
-class Start:
+class StartRecord:
     """A line of starts.jsonl.  `resume` is the request it was given; None for a start from the beginning."""
 
     unix_time: float | None
@@ -30,7 +30,7 @@ class Start:
         return f"{time_text(self.unix_time)}, {began}, {ranks}, code {code_text(self.code)}, torch {self.torch}"
 
 
-def read_starts(run: Path) -> list[Start]:
+def read_starts(run: Path) -> list[StartRecord]:
     """All starts, oldest first."""
     found = []
     for line in read_lines(run / "starts.jsonl"):
@@ -39,7 +39,9 @@ def read_starts(run: Path) -> list[Start]:
         resume = _resume_request(line.get("command"))
         when, ranks = _number(line.get("unix_time")), _number(line.get("world_size"))
         found.append(
-            Start(when, None if ranks is None else int(ranks), str(line.get("code") or "unknown"), str(torch), resume)
+            StartRecord(
+                when, None if ranks is None else int(ranks), str(line.get("code") or "unknown"), str(torch), resume
+            )
         )
     return found
 
@@ -59,6 +61,6 @@ def _number(value: Any) -> float | None:
     return value if usable else None
 
 
-def holder_text(one: Incarnation) -> str:
+def holder_text(one: Attempt) -> str:
     """Who holds, or held, the run."""
     return f"{one.who}; {f'ended: {one.ended}' if one.ended else 'has not said that it ended'}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
-from mirai_ds.data.token_source import Decoder
+from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
 from mirai_ds.model.rules import rules_of
 from mirai_ds.tokenizer import open_tokenizer
@@ -90,7 +90,7 @@ def chosen_classes(text: str | None, config: RunConfig) -> list[int]:
     return found
 
 
-def check_vocabulary(decoder: Decoder, config: RunConfig) -> None:
+def check_vocabulary(decoder: TokenDecoder, config: RunConfig) -> None:
     """Raises UserError when the decoder is not of the model's tokens."""
     if decoder.vocab_size != config.model.vocab_size:
         raise UserError(

@@ -13,9 +13,9 @@ from mirai_ds.config import UserError
 from mirai_ds.model import Decoder, gpt_from_weights
 from mirai_ds.model.rules import image_labels
 from mirai_ds.resumable.parts import Part
-from mirai_ds.resumable.plan import Plan
+from mirai_ds.resumable.plan import WorkPlan
 from mirai_ds.runtime.disk import replacing
-from mirai_ds.sampling.request import Drawing, Request
+from mirai_ds.sampling.request import Drawing, SamplingRequest
 
 Array = np.ndarray[Any, Any]
 
@@ -27,7 +27,9 @@ class DrawJob:
     """Blocks are batches, always full: the last one draws further images and drops them.  So every image is computed in
     the same shapes and in the same company, whatever ranks there are and how often they were killed."""
 
-    def __init__(self, request: Request, drawing: Drawing, plan: Plan, device: torch.device, pictures: Path) -> None:
+    def __init__(
+        self, request: SamplingRequest, drawing: Drawing, plan: WorkPlan, device: torch.device, pictures: Path
+    ) -> None:
         self.request, self.drawing, self.plan = request, drawing, plan
         self.device, self.pictures = device, pictures
         self._sampler: Decoder | None = None

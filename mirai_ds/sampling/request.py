@@ -14,7 +14,7 @@ from torch import Tensor
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
-from mirai_ds.data.token_source import Decoder
+from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
 from mirai_ds.model.rules import Policy, rules_of
 from mirai_ds.runtime.environment import cpu_name
@@ -29,7 +29,7 @@ BATCH = {"cuda": 64, "cpu": 16}
 
 
 @dataclass(frozen=True)
-class Request:
+class SamplingRequest:
     """The options of `mirai-ds sample --num`; None means the run's value or a default."""
 
     source: Path
@@ -64,7 +64,7 @@ class Drawing:
 
     config: RunConfig
     gpt: dict[str, Tensor]
-    decoder: Decoder
+    decoder: TokenDecoder
     rules: SamplingRules
     speed: Speed
     dtype: torch.dtype
@@ -80,7 +80,7 @@ class Drawing:
         return {name: json.dumps(value) for name, value in self.protocol.items()}
 
 
-def prepare(request: Request, device: torch.device) -> Drawing:
+def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
     """Load and check; raises UserError.  The same on every rank but for the device's number."""
     kind = request.weights or default_kind(request.source)
     given = None if request.tokenizer is None else open_tokenizer(request.tokenizer, str(device))
@@ -121,7 +121,7 @@ def prepare(request: Request, device: torch.device) -> Drawing:
     return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol)
 
 
-def _tokens_an_image(request: Request, tokenizer: Decoder | None) -> int:
+def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int:
     """Of a weights file without a recipe, whose shapes do not tell: by the image's size where both are known."""
     if request.block_size is not None:
         return request.block_size
@@ -135,7 +135,7 @@ def _tokens_an_image(request: Request, tokenizer: Decoder | None) -> int:
     return int(side) ** 2
 
 
-def _decoder_of_the_data(config: RunConfig, device: torch.device) -> Decoder:
+def _decoder_of_the_data(config: RunConfig, device: torch.device) -> TokenDecoder:
     try:
         decoder = load_decoder(config.data, str(device))
     except UserError as error:
@@ -145,7 +145,7 @@ def _decoder_of_the_data(config: RunConfig, device: torch.device) -> Decoder:
     return decoder
 
 
-def _rules(request: Request, config: RunConfig) -> SamplingRules:
+def _rules(request: SamplingRequest, config: RunConfig) -> SamplingRules:
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     rules = replace(rules_of(config.sampling), **given)
@@ -153,7 +153,7 @@ def _rules(request: Request, config: RunConfig) -> SamplingRules:
     return rules
 
 
-def _speed(request: Request, config: RunConfig, device: torch.device) -> Speed:
+def _speed(request: SamplingRequest, config: RunConfig, device: torch.device) -> Speed:
     on_gpu = device.type == "cuda"
     if config.model.par_tokens is not None:
         for option, value in (("--compile", request.compile), ("--cuda-graphs", request.cuda_graphs)):
@@ -166,7 +166,7 @@ def _speed(request: Request, config: RunConfig, device: torch.device) -> Speed:
     return Speed(decide[request.compile], decide[request.cuda_graphs])
 
 
-def _check_balance(request: Request, classes: list[int]) -> None:
+def _check_balance(request: SamplingRequest, classes: list[int]) -> None:
     count = len(classes)
     if request.policy == "balanced" and request.num % count:
         near = request.num // count * count
@@ -179,7 +179,7 @@ def _short(classes: list[int]) -> list[int] | str:
     return f"0..{len(classes) - 1}" if classes == list(range(len(classes))) else classes
 
 
-def _default_out(request: Request, config: RunConfig, protocol: dict[str, Any]) -> Path:
+def _default_out(request: SamplingRequest, config: RunConfig, protocol: dict[str, Any]) -> Path:
     """In a run's samples/, else in ./samples, under a name that says the protocol, as LlamaGen's sampler does."""
     p = protocol
     if request.source.is_dir():

@@ -19,14 +19,14 @@ import numpy as np
 
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import shown
-from mirai_ds.resumable.parts import run_blocks, sign_of_life, sure_part, wait_for_parts
-from mirai_ds.resumable.plan import PARTS, PLAN, Plan, read_plan
-from mirai_ds.resumable.progress import Progress
+from mirai_ds.resumable.parts import heartbeat, load_or_redo_shard, run_blocks, wait_for_parts
+from mirai_ds.resumable.plan import PARTS, PLAN, WorkPlan, read_plan
+from mirai_ds.resumable.progress import WorkProgress
 from mirai_ds.runtime.disk import left_behind, write_whole
 from mirai_ds.runtime.distributed import World, local_device
 from mirai_ds.sampling.archive import write_sample_archive
 from mirai_ds.sampling.job import DrawJob
-from mirai_ds.sampling.request import Request, bytes_needed, prepare
+from mirai_ds.sampling.request import SamplingRequest, bytes_needed, prepare
 from mirai_ds.tracking.pictures import labelled_grid
 
 Array = np.ndarray[Any, Any]
@@ -50,7 +50,7 @@ class Files:
         self.written = (self.archive, self.tokens, self.sheet, self.record)
 
 
-def draw_archive(request: Request, world: World) -> str | None:
+def draw_archive(request: SamplingRequest, world: World) -> str | None:
     """Draw what is asked for.  Call it on every rank with the same request.
 
     Rank 0 returns a line that says what was done, the others None when their own blocks are.  Raises UserError.
@@ -58,7 +58,7 @@ def draw_archive(request: Request, world: World) -> str | None:
     device = local_device(world)
     drawing = prepare(request, device)
     files = Files(drawing.out)
-    plan = Plan(KIND, str(request.source), drawing.settings, drawing.batch, request.num, [])
+    plan = WorkPlan(KIND, str(request.source), drawing.settings, drawing.batch, request.num, [])
     with troubles_in_one_line(files):
         if _agree(files, plan, world, bytes_needed(drawing, request.num)):
             job = DrawJob(request, drawing, plan, device, files.pictures)
@@ -69,10 +69,10 @@ def draw_archive(request: Request, world: World) -> str | None:
     return f"{files.archive}: {request.num} images of {drawing.size} pixels from {request.source}; {files.record.name}"
 
 
-def _work(job: DrawJob, files: Files, plan: Plan, request: Request, world: World) -> None:
-    progress = Progress(plan, files.work, speaks=world.rank == 0)
+def _work(job: DrawJob, files: Files, plan: WorkPlan, request: SamplingRequest, world: World) -> None:
+    progress = WorkProgress(plan, files.work, speaks=world.rank == 0)
     try:
-        with sign_of_life(files.work, world.rank):
+        with heartbeat(files.work, world.rank):
             run_blocks(job, plan, files.work, world.rank, world.size, False, progress.tell)
         if world.rank == 0:
             wait_for_parts(files.work, plan, request.patience, progress.tell)
@@ -82,7 +82,7 @@ def _work(job: DrawJob, files: Files, plan: Plan, request: Request, world: World
         progress.close()
 
 
-def _agree(files: Files, plan: Plan, world: World, needed: int) -> bool:
+def _agree(files: Files, plan: WorkPlan, world: World, needed: int) -> bool:
     """Whether there is work to do by `plan`, which rank 0 fixes and all check.  Raises UserError where it cannot be."""
     if world.rank == 0 and not files.record.is_file() and read_plan(files.work) is None:
         _begin(files, plan, needed)
@@ -102,7 +102,7 @@ def _agree(files: Files, plan: Plan, world: World, needed: int) -> bool:
         time.sleep(0.1)
 
 
-def _begin(files: Files, plan: Plan, needed: int) -> None:
+def _begin(files: Files, plan: WorkPlan, needed: int) -> None:
     for path in files.written:
         if path.exists():
             raise UserError(f"{path}: is in the way and not this command's; remove it or give another --out")
@@ -113,12 +113,12 @@ def _begin(files: Files, plan: Plan, needed: int) -> None:
     write_whole(files.work / PLAN, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def record_of(plan: Plan) -> dict[str, Any]:
+def record_of(plan: WorkPlan) -> dict[str, Any]:
     """What the record says of the protocol."""
     return {"source": plan.source, **{name: json.loads(text) for name, text in plan.settings.items()}}
 
 
-def _check_same(files: Files, before: dict[str, Any], plan: Plan, finished: bool) -> None:
+def _check_same(files: Files, before: dict[str, Any], plan: WorkPlan, finished: bool) -> None:
     """Raises UserError naming the first setting that differs.  The source may have moved: its digest counts."""
     now = record_of(plan)
     for name in plan.settings:
@@ -131,7 +131,7 @@ def _check_same(files: Files, before: dict[str, Any], plan: Plan, finished: bool
             )
 
 
-def _assemble(job: DrawJob, files: Files, plan: Plan) -> None:
+def _assemble(job: DrawJob, files: Files, plan: WorkPlan) -> None:
     """Parts into the files that stay; the record comes last.  A batch is in memory at a time, and all tokens."""
     labels: list[Array] = []
     tokens: list[Array] = []
@@ -139,7 +139,7 @@ def _assemble(job: DrawJob, files: Files, plan: Plan) -> None:
 
     def batches() -> Iterator[Array]:
         for block in range(plan.blocks):
-            part = sure_part(job, plan, files.work, block, whole=job.whole)
+            part = load_or_redo_shard(job, plan, files.work, block, whole=job.whole)
             labels.append(part.arrays["labels"])
             tokens.append(part.arrays["tokens"])
             if block * plan.block_images < SHEET:

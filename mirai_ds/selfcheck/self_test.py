@@ -218,7 +218,7 @@ def train(world: World, device: Any) -> str:
             record = train_step(session, session.step)
             session.count_step()
         loss = mean_over_ranks({"loss": record.metrics["loss"]})["loss"][0]
-        refused = session.engine.look()
+        refused = session.engine.confirm_updates()
     wait_for_ranks()
     if refused or not math.isfinite(loss):
         raise RuntimeError(f"the loss of a small model is {loss}: this device computes wrongly")

@@ -15,7 +15,7 @@ ENCODER = "test_vit"  # timm: 6 blocks of width 64, patches of 16 x 16
 
 
 @dataclass(frozen=True)
-class Arm:
+class StudyArm:
     """name: also of its run folders.  sets: overrides of the recipe, `WARMUP` in them becomes the study's epochs.
     main: compared first, with more seeds."""
 
@@ -34,21 +34,21 @@ _DESYNCHRONISED = f"desynchronised_ranks={DESYNCHRONISED_RANKS}"
 BASELINE = "baseline"
 ENCODER_SET = "foresight.encoder.weights=ENCODER"
 ARMS = (
-    Arm(BASELINE, "baseline", (), main=True),
-    Arm("e-official", "Mirai-E, official", _e(), main=True),
-    Arm("e-paper", "Mirai-E, paper", _e(convention="paper"), main=True),
-    Arm("i", "Mirai-I", (
+    StudyArm(BASELINE, "baseline", (), main=True),
+    StudyArm("e-official", "Mirai-E, official", _e(), main=True),
+    StudyArm("e-paper", "Mirai-E, paper", _e(convention="paper"), main=True),
+    StudyArm("i", "Mirai-I", (
         "foresight.method=mirai-i", "foresight.projector_dim=128", f"foresight.encoder.name={ENCODER}",
         ENCODER_SET,
     ), main=True),
-    Arm("e-cold", "E official, no warm-up", _e(warmup="0")),
-    Arm("e-cold-desync", "E official, no warm-up, desynchronised teachers", _e(_DESYNCHRONISED, warmup="0")),
-    Arm("mtp", "multi-token prediction, K = 3", ("foresight.method=mtp",)),
-    Arm("e-1d", "E official, 1D offsets", _e("layout=1d")),
-    Arm("e-k1", "E official, K = 1", _e("num_heads=1")),
-    Arm("e-k9", "E official, K = 9", _e("num_heads=9")),
-    Arm("e-desync", "E official, desynchronised teachers", _e(_DESYNCHRONISED)),
-    Arm("e-paper-sum", "Mirai-E, paper, total weight of official", _e("weights=[6,6,6]", convention="paper")),
+    StudyArm("e-cold", "E official, no warm-up", _e(warmup="0")),
+    StudyArm("e-cold-desync", "E official, no warm-up, desynchronised teachers", _e(_DESYNCHRONISED, warmup="0")),
+    StudyArm("mtp", "multi-token prediction, K = 3", ("foresight.method=mtp",)),
+    StudyArm("e-1d", "E official, 1D offsets", _e("layout=1d")),
+    StudyArm("e-k1", "E official, K = 1", _e("num_heads=1")),
+    StudyArm("e-k9", "E official, K = 9", _e("num_heads=9")),
+    StudyArm("e-desync", "E official, desynchronised teachers", _e(_DESYNCHRONISED)),
+    StudyArm("e-paper-sum", "Mirai-E, paper, total weight of official", _e("weights=[6,6,6]", convention="paper")),
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ STUDIES = {
 class Planned:
     """One run: an arm with a seed."""
 
-    arm: Arm
+    arm: StudyArm
     seed: int
 
     @property
@@ -109,7 +109,7 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def choose_arms(names: str | None) -> list[Arm]:
+def choose_arms(names: str | None) -> list[StudyArm]:
     """`--arms`: names with commas, `main`, or None for all; the baseline is always among them.  Raises UserError."""
     if names is None:
         return list(ARMS)
@@ -122,14 +122,14 @@ def choose_arms(names: str | None) -> list[Arm]:
     return [arm for arm in ARMS if arm.name in wanted]
 
 
-def planned_runs(study: Study, arms: list[Arm], seeds: int | None) -> list[Planned]:
+def planned_runs(study: Study, arms: list[StudyArm], seeds: int | None) -> list[Planned]:
     """In the order they are run: seed by seed the main arms, then seed by seed the others.  So whatever ends the study
     leaves pairs."""
     found = [Planned(arm, seed) for seed in range(seeds or study.main_seeds) for arm in arms if arm.main]
     return found + [Planned(arm, seed) for seed in range(seeds or study.side_seeds) for arm in arms if not arm.main]
 
 
-def overrides(study: Study, arm: Arm, seed: int, folder: Path) -> list[str]:
+def overrides(study: Study, arm: StudyArm, seed: int, folder: Path) -> list[str]:
     """What `mirai-ds train RECIPE --set ...` is given for a run in the study's `folder`."""
     found = [
         f"name={arm.name}-s{seed}",
@@ -152,7 +152,7 @@ def data_overrides(study: Study, folder: Path) -> list[str]:
     return [f"data.path={data_file(folder)}", f"data.held_out_path={held_out_file(folder)}"]
 
 
-def run_config(study: Study, arm: Arm, seed: int, folder: Path) -> RunConfig:
+def run_config(study: Study, arm: StudyArm, seed: int, folder: Path) -> RunConfig:
     """The resolved configuration of a run."""
     return load(study.recipe, overrides(study, arm, seed, folder))
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import RunConfig
-from mirai_ds.study.arms import BASELINE, Arm, Study, run_config
+from mirai_ds.study.arms import BASELINE, Study, StudyArm, run_config
 
 ROUNDS, STEPS = 7, 4
 Costs = dict[str, dict[str, float]]
 
 
-def measure_costs(study: Study, arms: list[Arm], folder: Path) -> Costs:
+def measure_costs(study: Study, arms: list[StudyArm], folder: Path) -> Costs:
     """By arm: ms of an aligned step (of mtp and the baseline: of any), its ratio to the baseline's, the ratio's
     quartiles over rounds, the ratio of FLOPs, and the first aligned step.  For a process of its own: it starts a
     process group."""
@@ -60,7 +60,7 @@ def first_aligned(config: RunConfig, steps_per_epoch: int) -> int:
 
 def _session(config: RunConfig, run: Path) -> Any:
     from mirai_ds.engine.start import start_process_group
-    from mirai_ds.runs.lock import Fence
+    from mirai_ds.runs.lock import RunLock
     from mirai_ds.runtime.distributed import World, local_device
     from mirai_ds.runtime.signals import StopRequests
     from mirai_ds.train.session import build_session
@@ -69,7 +69,7 @@ def _session(config: RunConfig, run: Path) -> Any:
     device = local_device(world)
     start_process_group(world, config.launch.timeout_minutes)
     run.mkdir(parents=True)
-    session = build_session(config, run, world, device, Fence.take(run), StopRequests())
+    session = build_session(config, run, world, device, RunLock.take(run), StopRequests())
     session.step = first_aligned(config, session.order.steps_per_epoch)
     return session
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirai_ds.study.arms import ARMS, BASELINE, Arm, Planned, Study
+from mirai_ds.study.arms import ARMS, BASELINE, Planned, Study, StudyArm
 from mirai_ds.study.costs import compute_spent
 from mirai_ds.study.results import Results, estimate
 
@@ -58,7 +58,7 @@ def draw_curves(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
-def draw_samples(study: Study, folder: Path, arms: list[Arm], path: Path) -> None:
+def draw_samples(study: Study, folder: Path, arms: list[StudyArm], path: Path) -> None:
     """Samples of seed 0's runs side by side, same labels and random numbers, after real images."""
     from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def draw_samples(study: Study, folder: Path, arms: list[Arm], path: Path) -> Non
     figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
-def draw_maps(folder: Path, arms: list[Arm], path: Path) -> None:
+def draw_maps(folder: Path, arms: list[StudyArm], path: Path) -> None:
     """`mirai-ds map` of seed 0's runs."""
     from mirai_ds.analysis.maps import make_maps
     from mirai_ds.study.arms import runs_folder

@@ -34,9 +34,9 @@ from mirai_ds.study.arms import (
     ARMS,
     ENCODER_SET,
     STUDIES,
-    Arm,
     Planned,
     Study,
+    StudyArm,
     overrides,
     planned_runs,
     run_config,
@@ -54,7 +54,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What will be run: runs in order with their expected seconds; `left_out` do not fit the budget."""
 
     chosen: list[tuple[Planned, float]]
@@ -68,15 +68,15 @@ class Plan:
 
 
 def make_plan(
-    study: Study, folder: Path, costs: Costs, arms: list[Arm], seeds: int | None, budget_seconds: float | None
-) -> Plan:
+    study: Study, folder: Path, costs: Costs, arms: list[StudyArm], seeds: int | None, budget_seconds: float | None
+) -> StudyPlan:
     """Runs in order until the budget is spent; on a CPU seconds are its time, and a shared machine takes longer."""
     config = run_config(study, arms[0], 0, folder)
     steps, held_out = length(config)
     points, batch = steps // (config.evaluate.every_steps or steps) + 1, config.train.global_batch_size
     looked = points * min(held_out, config.evaluate.max_samples or held_out) * 2
     overhead = START_SECONDS + FORWARD_SHARE * looked / batch * costs[arms[0].name]["step_ms"] / 1000
-    plan, spent = Plan([], [], []), 0.0
+    plan, spent = StudyPlan([], [], []), 0.0
     for planned in planned_runs(study, arms, seeds):
         if (runs_folder(folder, planned) / ROW).is_file():
             plan.done.append(planned)
@@ -95,9 +95,9 @@ def length(config: RunConfig) -> tuple[int, int]:
 
 
 def run_study(
-    study: Study, folder: Path, arms: list[Arm], seeds: int | None, budget_seconds: float | None, source: Path | None,
-    say: Say,
-) -> Plan:  # fmt: skip
+    study: Study, folder: Path, arms: list[StudyArm], seeds: int | None, budget_seconds: float | None,
+    source: Path | None, say: Say,
+) -> StudyPlan:  # fmt: skip
     """Do whatever is not done; returns the plan it followed.  Raises UserError, also when a run fails."""
     from mirai_ds.study.measure import measure
 
@@ -124,7 +124,7 @@ def run_study(
     return plan
 
 
-def ready(study: Study, folder: Path, arms: list[Arm], source: Path | None, say: Say) -> dict[str, Any]:
+def ready(study: Study, folder: Path, arms: list[StudyArm], source: Path | None, say: Say) -> dict[str, Any]:
     """Data and judge, and the encoder if one of the arms has one, made unless they are there; the facts about them."""
     from mirai_ds.study.images import prepare, real_images
     from mirai_ds.study.measure import reference_facts
@@ -170,7 +170,7 @@ def device_name() -> str:
     return torch.cuda.get_device_name(0)
 
 
-def known_costs(study: Study, folder: Path, arms: list[Arm], say: Say) -> Costs:
+def known_costs(study: Study, folder: Path, arms: list[StudyArm], say: Say) -> Costs:
     """Costs of the arms, measured in a process of its own where one is not known yet."""
     path = folder / COSTS
     costs: Costs = read_json(path) if path.is_file() else {}

@@ -25,7 +25,7 @@ from mirai_ds.submit.values import (
 )
 
 
-class Cluster(Section):
+class SlurmCluster(Section):
     """A site's nodes and habits.  Without GPUs, `ranks_per_node` says how many ranks a node gets."""
 
     model_config = ConfigDict(str_strip_whitespace=False)
@@ -49,7 +49,7 @@ class Cluster(Section):
     setup: list[Plain] = []  # noqa: RUF012
 
     @model_validator(mode="after")
-    def _check(self) -> Cluster:
+    def _check(self) -> SlurmCluster:
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
             problem = f"there is one rank a GPU, and gpus_per_node = {self.gpus_per_node}; remove it"
             raise ConfigError("ranks_per_node", self.ranks_per_node, problem)
@@ -77,7 +77,7 @@ def shipped_clusters() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def read_cluster(source: str) -> Cluster:
+def read_cluster(source: str) -> SlurmCluster:
     """A cluster by file or by the name of a shipped one; raises UserError with the field, the value and the fix."""
     one_line(source, "--cluster")
     if source.endswith((".yaml", ".yml")):
@@ -93,6 +93,6 @@ def read_cluster(source: str) -> Cluster:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UserError(f"{source}: a cluster file is a mapping such as `gpus_per_node: 8`")
     try:
-        return Cluster.model_validate(data)
+        return SlurmCluster.model_validate(data)
     except ValidationError as error:
-        raise from_validation(error, Cluster, source) from None
+        raise from_validation(error, SlurmCluster, source) from None

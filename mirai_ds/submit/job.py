@@ -25,7 +25,7 @@ Template = Literal["train", "array", "extract", "sample_evaluate", "smoke"]
 TEMPLATES: tuple[Template, ...] = ("train", "array", "extract", "sample_evaluate", "smoke")
 
 
-class Task(Section):
+class SlurmTask(Section):
     """What the ranks run: the run's folder and the command of a rank, argument by argument."""
 
     model_config = ConfigDict(str_strip_whitespace=False)
@@ -34,7 +34,7 @@ class Task(Section):
     command: list[Plain] = []  # noqa: RUF012
 
 
-class Job(Section):
+class SlurmJob(Section):
     """A job.  Values of `#SBATCH` lines match strict patterns; everything else is one line and quoted in the script."""
 
     model_config = ConfigDict(str_strip_whitespace=False)
@@ -59,12 +59,12 @@ class Job(Section):
     folder: RunFolder = "runs/run"
     submit_dir: Plain = "/"
     cluster_file: Plain = "a100"
-    tasks: list[Task] = []  # noqa: RUF012
+    tasks: list[SlurmTask] = []  # noqa: RUF012
     resumes: bool = Field(False, description="sample_evaluate: many images, gone on with after a requeue")
     evaluate: list[Plain] = Field([], description="sample_evaluate: what one process runs afterwards")
 
     @model_validator(mode="after")
-    def _check(self) -> Job:
+    def _check(self) -> SlurmJob:
         warned = self.template in ("train", "array", "extract") or self.resumes
         if warned and seconds(self.time) <= self.signal_seconds + 30:
             problem = (

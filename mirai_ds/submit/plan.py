@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.config.errors import UserError, from_validation
 from mirai_ds.config.load import load
-from mirai_ds.submit.cluster import Cluster
-from mirai_ds.submit.job import Job, Task, Template
+from mirai_ds.submit.cluster import SlurmCluster
+from mirai_ds.submit.job import SlurmJob, SlurmTask, Template
 from mirai_ds.submit.values import one_line
 
 SMOKE = ("train.max_steps=20", "checkpoint.every_steps=5", "logging.every_steps=1", "foresight.warmup_epochs=0.1",
@@ -23,7 +23,7 @@ SMOKE = ("train.max_steps=20", "checkpoint.every_steps=5", "logging.every_steps=
 
 
 @dataclass(frozen=True)
-class Wish:
+class SubmitOptions:
     """The options of `mirai-ds submit`; None means the cluster file's value."""
 
     recipe: str
@@ -48,77 +48,81 @@ class Wish:
     arguments: tuple[str, ...] = field(default=())
 
 
-def interpreter(cluster: Cluster) -> str:
+def interpreter(cluster: SlurmCluster) -> str:
     """The Python of the ranks: the cluster file's, or the one that runs now (links kept: a venv's link is the venv)."""
     return cluster.python or os.path.abspath(sys.executable)
 
 
-def plan(wish: Wish, cluster: Cluster) -> Job:
+def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
     """Check everything that can be checked before a job is sent; raises UserError."""
-    paths = [str(path or "") for path in (wish.run_dir, wish.reference, wish.inception)]
-    for value in (wish.recipe, *wish.overrides, *wish.arguments, wish.deepspeed or "", *paths):
+    paths = [str(path or "") for path in (options.run_dir, options.reference, options.inception)]
+    for value in (options.recipe, *options.overrides, *options.arguments, options.deepspeed or "", *paths):
         one_line(value, "argument")
-    _check_fit(wish)
-    gpus = cluster.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
+    _check_fit(options)
+    gpus = cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     if gpus > cluster.gpus_per_node:
         raise UserError(
-            f"--gpus-per-node {gpus}: nodes of {wish.cluster} have {cluster.gpus_per_node}; ask for as many or fewer"
+            f"--gpus-per-node {gpus}: nodes of {options.cluster} have {cluster.gpus_per_node}; ask for as many or fewer"
         )
     ranks = gpus or cluster.ranks_per_node or 1
-    many = _draws_many(wish)
-    if wish.template == "sample_evaluate" and not many:
+    many = _draws_many(options)
+    if options.template == "sample_evaluate" and not many:
         ranks, gpus = 1, min(gpus, 1)
-    tasks, name, folder = _tasks(wish, interpreter(cluster), wish.nodes * ranks)
+    tasks, name, folder = _tasks(options, interpreter(cluster), options.nodes * ranks)
     request = {
-        "template": wish.template, "name": wish.name or name, "nodes": wish.nodes, "gpus_per_node": gpus,
-        "ranks_per_node": ranks, "cpus_per_rank": cluster.cpus_per_rank, "time": wish.time or cluster.time,
-        "signal_seconds": cluster.signal_seconds, "partition": wish.partition or cluster.partition,
-        "account": wish.account or cluster.account, "qos": wish.qos or cluster.qos,
-        "constraint": wish.constraint or cluster.constraint, "memory": cluster.memory,
-        "exclusive": cluster.exclusive and gpus == cluster.gpus_per_node, "dependency": wish.dependency,
-        "chain": wish.chain, "at_once": wish.at_once, "folder": str(folder), "submit_dir": os.getcwd(),
-        "cluster_file": wish.cluster, "tasks": [task.model_dump() for task in tasks],
-        "resumes": many, "evaluate": _evaluation(wish, interpreter(cluster)),
+        "template": options.template, "name": options.name or name, "nodes": options.nodes, "gpus_per_node": gpus,
+        "ranks_per_node": ranks, "cpus_per_rank": cluster.cpus_per_rank, "time": options.time or cluster.time,
+        "signal_seconds": cluster.signal_seconds, "partition": options.partition or cluster.partition,
+        "account": options.account or cluster.account, "qos": options.qos or cluster.qos,
+        "constraint": options.constraint or cluster.constraint, "memory": cluster.memory,
+        "exclusive": cluster.exclusive and gpus == cluster.gpus_per_node, "dependency": options.dependency,
+        "chain": options.chain, "at_once": options.at_once, "folder": str(folder), "submit_dir": os.getcwd(),
+        "cluster_file": options.cluster, "tasks": [task.model_dump() for task in tasks],
+        "resumes": many, "evaluate": _evaluation(options, interpreter(cluster)),
     }  # fmt: skip
     try:
-        return Job.model_validate(request)
+        return SlurmJob.model_validate(request)
     except ValidationError as error:
-        raise from_validation(error, Job) from None
+        raise from_validation(error, SlurmJob) from None
 
 
-def _check_fit(wish: Wish) -> None:
+def _check_fit(options: SubmitOptions) -> None:
     """Options that the template has no use for are mistakes, not ignored."""
-    trains = wish.template in ("train", "array", "smoke")
+    trains = options.template in ("train", "array", "smoke")
     given = {
-        "--set": wish.overrides and not trains,
-        "--deepspeed": wish.deepspeed is not None and not trains,
-        "--chain": wish.chain > 1 and wish.template != "train",
-        "--at-once": wish.at_once is not None and wish.template != "array",
-        "--reference": wish.reference is not None and wish.template != "sample_evaluate",
-        "--inception": wish.inception is not None and wish.template != "sample_evaluate",
+        "--set": options.overrides and not trains,
+        "--deepspeed": options.deepspeed is not None and not trains,
+        "--chain": options.chain > 1 and options.template != "train",
+        "--at-once": options.at_once is not None and options.template != "array",
+        "--reference": options.reference is not None and options.template != "sample_evaluate",
+        "--inception": options.inception is not None and options.template != "sample_evaluate",
     }
     for option, wrong in given.items():
         if wrong:
-            raise UserError(f"{option}: has no meaning with --template {wish.template}; remove it")
-    if wish.template == "sample_evaluate" and not _draws_many(wish):
-        of_many = {"--nodes": wish.nodes > 1, "--reference": bool(wish.reference), "--inception": bool(wish.inception)}
+            raise UserError(f"{option}: has no meaning with --template {options.template}; remove it")
+    if options.template == "sample_evaluate" and not _draws_many(options):
+        of_many = {
+            "--nodes": options.nodes > 1,
+            "--reference": bool(options.reference),
+            "--inception": bool(options.inception),
+        }
         for option, used in of_many.items():
             if used:
                 raise UserError(f"{option}: a grid is drawn by one rank and not judged; give -- --num N, or remove it")
-    if wish.arguments and wish.template not in ("extract", "sample_evaluate"):
-        more = shlex.join(wish.arguments)
-        raise UserError(f"{more}: --template {wish.template} takes one recipe; change fields with --set")
+    if options.arguments and options.template not in ("extract", "sample_evaluate"):
+        more = shlex.join(options.arguments)
+        raise UserError(f"{more}: --template {options.template} takes one recipe; change fields with --set")
 
 
-def _draws_many(wish: Wish) -> bool:
-    asked = any(_argument(wish, option) is not None for option in ("--num", "--num-images"))
-    return wish.template == "sample_evaluate" and asked
+def _draws_many(options: SubmitOptions) -> bool:
+    asked = any(_argument(options, option) is not None for option in ("--num", "--num-images"))
+    return options.template == "sample_evaluate" and asked
 
 
-def _argument(wish: Wish, option: str) -> str | None:
+def _argument(options: SubmitOptions, option: str) -> str | None:
     """The value of an option after --; None where it is not given."""
-    words = [*wish.arguments, ""]
-    for number, word in enumerate(wish.arguments):
+    words = [*options.arguments, ""]
+    for number, word in enumerate(options.arguments):
         if word == option:
             return words[number + 1]
         if word.startswith(f"{option}="):
@@ -126,37 +130,37 @@ def _argument(wish: Wish, option: str) -> str | None:
     return None
 
 
-def _evaluation(wish: Wish, python: str) -> list[str]:
+def _evaluation(options: SubmitOptions, python: str) -> list[str]:
     """The command that compares what was drawn with a reference; raises UserError where a file's name is missing."""
-    if wish.reference is None and wish.inception is None:
+    if options.reference is None and options.inception is None:
         return []
-    if wish.reference is None or wish.inception is None:
+    if options.reference is None or options.inception is None:
         raise UserError("--reference, --inception: an evaluation needs both, what to compare with and the network")
-    drawn = _argument(wish, "--out")
+    drawn = _argument(options, "--out")
     if drawn is None:
         raise UserError("--reference: say where the images go, -- --num N --out FILE.npz, so that they are found")
-    start = [python, "-m", "mirai_ds", "evaluate", drawn, str(wish.reference)]
-    return [*start, "--weights", str(wish.inception), "--json", str(Path(drawn).with_suffix(".scores.json"))]
+    start = [python, "-m", "mirai_ds", "evaluate", drawn, str(options.reference)]
+    return [*start, "--weights", str(options.inception), "--json", str(Path(drawn).with_suffix(".scores.json"))]
 
 
-def _tasks(wish: Wish, python: str, world_size: int) -> tuple[list[Task], str, Path]:
+def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[SlurmTask], str, Path]:
     """The commands, the job's name, and the folder of its script and log."""
     start = [python, "-m", "mirai_ds"]
-    if wish.template == "array":
-        return _array(wish, start, world_size)
-    if wish.template in ("extract", "sample_evaluate"):
-        return _tool(wish, start)
-    smoke = wish.template == "smoke"
-    overrides = (*SMOKE, *wish.overrides) if smoke else wish.overrides
-    config = load(wish.recipe, overrides, wish.deepspeed)
+    if options.template == "array":
+        return _array(options, start, world_size)
+    if options.template in ("extract", "sample_evaluate"):
+        return _tool(options, start)
+    smoke = options.template == "smoke"
+    overrides = (*SMOKE, *options.overrides) if smoke else options.overrides
+    config = load(options.recipe, overrides, options.deepspeed)
     resolve(config, world_size)
     name = f"smoke-{config.name}" if smoke else config.name
-    run = _absolute(wish.run_dir or Path(config.output_dir) / name)
-    command = [*start, "train", *training(wish.recipe, overrides, wish.deepspeed), "--resume", "if-present"]
+    run = _absolute(options.run_dir or Path(config.output_dir) / name)
+    command = [*start, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
     if not smoke:  # the smoke test trains in two folders below it
         command += ["--run-dir", str(run)]
         refuse_finished(run)
-    return [Task(run_dir=str(run), command=command)], name, run
+    return [SlurmTask(run_dir=str(run), command=command)], name, run
 
 
 def training(recipe: str, overrides: tuple[str, ...], deepspeed: str | None) -> list[str]:
@@ -178,27 +182,27 @@ def refuse_finished(run: Path) -> None:
         )
 
 
-def _tool(wish: Wish, start: list[str]) -> tuple[list[Task], str, Path]:
-    if wish.template == "extract":
-        if wish.recipe not in ("codes", "images"):
-            raise UserError(f"{wish.recipe}: --template extract takes codes or images, then -- and their options")
-        if "--out" not in wish.arguments and not any(part.startswith("--out=") for part in wish.arguments):
+def _tool(options: SubmitOptions, start: list[str]) -> tuple[list[SlurmTask], str, Path]:
+    if options.template == "extract":
+        if options.recipe not in ("codes", "images"):
+            raise UserError(f"{options.recipe}: --template extract takes codes or images, then -- and their options")
+        if "--out" not in options.arguments and not any(part.startswith("--out=") for part in options.arguments):
             raise UserError("--template extract: give the options of `mirai-ds extract` after --, --out among them")
-        name, command = f"extract-{wish.recipe}", [*start, "extract", wish.recipe, *wish.arguments]
+        name, command = f"extract-{options.recipe}", [*start, "extract", options.recipe, *options.arguments]
     else:
-        name, command = "sample", [*start, "sample", wish.recipe, *wish.arguments]
-    run = _absolute(wish.run_dir or Path("runs") / name)
-    return [Task(run_dir=str(run), command=command)], name, run
+        name, command = "sample", [*start, "sample", options.recipe, *options.arguments]
+    run = _absolute(options.run_dir or Path("runs") / name)
+    return [SlurmTask(run_dir=str(run), command=command)], name, run
 
 
-def _array(wish: Wish, start: list[str], world_size: int) -> tuple[list[Task], str, Path]:
+def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[list[SlurmTask], str, Path]:
     """One task a line: `RECIPE [--set SECTION.FIELD=VALUE]... [--run-dir DIR]`, quoted as in a shell, # comments."""
-    path = Path(wish.recipe)
+    path = Path(options.recipe)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: --template array takes a list with a recipe a line: {error}") from None
-    tasks: list[Task] = []
+    tasks: list[SlurmTask] = []
     seen: dict[Path, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
@@ -209,20 +213,20 @@ def _array(wish: Wish, start: list[str], world_size: int) -> tuple[list[Task], s
         if not words:
             continue
         recipe, overrides, run_dir = _line(words, where)
-        overrides = (*overrides, *wish.overrides)
-        config = load(recipe, overrides, wish.deepspeed)
+        overrides = (*overrides, *options.overrides)
+        config = load(recipe, overrides, options.deepspeed)
         resolve(config, world_size)
         run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
         if run in seen:
             raise UserError(f"{where}: the run folder of line {seen[run]} ({run}); add --set name=... or --run-dir")
         seen[run] = number
-        passed = training(recipe, overrides, wish.deepspeed)
+        passed = training(recipe, overrides, options.deepspeed)
         command = [*start, "train", *passed, "--resume", "if-present", "--run-dir", str(run)]
-        tasks.append(Task(run_dir=str(run), command=command))
+        tasks.append(SlurmTask(run_dir=str(run), command=command))
     if not tasks:
         raise UserError(f"{path}: no recipe in it; write one a line")
     name = "array-" + "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem)
-    return tasks, name[:100], _absolute(wish.run_dir or Path("runs") / name)
+    return tasks, name[:100], _absolute(options.run_dir or Path("runs") / name)
 
 
 def _line(words: list[str], where: str) -> tuple[str, tuple[str, ...], str | None]:

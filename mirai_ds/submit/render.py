@@ -7,8 +7,8 @@ import shlex
 from importlib import resources
 from pathlib import Path
 
-from mirai_ds.submit.cluster import Cluster
-from mirai_ds.submit.job import Job, Task
+from mirai_ds.submit.cluster import SlurmCluster
+from mirai_ds.submit.job import SlurmJob, SlurmTask
 
 _PLACEHOLDER = re.compile(r"\{\{([a-z_]+)\}\}")
 
@@ -24,12 +24,12 @@ def _fill(text: str, values: dict[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda found: values[found[1]], text)
 
 
-def log_pattern(job: Job) -> str:
+def log_pattern(job: SlurmJob) -> str:
     """Slurm's `--output`: %x is the job's name, %j its id, %A_%a those of an array's task."""
     return f"{job.folder}/jobs/%x-{'%A_%a' if job.template == 'array' else '%j'}.log"
 
 
-def sbatch_command(job: Job, script: Path, after: str | None = None) -> list[str]:
+def sbatch_command(job: SlurmJob, script: Path, after: str | None = None) -> list[str]:
     """The command that submits `script`; `after` is the id of the job before it in a chain."""
     command = ["sbatch", "--parsable", f"--output={log_pattern(job)}"]
     dependency = job.dependency if after is None else f"afterany:{after}"
@@ -38,7 +38,7 @@ def sbatch_command(job: Job, script: Path, after: str | None = None) -> list[str
     return [*command, str(script)]
 
 
-def render(job: Job, cluster: Cluster, python: str, script: Path) -> str:
+def render(job: SlurmJob, cluster: SlurmCluster, python: str, script: Path) -> str:
     """The whole script of `job`; `python` is the interpreter of its ranks, `script` the file it will be saved as."""
     first = job.tasks[0]
     values = {
@@ -69,11 +69,11 @@ def render(job: Job, cluster: Cluster, python: str, script: Path) -> str:
     return _fill(_read(f"{job.template}.sbatch"), values | parts) + "\n"
 
 
-def _case(number: int, task: Task) -> str:
+def _case(number: int, task: SlurmTask) -> str:
     return f"  {number}) RUN={shlex.quote(task.run_dir)}; command=({shlex.join(task.command)}) ;;"
 
 
-def site_options(job: Job, cluster: Cluster) -> list[str]:
+def site_options(job: SlurmJob, cluster: SlurmCluster) -> list[str]:
     """Options of `#SBATCH` lines that not every job has; all values have matched their patterns."""
     options = [
         f"--{name}={getattr(job, name)}"
@@ -90,7 +90,7 @@ def site_options(job: Job, cluster: Cluster) -> list[str]:
     return options
 
 
-def setup_lines(cluster: Cluster) -> list[str]:
+def setup_lines(cluster: SlurmCluster) -> list[str]:
     """The cluster file's shell lines as they are, then its variables, quoted."""
     variables = dict(cluster.environment)
     if cluster.network_interface:

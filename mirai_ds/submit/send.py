@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 from mirai_ds.config.errors import UserError
-from mirai_ds.submit.job import Job
+from mirai_ds.submit.job import SlurmJob
 from mirai_ds.submit.render import log_pattern, sbatch_command
 
 
-def script_path(job: Job) -> Path:
+def script_path(job: SlurmJob) -> Path:
     """RUN/jobs/NAME-TIMESTAMP.sbatch, numbered where it is taken."""
     stem = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = Path(job.folder) / "jobs" / f"{stem}.sbatch", 1
@@ -31,7 +31,7 @@ def write_script(script: Path, text: str) -> None:
         raise UserError(f"{script}: cannot be written: {error.strerror}; choose another --run-dir") from None
 
 
-def send(job: Job, script: Path) -> list[str]:
+def send(job: SlurmJob, script: Path) -> list[str]:
     """Submit the script `job.chain` times, each after the one before; returns the job ids.
 
     Raises UserError with Slurm's reason in one line; what was submitted before that is named in it.
@@ -67,6 +67,6 @@ def _submit(command: list[str]) -> str:
     return found[1]
 
 
-def log_path(job: Job, job_id: str) -> str:
+def log_path(job: SlurmJob, job_id: str) -> str:
     """Where Slurm writes the log of `job_id`; of an array the tasks' pattern."""
     return log_pattern(job).replace("%x", job.name).replace("%j", job_id).replace("%A_%a", f"{job_id}_*")

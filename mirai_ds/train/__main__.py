@@ -17,7 +17,7 @@ import click
 
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
-from mirai_ds.runs.lock import Fence, FencedError
+from mirai_ds.runs.lock import RunLock, RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import World, read_world
 from mirai_ds.runtime.signals import STOP, StopRequests
@@ -39,7 +39,7 @@ def set_aside(run: Path) -> None:
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
-class Start:
+class RankStartup:
     """One start of a run on this rank, from joining the others to the outcome."""
 
     def __init__(self, world: World) -> None:
@@ -47,7 +47,7 @@ class Start:
         self.outcome = Outcome()
         self.stop = StopRequests()
         self.stop.leave = self.leave
-        self.fence: Fence | None = None
+        self.run_lock: RunLock | None = None
         self.watchdog: Any = None
 
     def leave(self, reason: str) -> None:
@@ -74,16 +74,16 @@ class Start:
         agree_on_start(config, self.world, {"--run-dir": str(run), "--resume": resume, "--fresh": fresh})
         kernel = agree_on_kernel(config, device, self.world)
         facts = {"alignment_kernel": kernel}
-        resume, fence = open_run_folder(
+        resume, run_lock = open_run_folder(
             config, run, self.world, resume, set_aside if fresh else None, facts, self.outcome
         )
-        self.fence = fence
-        self._stand_guard(config, run, fence)
+        self.run_lock = run_lock
+        self._stand_guard(config, run, run_lock)
         if kernel is not None and self.world.rank == 0:
             print(
                 f"mirai-ds: alignment loss: {kernel} kernel (foresight.kernel: {config.foresight.kernel})", flush=True
             )
-        session = self._session(config, run, device, fence, resume)
+        session = self._session(config, run, device, run_lock, resume)
         sinks = Sinks()
         try:
             run_loop(session, default_hooks(sinks))
@@ -96,35 +96,35 @@ class Start:
         verdict, reason = session.ended
         session.control.barrier()  # nobody leaves before all are done: launchers end the others
         if self.world.rank == 0:
-            fence.release(f"{verdict} {reason}")
+            run_lock.release(f"{verdict} {reason}")
             self.outcome.write(verdict, reason)
             if verdict != "finished":
                 print(f"mirai-ds: {verdict}: {reason}", flush=True)
         session.control.barrier()
         return verdict, reason
 
-    def _session(self, config: RunConfig, run: Path, device: Any, fence: Fence, resume: str | None) -> Any:
+    def _session(self, config: RunConfig, run: Path, device: Any, run_lock: RunLock, resume: str | None) -> Any:
         from mirai_ds.train.preflight import preflight
         from mirai_ds.train.session import build_session
 
-        session = build_session(config, run, self.world, device, fence, self.stop)
+        session = build_session(config, run, self.world, device, run_lock, self.stop)
         session.beat = self.watchdog.beat
         if config.guard.preflight:
             preflight(session)
         if resume is not None:
             session.resume(resume)
         else:
-            fence.settle(0, None)
+            run_lock.note_start(0, None)
         return session
 
-    def _stand_guard(self, config: RunConfig, run: Path, fence: Fence) -> None:
+    def _stand_guard(self, config: RunConfig, run: Path, run_lock: RunLock) -> None:
         from mirai_ds.runtime.watchdog import Watchdog
 
         self.stop.deadline_seconds = config.guard.stop_deadline_seconds
         self.stop.watch_file(run)
         if self.world.rank == 0:
-            fence.watch()
-        folder = run / "hang" / f"start-{fence.mine.number:05d}"
+            run_lock.watch()
+        folder = run / "hang" / f"start-{run_lock.mine.number:05d}"
         self.watchdog = Watchdog(
             config.guard.hang_seconds, folder, self.world.rank, self.world.size,
             lambda text: self.outcome.write_in_time("requeue", f"hang: {text}"), config.guard.first_step_seconds,
@@ -142,7 +142,7 @@ def main(options: TrainOptions) -> None:
 def run_rank(options: TrainOptions) -> None:
     """Exit code 2 and one line for a mistake of the user, 75 to be started again, 1 for anything unforeseen."""
     world = read_world() or World(0, 0, 1, 1)
-    start = Start(world)
+    start = RankStartup(world)
     start.stop.install()
     if world.rank == 0:
         start.outcome.clear_named()
@@ -157,10 +157,10 @@ def run_rank(options: TrainOptions) -> None:
             error = LocalError(
                 f"{error.filename or 'the run folder'}: {error.strerror}; the earlier checkpoints are intact"
             )
-        if not isinstance(error, FencedError):
+        if not isinstance(error, RunTakenOverError):
             start.outcome.write("failed", str(error))
-            if start.fence is not None and world.rank == 0:
-                start.fence.release(f"failed {error}")
+            if start.run_lock is not None and world.rank == 0:
+                start.run_lock.release(f"failed {error}")
         _say_and_leave(error, world)
     except BaseException as error:
         crash(start, error)
@@ -172,7 +172,7 @@ def run_rank(options: TrainOptions) -> None:
         os._exit(EXIT_CODES[verdict])  # type: ignore[index]
 
 
-def crash(start: Start, error: BaseException) -> NoReturn:
+def crash(start: RankStartup, error: BaseException) -> NoReturn:
     """Leave with the reason, to be started again."""
     rank = start.world.rank
     if lost_a_peer(error):
@@ -196,7 +196,7 @@ def lost_a_peer(error: BaseException) -> bool:
 
 
 def _say_and_leave(error: UserError, world: World) -> None:
-    if world.rank == 0 or isinstance(error, (LocalError, FencedError)):
+    if world.rank == 0 or isinstance(error, (LocalError, RunTakenOverError)):
         print(f"mirai-ds: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # the launcher ends everybody at the first exit: let rank 0 speak

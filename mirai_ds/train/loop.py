@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from mirai_ds.runtime.control import Facts
-from mirai_ds.train.nonfinite import settle
+from mirai_ds.train.nonfinite import confirm_step
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, train_step
 
@@ -24,7 +24,7 @@ class Hook:
     def on_start(self, session: Session) -> None:
         """Before the first step of this process (also after a resume)."""
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """Whether `after_step` will look at the record's tensors or the state, or keep them, after this step.  The same
         on every rank.  A hook that says no may be called again for the same step."""
         return True
@@ -45,14 +45,14 @@ def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
         hook.on_start(session)
     while session.step < session.total_steps and session.ended is None:
         session.beat(f"step {session.step + 1}")
-        session.control.post(Facts(session.stop.poll(), session.saver.written, session.fence.lost))
+        session.control.post(Facts(session.stop.poll(), session.saver.written, session.run_lock.lost))
         record = train_step(session, session.step)
         session.count_step()
         session.measured = {}
         session.facts = session.control.arrived()
         if _wanted(session, hooks):
             done = session.step
-            record = settle(session, record)
+            record = confirm_step(session, record)
             if session.step != done:
                 continue
         for hook in hooks:
@@ -75,4 +75,4 @@ def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
 
 def _wanted(session: Session, hooks: Sequence[Hook]) -> bool:
     last = session.step == session.total_steps
-    return last or session.engine.update.offloaded or any(hook.looks(session) for hook in hooks)
+    return last or session.engine.update.offloaded or any(hook.needs_sync(session) for hook in hooks)

@@ -41,24 +41,24 @@ class Finding:
     samples: list[int] = field(default_factory=list)  # places in the data, of rows that were not finite
 
 
-def settle(session: Session, record: StepRecord) -> StepRecord:
+def confirm_step(session: Session, record: StepRecord) -> StepRecord:
     """Collective, after a step: ask whether the updates since the last time were made, which waits for the device.
 
     If not, the session is back where the first of them was refused, which was examined and, were it finite when done
     again, made: then `session.step` may be less than it was, and the record is that step's.  Raises UserError when too
     many fail in a row.
     """
-    missing = session.engine.look()
+    missing = session.engine.confirm_updates()
     if missing:
         session.go_back(missing)
-        record = _refused(session, session.step)
+        record = _handle_skipped_step(session, session.step)
         session.count_step(record.applied)
     return record
 
 
-def _refused(session: Session, step: int) -> StepRecord:
+def _handle_skipped_step(session: Session, step: int) -> StepRecord:
     record, findings = _examine(session, step)
-    record.applied = session.engine.look() == 0
+    record.applied = session.engine.confirm_updates() == 0
     if record.applied:
         _tell(session, f"step {step + 1}: not finite, but finite when repeated: a fault of a device or of memory")
         return record

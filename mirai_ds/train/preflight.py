@@ -101,7 +101,7 @@ def _look(session: Session) -> RankFacts:
 def _check_folder(session: Session) -> None:
     """This rank sees the run's folder, and may write there."""
     run = session.run
-    if not path_of(run, session.fence.mine.number).is_file():
+    if not path_of(run, session.run_lock.mine.number).is_file():
         raise UserError(
             f"{run}: rank 0 wrote here and this rank does not see it; put it on a file system all nodes share"
         )

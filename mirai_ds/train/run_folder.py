@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mirai_ds.checkpoint import store
 from mirai_ds.config import RunConfig, UserError, dump
 from mirai_ds.config.deepspeed_file import resolve
-from mirai_ds.runs.lock import Fence, Incarnation, check_free, read_all, starts_without_progress
+from mirai_ds.runs.lock import Attempt, RunLock, check_free, read_all, starts_without_progress
 from mirai_ds.runs.outcome import NAME as OUTCOME
 from mirai_ds.runs.outcome import Outcome
 from mirai_ds.runtime.disk import write_whole
@@ -31,7 +31,7 @@ def open_run_folder(
     set_aside: Callable[[Path], None] | None,
     facts: dict[str, Any],
     outcome: Outcome,
-) -> tuple[str | None, Fence]:
+) -> tuple[str | None, RunLock]:
     """Collective: the main rank takes the folder and writes what explains the run, with `facts` about this start.
 
     Returns the resume request to obey (`store.check_run_folder` says what is refused) and this rank's hold on the run.
@@ -50,10 +50,10 @@ def open_run_folder(
     problem, resume, mine = said
     if problem or mine is None:
         raise UserError(problem)
-    fence = Fence(run, mine, main=world.rank == 0)
+    run_lock = RunLock(run, mine, main=world.rank == 0)
     if world.rank != 0:
-        outcome.in_run(run, fence.check)
-    return resume, fence
+        outcome.in_run(run, run_lock.check)
+    return resume, run_lock
 
 
 def _take(
@@ -64,16 +64,16 @@ def _take(
     set_aside: Callable[[Path], None] | None,
     facts: dict[str, Any],
     outcome: Outcome,
-) -> Incarnation:
+) -> Attempt:
     store.check_run_folder(run, resume, fresh=set_aside is not None)
     if set_aside is not None and resume is None:
         check_free(run)
         set_aside(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        fence = Fence.take(run)
-        mine = fence.mine
-        outcome.in_run(run, fence.check)
+        run_lock = RunLock.take(run)
+        mine = run_lock.mine
+        outcome.in_run(run, run_lock.check)
         (run / OUTCOME).unlink(missing_ok=True)
         if not has_parent():  # else the file may be what the parent just asked for
             (run / STOP_FILE).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.engine.state import SnapshotBuffers, read_into, restore_rng, take_snapshot
 from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
-from mirai_ds.runs.lock import Fence
+from mirai_ds.runs.lock import RunLock
 from mirai_ds.runs.outcome import Verdict
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World, repeatable_cublas
@@ -55,7 +55,7 @@ class Session:
     engine: TrainEngine
     teacher: Teacher | None
     total_steps: int
-    fence: Fence
+    run_lock: RunLock
     control: Control
     stop: StopRequests
     saver: Saver
@@ -123,7 +123,7 @@ class Session:
         """Collective; does nothing when this state is saved already.  Raises SaveError (`checkpoint.saver`)."""
         if self.saved_step == self.step:
             return
-        if self.engine.update.unseen:
+        if self.engine.update.pending_steps:
             raise RuntimeError(f"step {self.step} is not settled: the hook that saves must say so (`Hook.looks`)")
         self.beat("saving")
         self.saver.save(self.describe_state(), self.take)
@@ -141,7 +141,7 @@ class Session:
             samples_in_epoch=self.step % self.order.steps_per_epoch * c.train.global_batch_size,
             world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,
             method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
-            incarnation=self.fence.mine.number, data=self.data_digest, batch_offset=self.batch_offset,
+            incarnation=self.run_lock.mine.number, data=self.data_digest, batch_offset=self.batch_offset,
             log_bytes=self.log_position(), metrics=dict(self.measured), hooks=copy.deepcopy(self.memory),
             teacher=self.teacher_digest,
         )  # fmt: skip
@@ -150,7 +150,7 @@ class Session:
         """Continue from a checkpoint; every rank takes the one that rank 0 verified."""
         folder, info, skipped = self._load(request)
         self.notes += skipped
-        self.fence.settle(info.step, info.incarnation)
+        self.run_lock.note_start(info.step, info.incarnation)
         self.notes.append(f"resumed after step {info.step} from {folder}")
 
     def roll_back(self, skip_batches: bool) -> int:
@@ -163,8 +163,8 @@ class Session:
         if skip_batches:
             self.batch_offset += seen - info.step
         if self.is_main:
-            self.fence.renew(info.step, info.incarnation)
-        self.fence.mine = self.control.gather(self.fence.mine)[0]
+            self.run_lock.renew(info.step, info.incarnation)
+        self.run_lock.mine = self.control.gather(self.run_lock.mine)[0]
         self.rewound = True
         return info.step
 
@@ -213,7 +213,7 @@ class Session:
 
 
 def build_session(
-    config: RunConfig, run: Path, world: World, device: torch.device, fence: Fence, stop: StopRequests
+    config: RunConfig, run: Path, world: World, device: torch.device, run_lock: RunLock, stop: StopRequests
 ) -> Session:
     """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
     seed_everything(config.seed)
@@ -252,10 +252,10 @@ def build_session(
     )  # fmt: skip
     steps = total_steps(config.train, order.steps_per_epoch)
     control = Control(config.launch.timeout_minutes)
-    saver = Saver(run, world.rank, fence, control, config.checkpoint)
+    saver = Saver(run, world.rank, run_lock, control, config.checkpoint)
     stop.is_saving = lambda: saver.in_flight >= 0
     session = Session(
-        config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, fence, control, stop,
+        config, ds_config, run, world, device, dataset, order, loader, engine, teacher, steps, run_lock, control, stop,
         saver, dataset.train.digest(), teacher_digest,
     )  # fmt: skip
     stop.unsaved_steps = lambda: session.step - max(session.saved_step, 0)

@@ -23,7 +23,7 @@ class StepRecord:
     aligned: bool
     grad_norm: Tensor
     metrics: dict[str, Tensor]
-    applied: bool = True  # unless `guarded.settle` found out otherwise
+    applied: bool = True  # unless `nonfinite.confirm_step` found out otherwise
 
 
 def train_step(session: Session, step: int) -> StepRecord:
@@ -45,7 +45,7 @@ def train_step(session: Session, step: int) -> StepRecord:
     for batch in session.loader.micro_batches(step + session.batch_offset):
         target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
         loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
-        engine.backward(poisoned_unless_finite(loss))
+        engine.backward(propagate_nonfinite_loss(loss))
         grad_norm = engine.step()
         metrics["loss"] = loss.detach()
         for name, value in metrics.items():
@@ -55,7 +55,7 @@ def train_step(session: Session, step: int) -> StepRecord:
     return StepRecord(step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, grad_norm, means)
 
 
-def poisoned_unless_finite(loss: Tensor) -> Tensor:
+def propagate_nonfinite_loss(loss: Tensor) -> Tensor:
     """`loss`, whose gradients are NaN unless it is finite: the engine then refuses the update on every rank.  Nothing
     is read from the device, and a finite loss is multiplied by one, which changes no bit."""
     value = loss.detach()

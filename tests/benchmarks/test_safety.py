@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mirai_ds.benchmarks import safety
-from mirai_ds.benchmarks.kernels import read
+from mirai_ds.benchmarks.harness import read
 
 ROOT = Path(__file__).resolve().parents[2]
 

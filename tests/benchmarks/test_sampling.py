@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mirai_ds.benchmarks import sampling
-from mirai_ds.benchmarks.kernels import read
+from mirai_ds.benchmarks.harness import read
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import Decoder, SamplingRules
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mirai_ds.benchmarks import startup
-from mirai_ds.benchmarks.kernels import read
+from mirai_ds.benchmarks.harness import read
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mirai_ds.benchmarks import step as bench
-from mirai_ds.benchmarks.arms import Arm, Workers, allocated_by_malloc
+from mirai_ds.benchmarks.arms import BenchArm, Workers, allocated_by_malloc
 
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "resid_dropout", "ffn_dropout", "class_dropout")]
 TINY = [*NO_DROPOUT, "foresight.warmup_epochs=0", "train.global_batch_size=8", "train.grad_accum_steps=1",
@@ -25,7 +25,7 @@ PARTS = {"data", "teacher forward", "teacher refresh", "forward", "heads and ali
 def trained(plain: bool, method: str = "digits-mirai-e") -> dict[str, Any]:
     """Losses of six steps, then the parts and the memory of one more."""
     overrides = [o for o in TINY if method == "digits-mirai-e" or not o.startswith("foresight.")]
-    workers = Workers(Arm("plain" if plain else "mirai_ds", method, overrides, plain))
+    workers = Workers(BenchArm("plain" if plain else "mirai_ds", method, overrides, plain))
     try:
         losses = [workers.ask("step")[0]["loss"] for _ in range(6)]
         return {"losses": losses, **workers.ask("parts")[0], **workers.ask("memory")[0]}
@@ -71,7 +71,7 @@ def test_rows_come_from_turns(
     """Ratios are of neighbouring steps: a slow moment that meets both sides changes nothing."""
     slow = [1.0, 5.0, 1.0]
 
-    def turns(arms: list[Arm], rounds: int) -> list[dict[str, Any]]:
+    def turns(arms: list[BenchArm], rounds: int) -> list[dict[str, Any]]:
         memory = {"peak": 4_000_000_000, "resting": 1_000_000_000, "resident": 5_000_000_000}
         return [
             {"seconds": [s * (2 if a.plain else 1) for s in slow], "loss": 1.5, "parts": {"rest": 1.0},
@@ -111,7 +111,7 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_shows_the_committed_rows() -> None:
-    from mirai_ds.benchmarks.kernels import read
+    from mirai_ds.benchmarks.harness import read
 
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs" / "performance.md").read_text(encoding="utf-8")

@@ -354,13 +354,13 @@ def nonfinite_case(stage: int, precision: str) -> dict[str, Any]:
     ahead, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
     engine.backward(ahead)  # a finite one that was begun before anybody looked
     engine.step()
-    missing = engine.look()
+    missing = engine.confirm_updates()
     after, ema_after = engine.gather_weights("raw", prefix=""), engine.gather_weights("ema", prefix="")
     changed = [n for n in before if not torch.equal(before[n], after[n]) or not torch.equal(ema[n], ema_after[n])]
     loss, _ = engine.forward(batch.tokens, batch.labels, batch.keys)
     engine.backward(loss)
     engine.step()
-    then_missing = engine.look()
+    then_missing = engine.confirm_updates()
     then = engine.gather_weights("ema", prefix="")
     release(engine)
     return {
@@ -384,6 +384,6 @@ def faulty_memory_case() -> dict[str, Any]:
         gradient = next(p.grad for p in engine.ds.module.parameters() if p.grad is not None)
         gradient.view(-1)[0] = float("nan")
     engine.step()
-    missing, after = engine.look(), engine.gather_weights("raw", prefix="")
+    missing, after = engine.confirm_updates(), engine.gather_weights("raw", prefix="")
     release(engine)
     return {"missing": missing, "changed": [n for n in before if not torch.equal(before[n], after[n])]}

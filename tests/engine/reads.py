@@ -43,5 +43,5 @@ def reads_case(method: str, stage: int, precision: str) -> dict[str, int]:
         session.loader.micro_batches = lambda step: iter(batches)  # type: ignore[method-assign, assignment]
         with DeviceReads() as reads:
             train_step(session, 2)
-        assert session.engine.look() == 0
+        assert session.engine.confirm_updates() == 0
     return reads.by

@@ -16,7 +16,7 @@ from mirai_ds.checkpoint.store import CheckpointInfo
 from mirai_ds.config import CheckpointConfig
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.engine.state import SnapshotBuffers, read_into, take_snapshot
-from mirai_ds.runs.lock import Fence
+from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.control import Control
 from tests.engine.cases import fixed_target, release, toy_config, toy_engine, toy_loader
 
@@ -44,7 +44,7 @@ def write_state(folder: Path, engine: TrainEngine, precision: str) -> None:
     """All ranks' slices and the manifest, as a run writes them."""
     rank, world = dist.get_rank(), dist.get_world_size()
     info = CheckpointInfo(4, 16, 0, 0, world, engine.stage, precision, "mirai-e", "", 4)
-    saver = Saver(folder.parent, rank, Fence(folder.parent, None), Control(5), CheckpointConfig())  # type: ignore[arg-type]
+    saver = Saver(folder.parent, rank, RunLock(folder.parent, None), Control(5), CheckpointConfig())  # type: ignore[arg-type]
     assert saver.save_aside(folder, info, lambda: take_snapshot(engine, rank, SnapshotBuffers())) == []
 
 

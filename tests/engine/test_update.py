@@ -52,10 +52,10 @@ def test_norm_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert update.norm == 5.0 * factor
         assert update.base.found_inf == refusing  # type: ignore[attr-defined]
     assert update.base.grad_scale == pytest.approx(5.0)  # type: ignore[attr-defined]
-    assert update.look() == 2
+    assert update.confirm_updates() == 2
     update.step()
     assert update.base.found_inf == 0  # type: ignore[attr-defined]
-    assert update.look() == 0
+    assert update.confirm_updates() == 0
 
 
 def test_a_step_that_asks_for_no_norm() -> None:

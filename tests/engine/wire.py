@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_ds.config import RunConfig, build
 from mirai_ds.engine import sharded_ema
-from mirai_ds.planning.activations import Pass
+from mirai_ds.planning.activations import ActivationMemory
 from mirai_ds.planning.collectives import collectives
 from mirai_ds.planning.memory import refreshed_bytes
-from mirai_ds.planning.states import States
+from mirai_ds.planning.states import StateMemory
 from tests.engine.cases import fixed_target, release, resolve, toy_config, toy_engine, toy_loader
 
 NAMES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
@@ -90,10 +90,12 @@ def counted_case(
                 engine.backward(loss)
                 engine.step()
     release(engine)
-    work = Pass(config.model, config.foresight, config.model.width, precision, batch // world // accumulation)
+    work = ActivationMemory(
+        config.model, config.foresight, config.model.width, precision, batch // world // accumulation
+    )
     predicted: dict[tuple[str, int], float] = {}
     teacher = refreshed_bytes(config) * (2 if precision == "bf16" else 1)  # gathered in fp32 above
-    for c in collectives(States.of(work, resolve(config, world), world), teacher):
+    for c in collectives(StateMemory.of(work, resolve(config, world), world), teacher):
         predicted[c.kind, c.ranks] = predicted.get((c.kind, c.ranks), 0.0) + c.size
     return wire.bytes, predicted
 

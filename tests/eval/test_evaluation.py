@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mirai_ds.eval import evaluation, features
-from mirai_ds.eval.evaluation import Request, evaluate_files
+from mirai_ds.eval.evaluation import EvaluationRequest, evaluate_files
 from mirai_ds.eval.features import Features, Reference, evaluate_features, extract_features, reference_of, score
 from mirai_ds.eval.metrics.distances import GaussianStatistics, frechet_distance, gaussian_statistics
 from mirai_ds.eval.metrics.inception import POOLED, SPATIAL, InceptionFeatures
@@ -27,7 +27,9 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     """Every number of a row from its definition, with a network whose features are seen here too."""
     network = ColourNetwork()
     given, wanted = digits(60), digits(50, start=60)
-    row = evaluate_files(Request(saved(tmp_path / "s.npz", given), saved(tmp_path / "r.npz", wanted)), network)
+    row = evaluate_files(
+        EvaluationRequest(saved(tmp_path / "s.npz", given), saved(tmp_path / "r.npz", wanted)), network
+    )
     a, b = (network.features(torch.from_numpy(images))[0] for images in (given, wanted))
     distance = frechet_distance(gaussian_statistics(a.numpy()), gaussian_statistics(b.numpy()))
     balls = precision_recall(b, a, "exact")
@@ -55,7 +57,7 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
 
 def test_the_batch_size_does_not_show(tmp_path: Path) -> None:
     paths = saved(tmp_path / "s.npz", digits(30)), saved(tmp_path / "r.npz", digits(30, start=30))
-    rows = [evaluate_files(Request(*paths, batch_size=size), ColourNetwork()) for size in (1, 7, 64)]
+    rows = [evaluate_files(EvaluationRequest(*paths, batch_size=size), ColourNetwork()) for size in (1, 7, 64)]
     assert len({row["frechet_distance"] for row in rows}) == 1
 
 
@@ -95,7 +97,7 @@ def test_stored_statistics_are_used_and_images_only_for_balls(
 ) -> None:
     samples = saved(tmp_path / "s.npz", digits(5))
     reference = saved(tmp_path / "r.npz", digits(4, start=5, noise=99), **stored(3.0, 5.0))
-    row = evaluate_files(Request(samples, reference), inception)
+    row = evaluate_files(EvaluationRequest(samples, reference), inception)
     pooled, spatial = seen["samples"]
     assert spatial is not None
     assert row["fid"] == pytest.approx(float(((pooled.mean(axis=0) - 3) ** 2).sum()), rel=1e-5)
@@ -119,7 +121,7 @@ def test_statistics_that_are_not_stored_are_computed(
     inception: InceptionFeatures, seen: dict[str, Features], tmp_path: Path
 ) -> None:
     half = {key: value for key, value in stored(3.0, 0).items() if not key.endswith("_s")}
-    request = Request(
+    request = EvaluationRequest(
         saved(tmp_path / "s.npz", digits(5)), saved(tmp_path / "r.npz", digits(4, start=5, noise=99), **half),
         metrics=("fid", "sfid"),
     )  # fmt: skip
@@ -135,17 +137,22 @@ def test_statistics_that_are_not_stored_are_computed(
 def test_a_reference_of_statistics_alone(inception: InceptionFeatures, tmp_path: Path) -> None:
     samples, path = saved(tmp_path / "s.npz", digits(5)), tmp_path / "r.npz"
     np.savez(path, **stored(3.0, 5.0))
-    row = evaluate_files(Request(samples, path), inception)
+    row = evaluate_files(EvaluationRequest(samples, path), inception)
     assert (row["precision"], row["recall"]) == (None, None)
     assert row["fid"] > 0
     assert row["protocol"]["origin"].keys() == {"samples"}
-    one_line(lambda: evaluate_files(Request(samples, path, metrics=("pr",)), inception), "'pr' needs a reference with")
+    one_line(
+        lambda: evaluate_files(EvaluationRequest(samples, path, metrics=("pr",)), inception),
+        "'pr' needs a reference with",
+    )
 
 
 def test_metrics_that_a_network_has_not(tmp_path: Path) -> None:
     paths = saved(tmp_path / "s.npz", digits(5)), saved(tmp_path / "r.npz", digits(5))
     for metric, part in (("sfid", "layer of Inception"), ("is", "of its classes"), ("kid", "'kid' is unknown")):
-        one_line(lambda metric=metric: evaluate_files(Request(*paths, metrics=(metric,)), ColourNetwork()), part)
+        one_line(
+            lambda metric=metric: evaluate_files(EvaluationRequest(*paths, metrics=(metric,)), ColourNetwork()), part
+        )
 
 
 def test_an_exact_zero_is_not_hidden(inception: InceptionFeatures, tmp_path: Path, monkeypatch: Any) -> None:
@@ -154,7 +161,7 @@ def test_an_exact_zero_is_not_hidden(inception: InceptionFeatures, tmp_path: Pat
 
     monkeypatch.setattr(InceptionFeatures, "probabilities", zero)
     paths = saved(tmp_path / "s.npz", digits(2)), saved(tmp_path / "r.npz", digits(2))
-    row = evaluate_files(Request(*paths, metrics=("is",)), inception)
+    row = evaluate_files(EvaluationRequest(*paths, metrics=("is",)), inception)
     assert row["inception_score"] is None
     assert "Inception Score    NaN: a class probability is exactly zero" in render(row)
     json.dumps(row, allow_nan=False)
@@ -169,33 +176,33 @@ def test_the_reference_goes_through_the_network_once(tmp_path: Path) -> None:
     rows = []
     for i in range(3):
         samples = saved(tmp_path / f"s{i}.npz", digits(10, start=20 + 10 * i))
-        rows.append(evaluate_files(Request(samples, reference, cache=cache), network))
+        rows.append(evaluate_files(EvaluationRequest(samples, reference, cache=cache), network))
     assert network.seen == 20 + 30
-    fresh = evaluate_files(Request(tmp_path / "s2.npz", reference), ColourNetwork())
+    fresh = evaluate_files(EvaluationRequest(tmp_path / "s2.npz", reference), ColourNetwork())
     assert (rows[2]["frechet_distance"], rows[2]["recall"]) == (fresh["frechet_distance"], fresh["recall"])
     assert rows[0]["protocol"]["origin"]["reference"].startswith("computed on cpu")
     assert rows[2]["protocol"]["origin"]["reference"].startswith("cached: computed on cpu")
     other = ColourNetwork(digest="1")  # another weights file
-    evaluate_files(Request(tmp_path / "s2.npz", reference, cache=cache), other)
+    evaluate_files(EvaluationRequest(tmp_path / "s2.npz", reference, cache=cache), other)
     assert other.seen == 30
     reference.rename(tmp_path / "moved.npz")
-    evaluate_files(Request(tmp_path / "s2.npz", tmp_path / "moved.npz", cache=cache), other)
+    evaluate_files(EvaluationRequest(tmp_path / "s2.npz", tmp_path / "moved.npz", cache=cache), other)
     assert other.seen == 30
     saved(tmp_path / "moved.npz", digits(20, start=1))  # another reference of the same name
-    evaluate_files(Request(tmp_path / "s2.npz", tmp_path / "moved.npz", cache=cache), other)
+    evaluate_files(EvaluationRequest(tmp_path / "s2.npz", tmp_path / "moved.npz", cache=cache), other)
     assert other.seen == 50
 
 
 def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    request = Request(saved(tmp_path / "s.npz", digits(9)), saved(tmp_path / "r.npz", digits(8)), cache=cache)
+    request = EvaluationRequest(saved(tmp_path / "s.npz", digits(9)), saved(tmp_path / "r.npz", digits(8)), cache=cache)
     evaluate_files(request, ColourNetwork())
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:-200])
     one_line(lambda: evaluate_files(request, ColourNetwork()), "features-", "is damaged", "remove it")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    request = Request(request.samples, request.reference, cache=blocked / "cache")
+    request = EvaluationRequest(request.samples, request.reference, cache=blocked / "cache")
     one_line(lambda: evaluate_files(request, ColourNetwork()), "--cache", "cannot be written")
 
 
@@ -205,7 +212,7 @@ def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["s.npz.json", "s.json"])
 def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) -> None:
     samples = saved(tmp_path / "s.npz", digits(9))
-    request = Request(samples, saved(tmp_path / "r.npz", digits(8)))
+    request = EvaluationRequest(samples, saved(tmp_path / "r.npz", digits(8)))
     digest = evaluation.open_images(samples).digest()
     (tmp_path / name).write_text(json.dumps({"cfg_scale": 1.75, "weights": "ema", "sha256": digest}))
     row = evaluate_files(request, ColourNetwork())
@@ -219,7 +226,7 @@ def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) 
     folder.mkdir()
     Image.fromarray(digits(1)[0]).save(folder / "0.png")
     Image.fromarray(digits(2)[1]).save(folder / "1.png")
-    row = evaluate_files(Request(folder, request.reference, metrics=("fid",)), ColourNetwork())
+    row = evaluate_files(EvaluationRequest(folder, request.reference, metrics=("fid",)), ColourNetwork())
     assert row["protocol"]["sampling"]["file"] == name
     assert not any("record" in reason for reason in row["protocol"]["departures"])
     (tmp_path / name).write_text("{")
@@ -236,7 +243,7 @@ def test_nothing_departs_from_the_published_protocol(
 ) -> None:
     """With the published file's digest, the reference's properties, 50,000 samples of one size, and fp32."""
     images = digits(3).repeat(8, axis=1).repeat(8, axis=2)
-    request = Request(
+    request = EvaluationRequest(
         saved(tmp_path / "s.npz", images), saved(tmp_path / "r.npz", images, **stored(0.0, 0.0)), metrics=("fid",)
     )  # fmt: skip
     monkeypatch.setattr(inception, "digest", "6726825d" + "0" * 56)

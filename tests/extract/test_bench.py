@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mirai_ds.benchmarks import data as bench
-from mirai_ds.benchmarks.kernels import read
+from mirai_ds.benchmarks.harness import read
 from mirai_ds.tokenizer import VQ16, VQTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

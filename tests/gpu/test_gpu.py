@@ -125,7 +125,7 @@ def test_zero_trains_gpt_b(stage: int, precision: str, tmp_path: Path) -> None:
         engine.backward(loss)
         norm = engine.step()
         assert norm is not None
-        assert engine.look() == 0
+        assert engine.confirm_updates() == 0
         assert 0 < norm < 1e4
         expected = torch.lerp(
             expected, engine.gather_weights("raw")["layers.0.attention.wo.weight"], 1 - config.ema.decay

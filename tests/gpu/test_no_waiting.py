@@ -51,4 +51,4 @@ def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str
                 session.count_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert session.engine.look() == 0
+        assert session.engine.confirm_updates() == 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from mirai_ds.benchmarks import harness, traffic
 from mirai_ds.benchmarks import kernels as bench
-from mirai_ds.benchmarks import traffic
+from mirai_ds.cli.main import main
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table
 from mirai_ds.kernels.foresight_cosine import reference
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_readme_shows_the_measured_rows() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = text.split("<!-- python -m mirai_ds.benchmarks.kernels --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = bench.read(ROOT / "docs" / "results" / "kernels.csv")
+    rows = harness.read(ROOT / "docs" / "results" / "kernels.csv")
     assert shown == bench.table(rows)
     assert shown.count("\n") >= 13
     assert traffic.table(rows) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -65,8 +67,8 @@ def test_peak_memory_is_the_gradients_own(dtype: str, heads: int) -> None:
     t = bench.task(heads, 256, 4, bench.DTYPES[dtype], "cpu")
     runs = bench.variants(t)
     gradient = sum(p.numel() * p.element_size() for p in t.projected)
-    assert gradient <= bench.peak_extra_bytes(runs["fused"], "cpu") <= gradient + 4096
-    assert bench.peak_extra_bytes(runs["eager"], "cpu") > 2 * gradient
+    assert gradient <= harness.peak_extra_bytes(runs["fused"], "cpu") <= gradient + 4096
+    assert harness.peak_extra_bytes(runs["eager"], "cpu") > 2 * gradient
 
 
 def row(variant: str, ms: float, size: str = "B") -> bench.Row:
@@ -77,17 +79,21 @@ def row(variant: str, ms: float, size: str = "B") -> bench.Row:
     )  # fmt: skip
 
 
+def write(path: Path, rows: list[bench.Row]) -> None:
+    harness.append(path, bench.COLUMNS, [asdict(row) for row in rows], bench.KEY)
+
+
 def test_rows_replace_those_of_the_same_device_and_task(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    bench.write([row("fused", 2.0), row("eager", 40.0), row("compiled", 5.0), row("copy", 1.0)], path)
-    bench.write([row("fused", 4.0), row("fused", 8.0, "L")], path)
-    bench.write([replace(row("fused", 16.0), device="b")], path)
-    found = {(r["device"], r["size"], r["variant"]): float(r["median_ms"]) for r in bench.read(path)}
+    write(path, [row("fused", 2.0), row("eager", 40.0), row("compiled", 5.0), row("copy", 1.0)])
+    write(path, [row("fused", 4.0), row("fused", 8.0, "L")])
+    write(path, [replace(row("fused", 16.0), device="b")])
+    found = {(r["device"], r["size"], r["variant"]): float(r["median_ms"]) for r in harness.read(path)}
     assert found == {
         ("a", "B", "fused"): 4.0, ("a", "B", "eager"): 40.0, ("a", "B", "compiled"): 5.0, ("a", "B", "copy"): 1.0,
         ("a", "L", "fused"): 8.0, ("b", "B", "fused"): 16.0,
     }  # fmt: skip
-    lines = bench.table([r for r in bench.read(path) if (r["device"], r["size"]) == ("a", "B")]).splitlines()
+    lines = bench.table([r for r in harness.read(path) if (r["device"], r["size"]) == ("a", "B")]).splitlines()
     assert lines[2] == "| a, torch 2, 2026-01-02 | GPT-B, Mirai-E, 2 | bf16 | 4 | 20.0x | 2.5x | 0.50x | 0.50 |"
 
 
@@ -110,16 +116,28 @@ def test_what_else_moves_memory_is_what_the_model_runs() -> None:
     assert all(op.liger is None for op in found.values())
 
 
-def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for arguments, word in (
-        (["--out", str(tmp_path / "none" / "rows.csv")], "the folder is missing"),
+BENCHMARKS = ("step", "sampling", "data", "safety", "startup", "memory", "kernels", "traffic")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_mistakes_are_told_before_anything_is_measured(name: str, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["--out", str(tmp_path / "none" / "rows.csv")], "is a folder, or in one that is missing or cannot be written"),
         (["--table", "--out", str(tmp_path / "none.csv")], "no such file"),
-        (["--sizes", "XXL"], "invalid choice"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            bench.main(arguments)
-        assert caught.value.code == 2
-        assert word in capsys.readouterr().err
+        done = CliRunner().invoke(main, ["bench", name, *arguments])
+        assert done.exit_code == 2
+        assert done.output.startswith(f"mirai-ds: error: --out {arguments[-1]}: ")
+        assert said in done.output
+        assert done.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sizes_are_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--sizes", "XXL"])
+    assert caught.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
 
 
 def test_the_reference_asks_the_device_nothing() -> None:

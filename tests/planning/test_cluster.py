@@ -9,25 +9,27 @@ import pytest
 from click.testing import CliRunner
 
 from mirai_ds.cli.main import main
-from mirai_ds.planning.cluster import PCIE_HOP, PROTOCOLS, Cluster, Compute, left_over, step_time
+from mirai_ds.planning.cluster import PCIE_HOP, PROTOCOLS, ClusterShape, Compute, left_over, step_time
 from mirai_ds.planning.collectives import Collective
 from mirai_ds.planning.devices import DEVICES, find_device
-from mirai_ds.planning.plan import Plan, Request, make_plan
+from mirai_ds.planning.plan import PlanRequest, TrainingPlan, make_plan
 
 A100 = DEVICES["a100-80g"]
-NODE, TWO = Cluster(A100, 1, 8), Cluster(A100, 2, 8)
+NODE, TWO = ClusterShape(A100, 1, 8), ClusterShape(A100, 2, 8)
 
 
-def plan(file: str, nodes: int = 8, *overrides: str, device: str = "a100-80g", recipe: str = "mirai-e-b") -> Plan:
-    return make_plan(Request(recipe, nodes, 8, device, deepspeed=file, overrides=overrides))
+def plan(
+    file: str, nodes: int = 8, *overrides: str, device: str = "a100-80g", recipe: str = "mirai-e-b"
+) -> TrainingPlan:
+    return make_plan(PlanRequest(recipe, nodes, 8, device, deepspeed=file, overrides=overrides))
 
 
 def test_bandwidth_is_that_of_the_slowest_link() -> None:
     assert NODE.bandwidth() == TWO.bandwidth("node") == pytest.approx(0.8 * 300e9)
     assert TWO.bandwidth() == pytest.approx(0.8 * 8 * 25e9)
     assert TWO.bandwidth("nodes") == pytest.approx(0.8 * 25e9)
-    assert Cluster(DEVICES["l40s"], 2, 8).bandwidth() == pytest.approx(0.8 * 8 * 1.6e9)
-    assert math.isinf(Cluster(A100, 1, 1).bandwidth())
+    assert ClusterShape(DEVICES["l40s"], 2, 8).bandwidth() == pytest.approx(0.8 * 8 * 1.6e9)
+    assert math.isinf(ClusterShape(A100, 1, 1).bandwidth())
 
 
 def test_bytes_over_links_and_network() -> None:
@@ -50,12 +52,12 @@ def test_seconds_are_bytes_and_hops() -> None:
     assert NODE.seconds(large) == pytest.approx(2 * 70e9 / 240e9 + 8.4e-6 + 14 * 3.4e-6)
     tiny = Collective("g", "all-gather", 8.0, 1000, 8)
     assert NODE.seconds(tiny) == pytest.approx(1000 * (14e-6 + 7 * 1.9e-6), rel=1e-3)
-    many = Cluster(A100, 64, 8)
+    many = ClusterShape(A100, 64, 8)
     tree = many.seconds(Collective("g", "all-reduce", 512.0, 1, 512))
     assert tree == pytest.approx(14e-6 + 2 * (7 * 1.25e-6 + 6 * 8.5e-6), rel=1e-3)
     ring = many.seconds(Collective("p", "all-gather", 512.0, 1, 512))
     assert ring == pytest.approx(14e-6 + 447 * 1.9e-6 + 64 * 4e-6, rel=1e-3)
-    pcie = Cluster(DEVICES["rtx4090"], 1, 2).seconds(Collective("g", "all-gather", 2.0, 1, 2))
+    pcie = ClusterShape(DEVICES["rtx4090"], 1, 2).seconds(Collective("g", "all-gather", 2.0, 1, 2))
     assert pcie == pytest.approx(PROTOCOLS["Simple"].start + PCIE_HOP, rel=1e-3)
     peers = many.seconds(Collective("q", "all-to-all", 64.0, 1, 64, "nodes"))
     assert peers == pytest.approx(14e-6 + 4e-6, rel=1e-3)
@@ -148,7 +150,7 @@ def test_the_assumptions_are_printed_and_in_json() -> None:
 
 
 def test_unknown_links_have_no_seconds() -> None:
-    found = make_plan(Request("digits-mirai-e", 1, 2, "cpu:24"))
+    found = make_plan(PlanRequest("digits-mirai-e", 1, 2, "cpu:24"))
     assert find_device("cpu:24").link == 0
     assert {row["seconds"] for row in found.sent} == {None}
     assert found.scaling == found.same_batch == []

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from mirai_ds.cli.main import main
 from mirai_ds.config import UserError
 from mirai_ds.planning.devices import DEVICES, GIB, Allowance, find_device, fits, needed
-from mirai_ds.planning.plan import Choice, Plan, Request, make_plan, suggest
+from mirai_ds.planning.plan import Choice, PlanRequest, TrainingPlan, make_plan, suggest
 
 P_B, P_HEADS = 110_888_448, 3 * 7_344_896
 
@@ -27,9 +27,9 @@ def recipe(folder: Path, **sections: Any) -> str:
     return str(path)
 
 
-def plan(folder: Path, nodes: int = 1, gpus: int = 8, device: str = "a100-80g", **more: Any) -> Plan:
+def plan(folder: Path, nodes: int = 1, gpus: int = 8, device: str = "a100-80g", **more: Any) -> TrainingPlan:
     sections = more.pop("sections", {})
-    return make_plan(Request(recipe(folder, **sections), nodes, gpus, device, **more))
+    return make_plan(PlanRequest(recipe(folder, **sections), nodes, gpus, device, **more))
 
 
 def cli(*arguments: object) -> Result:
@@ -95,7 +95,7 @@ def test_multi_token_prediction_by_hand() -> None:
     once = 32 * 256 * 16384 * 4
     peaks = {}
     for policy, kept in (("none", 8), ("full", 0)):
-        found = make_plan(Request("mtp-2d-k9", 1, 8, "a100-80g", overrides=(f"train.recompute.policy={policy}",)))
+        found = make_plan(PlanRequest("mtp-2d-k9", 1, 8, "a100-80g", overrides=(f"train.recompute.policy={policy}",)))
         loss = next(moment.parts for moment in found.memory.moments if moment.name == "loss")
         assert loss["logits"] == (1 + (kept == 0)) * once
         assert kept * once <= loss["heads"] < (kept + 5) * once
@@ -106,7 +106,7 @@ def test_multi_token_prediction_by_hand() -> None:
 
 
 def test_a_frozen_teacher_is_there_but_does_not_travel() -> None:
-    frozen, own = (make_plan(Request(name, 1, 8, "a100-80g")) for name in ("mirai-e-static-k3", "mirai-e-b-80"))
+    frozen, own = (make_plan(PlanRequest(name, 1, 8, "a100-80g")) for name in ("mirai-e-static-k3", "mirai-e-b-80"))
     assert frozen.memory.resting["teacher"] == own.memory.resting["teacher"] > 0
     assert "teacher, all-gather" in sent(own)
     assert "teacher, all-gather" not in sent(frozen)
@@ -114,7 +114,7 @@ def test_a_frozen_teacher_is_there_but_does_not_travel() -> None:
 
 def test_par_has_more_slots_and_a_mask() -> None:
     """259 slots; a block's kept tensors by slot, and its mask in bf16; logits are of 256."""
-    par, plain = (make_plan(Request(name, 1, 8, "a100-80g")).work for name in ("mirai-e-par-b", "mirai-e-b"))
+    par, plain = (make_plan(PlanRequest(name, 1, 8, "a100-80g")).work for name in ("mirai-e-par-b", "mirai-e-b"))
     assert par.rows == 32 * 259
     assert par.logits == plain.logits == 32 * 256 * 16384 * 4
     assert par.block() == plain.block() * 259 / 256 + 2 * 259**2
@@ -130,7 +130,7 @@ def test_recomputation_trades_activations(tmp_path: Path) -> None:
     assert sizes["every-n"] == pytest.approx((sizes["none"] + sizes["full"]) / 2)
 
 
-def sent(found: Plan) -> dict[str, float]:
+def sent(found: TrainingPlan) -> dict[str, float]:
     return {row["name"]: row["sent_bytes"] for row in found.sent}
 
 

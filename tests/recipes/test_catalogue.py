@@ -15,7 +15,7 @@ from mirai_ds.config import UserError, load, recipe_names, recipe_text
 from mirai_ds.config.load import TWIN, paper_entry, read_recipe
 from mirai_ds.config.paper_rows import TABLES, read_entry
 from mirai_ds.paper import catalogue
-from mirai_ds.paper.essence import differences, essence
+from mirai_ds.paper.comparable import comparable_config, differences
 from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_every_table_has_rows_and_no_two_recipes_are_one() -> None:
         assert len(rows) >= 2, table
         for places in ({(row.recipe, row.epochs) for row in rows}, {(row.row, row.epochs) for row in rows}):
             assert len(places) == len(rows)
-    configs = {name: essence(load(name), load(name).train.epochs) for name in PAPER}
+    configs = {name: comparable_config(load(name), load(name).train.epochs) for name in PAPER}
     for i, one in enumerate(PAPER):
         for other in PAPER[i + 1 :]:
             if load(one).train.epochs == load(other).train.epochs:
@@ -130,7 +130,9 @@ def test_numbers_that_two_recipes_share_are_of_one_run() -> None:
         for epochs, numbers in paper_entry(name).numbers.items():  # type: ignore[union-attr]
             if numbers.of is not None:
                 shared += 1
-                assert not differences(essence(load(name), epochs), essence(load(numbers.of), epochs))
+                assert not differences(
+                    comparable_config(load(name), epochs), comparable_config(load(numbers.of), epochs)
+                )
     assert shared == 3
 
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from mirai_ds.config import load
 from mirai_ds.config.deepspeed_file import read
-from mirai_ds.runs.lock import Fence
+from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
-from mirai_ds.train.nonfinite import settle
+from mirai_ds.train.nonfinite import confirm_step
 from mirai_ds.train.session import Session, build_session
 from mirai_ds.train.step import mean_over_ranks, train_step
 
@@ -35,10 +35,10 @@ def _session(run: Path, stage: int, precision: str, zero: dict[str, Any] | None 
     if zero:
         file = read(f"zero{stage}")
         config.deepspeed = {**file, "zero_optimization": file["zero_optimization"] | zero}
-    mine = [Fence.take(run).mine if rank == 0 else None]
+    mine = [RunLock.take(run).mine if rank == 0 else None]
     dist.broadcast_object_list(mine, src=0)
-    fence = Fence(run, mine[0], main=rank == 0)  # type: ignore[arg-type]
-    return build_session(config, run, World(rank, rank, world, world), torch.device("cpu"), fence, StopRequests())
+    run_lock = RunLock(run, mine[0], main=rank == 0)  # type: ignore[arg-type]
+    return build_session(config, run, World(rank, rank, world, world), torch.device("cpu"), run_lock, StopRequests())
 
 
 def _advance(session: Session, steps: int) -> tuple[list[float], list[list[int]]]:
@@ -54,13 +54,13 @@ def _advance(session: Session, steps: int) -> tuple[list[float], list[list[int]]
         samples.append([index for _, part in everyone for index in part])
         record = train_step(session, session.step)
         session.count_step()
-        record = settle(session, record)
+        record = confirm_step(session, record)
         losses.append(mean_over_ranks(record.metrics)["loss"][0])
     return losses, samples
 
 
 def _release(session: Session) -> None:
-    session.fence.release("finished")
+    session.run_lock.release("finished")
     session.engine.destroy()
     del session
     gc.collect()
@@ -71,7 +71,7 @@ def save_case(folder: str, stage: int, precision: str) -> dict[str, Any]:
     """SAVED steps (heads asleep in the first ones), a checkpoint, and STEPS more."""
     run = Path(folder)
     session = _session(run, stage, precision)
-    session.fence.settle(0, None)
+    session.run_lock.note_start(0, None)
     _advance(session, SAVED)
     session.save_checkpoint()
     losses, samples = _advance(session, STEPS)

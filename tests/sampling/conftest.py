@@ -13,7 +13,7 @@ from mirai_ds.checkpoint.llamagen import write_llamagen
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT
 from mirai_ds.runtime.distributed import World
-from mirai_ds.sampling import Request
+from mirai_ds.sampling import SamplingRequest
 from mirai_ds.tokenizer import PatchCodebook
 from tests.model import plain_gpt as plain
 
@@ -36,10 +36,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def request_of(tiny: Path, out: Path, **others: Any) -> Request:
+def request_of(tiny: Path, out: Path, **others: Any) -> SamplingRequest:
     """21 images in batches of 4."""
     files = {"source": tiny / "weights.pt", "recipe": str(tiny / "recipe.yaml"), "tokenizer": tiny / "book.npz"}
-    return Request(**{**files, "out": out, "num": 21, "batch": 4, "cfg_scale": 2.0, **others})
+    return SamplingRequest(**{**files, "out": out, "num": 21, "batch": 4, "cfg_scale": 2.0, **others})
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mirai_ds.submit import Wish, plan, read_cluster, render
+from mirai_ds.submit import SubmitOptions, plan, read_cluster, render
 from tests.slurm.conftest import cluster_file
 from tests.slurm.stubs import FakeSlurm
 
@@ -24,7 +24,7 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 def script(tmp_path: Path) -> str:
     """train.sbatch with the run folder `tmp_path`/run.  Its Python is none: PATH keeps the stubs first."""
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
-    job = plan(Wish("digits-baseline", nodes=2, run_dir=tmp_path / "run"), cluster)
+    job = plan(SubmitOptions("digits-baseline", nodes=2, run_dir=tmp_path / "run"), cluster)
     return render(job, cluster, "python", tmp_path / "x.sbatch")
 
 
@@ -145,7 +145,7 @@ def test_array_tasks_have_their_own_run(slurm: FakeSlurm, tmp_path: Path) -> Non
         f"digits-mirai-e --run-dir '{tmp_path}/the second' --set foresight.num_heads=2\n"
     )
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
-    job = plan(Wish(str(table), template="array", nodes=2, at_once=1, run_dir=tmp_path / "table"), cluster)
+    job = plan(SubmitOptions(str(table), template="array", nodes=2, at_once=1, run_dir=tmp_path / "table"), cluster)
     text = render(job, cluster, "python", tmp_path / "x.sbatch")
     assert "#SBATCH --array=0-1%1\n" in text
     slurm.set(SAY.format("finished at step 9", 0))
@@ -161,7 +161,7 @@ def test_array_tasks_have_their_own_run(slurm: FakeSlurm, tmp_path: Path) -> Non
 def test_extraction_is_requeued_at_the_warning(slurm: FakeSlurm, tmp_path: Path) -> None:
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--images", "my images", "--size", "32", "--out", "o u t")
-    job = plan(Wish("images", template="extract", nodes=2, arguments=arguments), cluster)
+    job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments), cluster)
     text = render(job, cluster, "python", tmp_path / "x.sbatch")
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do /bin/sleep 0.02; done')
     ran = slurm.run(text, send=(signal.SIGUSR1,))
@@ -179,7 +179,7 @@ def test_many_images_are_judged_when_they_are_there(
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--num", "10", "--out", "x.npz")
     judged = {"reference": Path("ref.npz"), "inception": Path("i.pth")}
-    job = plan(Wish("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
+    job = plan(SubmitOptions("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
     slurm.set(ranks)
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
     drawing = ["python", "-m", "mirai_ds", "sample", "runs/x", *arguments]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mirai_ds.cli.main import main
 from mirai_ds.config import UserError
-from mirai_ds.submit import Cluster, Job, Wish, plan, read_cluster, render, write_script
+from mirai_ds.submit import SlurmCluster, SlurmJob, SubmitOptions, plan, read_cluster, render, write_script
 from mirai_ds.submit.cluster import shipped_clusters
 from mirai_ds.submit.job import TEMPLATES
 from mirai_ds.submit.values import seconds
@@ -36,9 +36,9 @@ PATTERNED = ["name", "time", "partition", "account", "qos", "constraint", "depen
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def script_of(cluster: Cluster | None = None, **wish: Any) -> str:
-    cluster = cluster or Cluster(gpus_per_node=4, python="python")
-    job = plan(Wish(**{"recipe": "digits-baseline", "nodes": 2, **wish}), cluster)
+def script_of(cluster: SlurmCluster | None = None, **options: Any) -> str:
+    cluster = cluster or SlurmCluster(gpus_per_node=4, python="python")
+    job = plan(SubmitOptions(**{"recipe": "digits-baseline", "nodes": 2, **options}), cluster)
     return render(job, cluster, "python", Path("/runs/x/jobs/x.sbatch"))
 
 
@@ -69,7 +69,7 @@ def test_directives() -> None:
 
 
 def test_what_a_cluster_file_changes() -> None:
-    cluster = Cluster(
+    cluster = SlurmCluster(
         gpus_per_node=8, gpu_request="gres", gpu_type="a100", exclusive=True, memory="400G", cpus_per_rank=6,
         network_interface="ib0", environment={"NCCL_IB_HCA": "mlx5; x"}, setup=["module load cuda/12.8"],
         signal_seconds=600, time="48:00:00", partition="big", python="/shared/venv/bin/python",
@@ -81,7 +81,7 @@ def test_what_a_cluster_file_changes() -> None:
     assert {"--cpus-per-task=6", "--signal=B:USR1@600", "--time=48:00:00", "--partition=big"} < set(found)
     text = script_of(cluster)
     assert "\nmodule load cuda/12.8\nexport NCCL_IB_HCA='mlx5; x'\nexport NCCL_SOCKET_IFNAME=ib0\n" in text
-    cpu = script_of(Cluster(gpus_per_node=0, ranks_per_node=2, exclusive=False))
+    cpu = script_of(SlurmCluster(gpus_per_node=0, ranks_per_node=2, exclusive=False))
     assert "--ntasks-per-node=2" in directives(cpu)
     assert "gpu" not in "".join(directives(cpu))
     assert "export DS_ACCELERATOR=cpu" in cpu
@@ -111,8 +111,8 @@ def test_every_template(template: Any, nodes: int, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("option", [("--num", "50000"), ("--num-images=50000",)])
 def test_many_images_take_all_ranks_and_are_judged(option: tuple[str, ...]) -> None:
-    wish = {"template": "sample_evaluate", "recipe": "runs/my run", "nodes": 2}
-    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **wish)
+    options = {"template": "sample_evaluate", "recipe": "runs/my run", "nodes": 2}
+    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **options)
     assert_is_bash(text)
     found = directives(text)
     assert {"--nodes=2", "--ntasks-per-node=8", "--requeue", "--signal=B:USR1@300"} <= set(found)
@@ -120,7 +120,7 @@ def test_many_images_take_all_ranks_and_are_judged(option: tuple[str, ...]) -> N
     assert f"mirai_ds sample 'runs/my run' {shlex.join(option)} --out 'a b.npz')" in text
     assert "evaluate=()" in text
     judged = {"reference": Path("VIRTUAL ref.npz"), "inception": Path("inception.pth")}
-    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **wish, **judged)
+    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **options, **judged)
     command = "evaluate 'a b.npz' 'VIRTUAL ref.npz' --weights inception.pth --json 'a b.scores.json')"
     assert f"-m mirai_ds {command}" in text
 
@@ -149,11 +149,11 @@ def test_values_of_sbatch_lines(field: str, value: str) -> None:
 @pytest.mark.parametrize("field", ["recipe", "overrides", "deepspeed", "run_dir", "cluster", "name"])
 def test_line_breaks_are_refused(field: str, character: str) -> None:
     value = f"x{character}touch pwned"
-    wish = {field: (value,) if field == "overrides" else Path(value) if field == "run_dir" else value}
+    options = {field: (value,) if field == "overrides" else Path(value) if field == "run_dir" else value}
     if field == "cluster":
         one_line(lambda: read_cluster(value), "U+")
     else:
-        one_line(lambda: script_of(**wish))
+        one_line(lambda: script_of(**options))
 
 
 @QUICK
@@ -192,7 +192,7 @@ def test_ranks_get_what_was_given(run_dir: str, path: str, tmp_path_factory: pyt
 @given(value=st.text(max_size=20))
 def test_a_cluster_files_variables_are_quoted(value: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     try:
-        cluster = Cluster(gpus_per_node=0, ranks_per_node=1, environment={"SITE_VALUE": value}, python="python")
+        cluster = SlurmCluster(gpus_per_node=0, ranks_per_node=1, environment={"SITE_VALUE": value}, python="python")
     except ValueError:
         assert any(not character.isprintable() for character in value)
         return
@@ -228,13 +228,13 @@ def test_mistakes_in_cluster_files(text: str, parts: list[str], tmp_path: Path) 
 
 def test_shipped_clusters_are_valid() -> None:
     assert shipped_clusters() == ["a100"]
-    assert read_cluster("a100") == Cluster()  # the file says what the defaults are
+    assert read_cluster("a100") == SlurmCluster()  # the file says what the defaults are
     one_line(lambda: read_cluster("b200"), "b200", "a100")
     one_line(lambda: read_cluster("/none.yaml"), "/none.yaml", "cannot be read")
 
 
 @pytest.mark.parametrize(
-    ("wish", "parts"),
+    ("options", "parts"),
     [
         ({"time": "24:00"}, ["time = '24:00'", "24 minutes"]),
         ({"time": "0:05:00"}, ["time = '0:05:00'", "330 s"]),
@@ -275,8 +275,8 @@ def test_shipped_clusters_are_valid() -> None:
         ({"template": "array", "recipe": "/none.txt"}, ["/none.txt"]),
     ],
 )
-def test_mistakes_before_anything_is_submitted(wish: dict[str, Any], parts: list[str]) -> None:
-    one_line(lambda: script_of(**wish), *parts)
+def test_mistakes_before_anything_is_submitted(options: dict[str, Any], parts: list[str]) -> None:
+    one_line(lambda: script_of(**options), *parts)
 
 
 @pytest.mark.parametrize(
@@ -308,4 +308,4 @@ def test_a_finished_run_is_not_submitted(tmp_path: Path) -> None:
 
 
 def test_a_job_needs_no_world_of_its_own() -> None:
-    assert Job(nodes=4, ranks_per_node=8).world_size == 32
+    assert SlurmJob(nodes=4, ranks_per_node=8).world_size == 32

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mirai_ds.submit import Wish, plan, read_cluster, render
+from mirai_ds.submit import SubmitOptions, plan, read_cluster, render
 from tests.slurm.conftest import cluster_file
 from tests.slurm.stubs import FakeSlurm
 
@@ -43,7 +43,7 @@ def test_verdict(setting: str, code: int, last: str, tmp_path: Path, monkeypatch
     trainer.write_text(TRAINER)
     trainer.chmod(0o755)
     cluster = read_cluster(cluster_file(tmp_path, more=f"python: {trainer}\n"))
-    job = plan(Wish("digits-mirai-e", template="smoke", nodes=2, run_dir=run), cluster)
+    job = plan(SubmitOptions("digits-mirai-e", template="smoke", nodes=2, run_dir=run), cluster)
     slurm = FakeSlurm(tmp_path / "stub")
     if setting:
         monkeypatch.setenv(*setting.split("="))

@@ -15,9 +15,9 @@ from mirai_ds.study.arms import (
     ARMS,
     BASELINE,
     STUDIES,
-    Arm,
     Planned,
     Study,
+    StudyArm,
     choose_arms,
     find_study,
     planned_runs,
@@ -157,7 +157,7 @@ def test_a_run_that_was_under_way_is_resumed(tiny: Study, tmp_path: Path, monkey
 
 
 def test_a_folder_of_another_run(tiny: Study, tmp_path: Path) -> None:
-    planned, other = Planned(ARMS[0], 0), Arm(BASELINE, "another rate", ("optimizer.lr=1e-5",))
+    planned, other = Planned(ARMS[0], 0), StudyArm(BASELINE, "another rate", ("optimizer.lr=1e-5",))
     run = running.runs_folder(tmp_path, planned)
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump(run_config(tiny, other, 0, tmp_path)), encoding="utf-8")

@@ -16,7 +16,7 @@ class CheckpointHook(Hook):
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At the interval; the loop looks at the last step anyway."""
         every = session.config.checkpoint.every_steps
         return every is not None and session.step % every == 0
@@ -26,7 +26,7 @@ class CheckpointHook(Hook):
         config, saver = session.config.checkpoint, session.saver
         in_flight, stalled = saver.in_flight, saver.stall_seconds
         last = session.step == session.total_steps
-        due = self.looks(session)
+        due = self.needs_sync(session)
         try:
             saver.poll(session.facts.written)
             if due or (config.at_end and last):

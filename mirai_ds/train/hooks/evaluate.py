@@ -42,14 +42,14 @@ class EvaluateHook(Hook):
         if session.step == 0 and session.config.evaluate.every_steps:
             self._evaluate(session)
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At the interval."""
         every = session.config.evaluate.every_steps
         return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Measure at the interval."""
-        if self.looks(session):
+        if self.needs_sync(session):
             self._evaluate(session)
 
     def on_end(self, session: Session) -> None:

@@ -12,7 +12,7 @@ from mirai_ds.config import dump
 from mirai_ds.foresight import offsets
 from mirai_ds.planning.flops import training_flops
 from mirai_ds.tracking.sinks import JsonLines, TensorBoard
-from mirai_ds.train.hooks.progress import Progress
+from mirai_ds.train.hooks.progress import TrainingProgress
 from mirai_ds.train.loop import Hook
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, mean_over_ranks
@@ -46,9 +46,9 @@ class Sinks:
             self.board.scalars(values, session.step)
 
     def scalars(self, values: dict[str, float], session: Session) -> None:
-        """Write named scalars of the current step.  Raises FencedError when another start holds the run."""
+        """Write named scalars of the current step.  Raises RunTakenOverError when another start holds the run."""
         if self.jsonl is not None:
-            session.fence.check()
+            session.run_lock.check()
             epoch = session.step / session.order.steps_per_epoch
             self.jsonl.write({"step": session.step, "epoch": round(epoch, 6), **values})
         if self.board is not None:
@@ -72,7 +72,7 @@ class LogHook(Hook):
         self.sinks = sinks
         self._since, self._step = 0.0, 0
         self._flops_done = 0.0
-        self.progress: Progress | None = None
+        self.progress: TrainingProgress | None = None
 
     def on_start(self, session: Session) -> None:
         """Open the sinks, describe the run."""
@@ -84,11 +84,11 @@ class LogHook(Hook):
         if session.is_main:
             for note in session.notes:
                 print(f"mirai-ds: {note}", flush=True)
-            self.progress = Progress(
+            self.progress = TrainingProgress(
                 session.config.name, session.step, session.total_steps, session.config.logging.progress
             )
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At the interval and at the last step."""
         return session.step % session.config.logging.every_steps == 0 or session.step == session.total_steps
 
@@ -97,7 +97,7 @@ class LogHook(Hook):
         feature_dim = session.teacher.feature_dim if session.teacher else 0
         per_image = training_flops(session.config.model, session.config.foresight, feature_dim, record.aligned)
         self._flops_done += per_image * session.config.train.global_batch_size
-        if not self.looks(session):
+        if not self.needs_sync(session):
             return
         values = self._values(session, record)
         self.sinks.scalars(values, session)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 
-class Progress:
+class TrainingProgress:
     """Step, loss, learning rate, images/s and time left."""
 
     def __init__(self, name: str, step: int, total: int, enabled: bool) -> None:

@@ -64,14 +64,14 @@ class QualityHook(Hook):
         _check(config, network, reference)
         self._network, self._reference = network, reference
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At the interval."""
         epochs = session.config.quality.every_epochs
         return epochs is not None and session.step % max(1, round(epochs * session.order.steps_per_epoch)) == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Measure at the interval."""
-        if self.looks(session):
+        if self.needs_sync(session):
             self._measure(session)
 
     def on_rewind(self, session: Session) -> None:

@@ -38,7 +38,7 @@ class ReportHook(Hook):
         self.sinks = sinks
         self._began = time.monotonic()
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """Only at the end."""
         return False
 

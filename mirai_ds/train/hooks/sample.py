@@ -37,14 +37,14 @@ class SampleHook(Hook):
         self.sinks = sinks
         self._done = -1
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At the interval."""
         every = session.config.sampling.every_steps
         return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Draw at the interval."""
-        if self.looks(session):
+        if self.needs_sync(session):
             self._draw(session)
 
     def on_rewind(self, session: Session) -> None:

@@ -28,7 +28,7 @@ class SpikeHook(Hook):
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """At each loss, unless it is off."""
         return session.config.guard.spike.action != "off"
 

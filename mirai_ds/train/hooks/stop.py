@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirai_ds.runs.lock import FencedError
+from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runtime.control import Facts
 from mirai_ds.runtime.signals import REQUEUE
 from mirai_ds.train.loop import Hook
@@ -15,9 +15,9 @@ class StopHook(Hook):
 
     def on_start(self, session: Session) -> None:
         """A request from the time of building; there is nothing new to save."""
-        self._obey(session, session.control.now(Facts(session.stop.poll(), lost=session.fence.lost)))
+        self._obey(session, session.control.now(Facts(session.stop.poll(), lost=session.run_lock.lost)))
 
-    def looks(self, session: Session) -> bool:
+    def needs_sync(self, session: Session) -> bool:
         """When it is time to save and leave."""
         return bool(session.facts.stop) or session.facts.lost
 
@@ -27,8 +27,8 @@ class StopHook(Hook):
 
     def _obey(self, session: Session, facts: Facts) -> None:
         if facts.lost:
-            session.fence.check()  # says by whom
-            raise FencedError(f"{session.run}: was taken over by another start; nothing more is written")
+            session.run_lock.check()  # says by whom
+            raise RunTakenOverError(f"{session.run}: was taken over by another start; nothing more is written")
         if not facts.stop:
             return
         session.stop.obeyed = True

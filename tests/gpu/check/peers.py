@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.benchmarks.arms import Arm, Workers
+from mirai_ds.benchmarks.arms import BenchArm, Workers
 from tests.gpu.check.native_rows import Row, one
 
 PEER = "tests.gpu.check.peer_loops"
@@ -36,7 +36,7 @@ GROUPS = {
 TURNS, STEPS, PROFILED, WARM_UP = 3, 15, 3, 6
 
 
-def arms(folder: Path, size: str, batch: int, method: str, more: list[str]) -> list[Arm]:
+def arms(folder: Path, size: str, batch: int, method: str, more: list[str]) -> list[BenchArm]:
     """Theirs, compiled and eager, then ours; `more` are settings of ours."""
     recipe = RECIPES[method].format(size.removeprefix("GPT-").lower())
     given = [f"train.global_batch_size={batch}", "train.grad_accum_steps=1", "train.precision=bf16-autocast"]
@@ -45,13 +45,13 @@ def arms(folder: Path, size: str, batch: int, method: str, more: list[str]) -> l
     whose = "LlamaGen's loop" if method == "none" else "authors' loop"
     common = {"folder": str(folder), "owner": owner, "size": size, "batch": batch}
     theirs = [
-        Arm(f"{whose}, {told}", recipe, gpus=1, threads=2, module=PEER, settings=common | {"compiled": compiled})
+        BenchArm(f"{whose}, {told}", recipe, gpus=1, threads=2, module=PEER, settings=common | {"compiled": compiled})
         for told, compiled in (("compiled as they do", True), ("eager", False))
     ]
-    return theirs + [Arm(name, recipe, [*given, *sets, *more], gpus=1, threads=2) for name, sets in OURS.items()]
+    return theirs + [BenchArm(name, recipe, [*given, *sets, *more], gpus=1, threads=2) for name, sets in OURS.items()]
 
 
-def prepared(arm: Arm) -> Workers | None:
+def prepared(arm: BenchArm) -> Workers | None:
     """Built and warm; None where it cannot be: the others race without it."""
     workers = Workers(arm)
     try:
@@ -72,7 +72,7 @@ def asked(workers: Workers, command: str) -> dict[str, Any]:
         return {}
 
 
-def race(entries: list[Arm], turns: int, steps: int, profiled: int) -> Iterator[tuple[Arm, dict[str, Any]]]:
+def race(entries: list[BenchArm], turns: int, steps: int, profiled: int) -> Iterator[tuple[BenchArm, dict[str, Any]]]:
     """Each arm with its median seconds a step, what the device did and its peak memory; all are built at once."""
     with ThreadPoolExecutor(len(entries)) as pool:
         built = list(pool.map(prepared, entries))
@@ -93,7 +93,7 @@ def race(entries: list[Arm], turns: int, steps: int, profiled: int) -> Iterator[
                 workers.close()
 
 
-def rows(arm: Arm, found: dict[str, Any], size: str, batch: int, method: str) -> Iterator[Row]:
+def rows(arm: BenchArm, found: dict[str, Any], size: str, batch: int, method: str) -> Iterator[Row]:
     """In the form of the results."""
     about = {"model": size, "method": method, "batch": str(batch), "precision": "bf16-autocast", "variant": arm.name}
     yield one("train step", "step", f"{1e3 * found['seconds']:.4g}", "ms", **about)

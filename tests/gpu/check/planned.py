@@ -8,7 +8,7 @@ import sys
 
 from mirai_ds.config import UserError
 from mirai_ds.planning.devices import DEVICES
-from mirai_ds.planning.plan import Request, make_plan
+from mirai_ds.planning.plan import PlanRequest, make_plan
 from tests.gpu.check.native_rows import Row, one
 from tests.gpu.check.slices import SIZES
 
@@ -34,7 +34,7 @@ def rows(device: str) -> list[Row]:
                 settings = (f"train.global_batch_size={batch}", "train.grad_accum_steps=1",
                             "train.precision=bf16-autocast", f"train.compile={compiled}")  # fmt: skip
                 name = recipe.format(size.removeprefix("GPT-").lower())
-                plan = make_plan(Request(name, 1, 1, device, file, overrides=settings), other_choices=False)
+                plan = make_plan(PlanRequest(name, 1, 1, device, file, overrides=settings), other_choices=False)
                 about = {"model": size, "method": method, "batch": str(batch), "precision": "bf16-autocast",
                          "variant": arm}  # fmt: skip
                 memory = f"{plan.memory.peak.total / 1e9:.2f}"

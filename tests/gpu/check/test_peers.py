@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mirai_ds.benchmarks.arms import Arm
+from mirai_ds.benchmarks.arms import BenchArm
 from mirai_ds.benchmarks.device_time import busy, kind_of
 from tests.gpu.check.peer_training import last, last_speed
 from tests.gpu.check.peers import GROUPS, OURS, WARM_UP, arms, race, rows
@@ -16,9 +16,9 @@ STUB = "tests.gpu.check.told_arm"
 PROFILE = {"busy_ms": 22.6, "launches": 1500.0, "kinds": {"attention": 1.4}}
 
 
-def arm(name: str, seconds: float, **settings: Any) -> Arm:
+def arm(name: str, seconds: float, **settings: Any) -> BenchArm:
     answers = {"run": {"seconds": seconds}, "profile": PROFILE, "memory": {"peak": 6.5e9}}
-    return Arm(name, "", module=STUB, settings={"answers": answers, **settings})
+    return BenchArm(name, "", module=STUB, settings={"answers": answers, **settings})
 
 
 def test_each_arm_has_its_time_and_a_dead_one_stops_no_other(capfd: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ _FORESIGHT_LEFT_OUT = {
 _ENCODER_LEFT_OUT = {"weights", "pretrained", "compile"}
 
 
-def essence(config: RunConfig, epochs: float) -> dict[str, Any]:
+def comparable_config(config: RunConfig, epochs: float) -> dict[str, Any]:
     """Named values that must agree for two runs to be the same run up to `epochs`."""
     found: dict[str, Any] = {"data.source": config.data.source}
     for section in _SECTIONS:

@@ -13,38 +13,38 @@ import pytest
 
 from mirai_ds.checkpoint import store
 from mirai_ds.config import UserError
-from mirai_ds.runs import lock as fence
-from mirai_ds.runs.lock import Fence, FencedError, Incarnation, living_until, starts_without_progress
+from mirai_ds.runs import lock
+from mirai_ds.runs.lock import Attempt, RunLock, RunTakenOverError, starts_without_progress, valid_attempts
 from tests.fault.faulty_ranks import curve, run_ranks, start_ranks, wait_for
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 
 
 def elsewhere(run: Path, **changes: Any) -> None:
     """Make the last start one of another node."""
-    last = fence.read_all(run)[-1]
+    last = lock.read_all(run)[-1]
     other = replace(last, **{"host": "node7", "space": "another boot", "pid": 1, **changes})
-    fence.path_of(run, last.number).write_text(json.dumps(asdict(other)))
+    lock.path_of(run, last.number).write_text(json.dumps(asdict(other)))
 
 
 def test_a_second_start_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    first = Fence.take(tmp_path)
+    first = RunLock.take(tmp_path)
     with pytest.raises(UserError, match=r"is being trained by start 1 \(host .*touch .*/stop"):
-        Fence.take(tmp_path)
+        RunLock.take(tmp_path)
     first.release("stopped by hand")
-    second = Fence.take(tmp_path)
+    second = RunLock.take(tmp_path)
     assert second.mine.number == 2
-    with pytest.raises(FencedError, match=r"was taken over by start 2 .*this is start 1"):
+    with pytest.raises(RunTakenOverError, match=r"was taken over by start 2 .*this is start 1"):
         first.check()
     second.check()
 
 
 def test_a_holder_on_another_node_is_known_by_its_heartbeat(tmp_path: Path) -> None:
     """No clocks: it either beats or it does not."""
-    first = Fence.take(tmp_path)
+    first = RunLock.take(tmp_path)
     elsewhere(tmp_path, id=first.mine.id)
-    beat = tmp_path / fence.FOLDER / fence.HEARTBEAT
+    beat = tmp_path / lock.FOLDER / lock.HEARTBEAT
     began = time.monotonic()
-    second = Fence.take(tmp_path, patience=0.6)
+    second = RunLock.take(tmp_path, patience=0.6)
     assert time.monotonic() - began >= 0.6
     assert second.mine.number == 2
     elsewhere(tmp_path)
@@ -55,7 +55,7 @@ def test_a_holder_on_another_node_is_known_by_its_heartbeat(tmp_path: Path) -> N
     thread = threading.Thread(target=lambda: [beat.write_text(f"2 {i}") or done.wait(0.05) for i in range(40)])
     thread.start()
     with pytest.raises(UserError, match=r"is being trained by start 2 \(host node7"):
-        Fence.take(tmp_path, patience=5)
+        RunLock.take(tmp_path, patience=5)
     done.set()
     thread.join()
 
@@ -63,11 +63,11 @@ def test_a_holder_on_another_node_is_known_by_its_heartbeat(tmp_path: Path) -> N
 def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own earlier start may still be alive on a node whose daemon died."""
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    first = Fence.take(tmp_path)
+    first = RunLock.take(tmp_path)
     first.watch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     began = time.monotonic()
-    second = Fence.take(tmp_path)
+    second = RunLock.take(tmp_path)
     assert time.monotonic() - began < 5
     assert (second.mine.job, second.mine.restart) == ("41", 1)
     until = time.monotonic() + 10
@@ -78,40 +78,40 @@ def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_of_two_that_start_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loser saw no holder; the file is created exclusively."""
-    monkeypatch.setattr(fence, "check_free", lambda run, patience: None)
-    monkeypatch.setattr(fence, "read_all", lambda run: [])
-    Fence.take(tmp_path)
+    monkeypatch.setattr(lock, "check_free", lambda run, patience: None)
+    monkeypatch.setattr(lock, "read_all", lambda run: [])
+    RunLock.take(tmp_path)
     with pytest.raises(UserError, match="another job is starting in it at this moment"):
-        Fence.take(tmp_path)
+        RunLock.take(tmp_path)
 
 
 def test_a_folder_that_is_another_runs_now(tmp_path: Path) -> None:
     """--fresh set the run aside while an old rank was still alive."""
-    first = Fence.take(tmp_path / "run")
+    first = RunLock.take(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "run.old-1")
-    with pytest.raises(FencedError, match="its files are gone"):
+    with pytest.raises(RunTakenOverError, match="its files are gone"):
         first.check()
-    Fence.take(tmp_path / "run")
-    with pytest.raises(FencedError, match="was taken over by start 1"):
+    RunLock.take(tmp_path / "run")
+    with pytest.raises(RunTakenOverError, match="was taken over by start 1"):
         first.check()
 
 
-def start(number: int, after: int | None, parent: int | None = None, ended: str | None = None) -> Incarnation:
-    return Incarnation(number, str(number), "h", "", 0, "", "", 0, 0.0, after, parent, ended)
+def start(number: int, after: int | None, parent: int | None = None, ended: str | None = None) -> Attempt:
+    return Attempt(number, str(number), "h", "", 0, "", "", 0, 0.0, after, parent, ended)
 
 
 def test_what_the_run_still_builds_upon() -> None:
     inf = float("inf")
-    assert living_until([]) == {}
-    assert living_until([start(1, None)]) == {}
-    assert living_until([start(1, 0)]) == {1: inf}
-    assert living_until([start(1, 0), start(2, 40, 1)]) == {2: inf, 1: 40}
-    assert living_until([start(1, 0), start(2, 40, 1), start(3, None)]) == {2: inf, 1: 40}  # 3 never began
-    assert living_until([start(1, 0), start(2, 40, 1), start(3, 20, 1)]) == {3: inf, 1: 20}  # 2 left behind
-    assert living_until([start(1, 0), start(2, 40, 1), start(3, 80, 1)]) == {3: inf, 1: 80}  # and taken up again
-    assert living_until([start(1, 0), start(2, 40, 1), start(3, 60, 2)]) == {3: inf, 2: 60, 1: 40}
-    assert living_until([start(1, 0), start(2, 0)]) == {2: inf}  # began anew
-    assert living_until([start(1, 30, 0)]) == {1: inf, 0: 30}  # checkpoints from before there were fences
+    assert valid_attempts([]) == {}
+    assert valid_attempts([start(1, None)]) == {}
+    assert valid_attempts([start(1, 0)]) == {1: inf}
+    assert valid_attempts([start(1, 0), start(2, 40, 1)]) == {2: inf, 1: 40}
+    assert valid_attempts([start(1, 0), start(2, 40, 1), start(3, None)]) == {2: inf, 1: 40}  # 3 never began
+    assert valid_attempts([start(1, 0), start(2, 40, 1), start(3, 20, 1)]) == {3: inf, 1: 20}  # 2 left behind
+    assert valid_attempts([start(1, 0), start(2, 40, 1), start(3, 80, 1)]) == {3: inf, 1: 80}  # and taken up again
+    assert valid_attempts([start(1, 0), start(2, 40, 1), start(3, 60, 2)]) == {3: inf, 2: 60, 1: 40}
+    assert valid_attempts([start(1, 0), start(2, 0)]) == {2: inf}  # began anew
+    assert valid_attempts([start(1, 30, 0)]) == {1: inf, 0: 30}  # checkpoints from before there were fences
 
 
 def test_deaths_without_progress_are_counted() -> None:
