@@ -5,7 +5,7 @@ one run, with the memory settings of training.  `eager` is the reference; `compi
 written for it (the mask on the cosines, where the reference has it on the states too, for slots that are not finite,
 and checks its arguments); `copy` moves the fewest bytes the task allows: `projected` and the target read once, the
 gradient written once.
-Rows go to a CSV file with device, date, versions and command; `--table` prints the README's table from such rows.
+Rows go to a CSV file with device, date, versions and command; `--table` prints the table of docs/kernels.md from them.
 """
 
 from __future__ import annotations
