@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+QUICK := tests/architecture tests/config tests/data tests/foresight tests/model tests/tokenizer tests/planning tests/recipes
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
+.PHONY: help install demo test test-quick test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
 	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
 
 help: ## list the targets
@@ -27,6 +29,9 @@ demo: $(STAMP) ## train Mirai-E on real digits with 2 ranks, draw, judge: under 
 
 test: $(STAMP) ## the whole fast suite, two tests at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-quick: $(STAMP) ## what to run while working: two minutes; no ranks, no engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q $(QUICK)
 
 test-matrix: $(STAMP) ## the long matrices: gradients and losses over layouts, whole runs
 	$(BIN)/python -m pytest -m matrix

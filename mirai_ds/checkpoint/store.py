@@ -17,6 +17,7 @@ FORMAT = 1
 START_FILES = frozenset(
     {
         "config.yaml",
+        "log.txt",
         "deepspeed.json",
         "environment.json",
         "starts.jsonl",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.disk import write_whole
+from mirai_ds.runtime.log import LOG, start_log
 from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
@@ -109,6 +110,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
         f"--master_port={free_port()}", "--log_level=critical", "--no_local_rank", "--module", module, *arguments,
     ]  # fmt: skip
+    start_log()
     if stop_file is not None:
         stop_file.unlink(missing_ok=True)
     env = {**launch_environment(ranks, gpus), PARENT: "1"}
@@ -126,7 +128,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
             name = signal.Signals(number).name
             stop_file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(stop_file, f"{'stop' if number == signal.SIGINT else 'requeue'} {name}")
-            print(f"mirai-ds: {name}: stops after this step and saves; once more ends it now", flush=True)
+            LOG.info("%s: stops after this step and saves; once more ends it now", name)
         elif time.monotonic() - asked[0] > SAME_EVENT_SECONDS:
             process.send_signal(signal.SIGTERM)
 

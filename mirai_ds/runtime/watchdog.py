@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 # Python's own thread cannot run while C code holds the interpreter's lock; faulthandler's needs no interpreter.
+from mirai_ds.runtime.log import LOG
+
 BACKUP_SECONDS = 30.0
 # Whoever leaves first makes launchers kill the others: wait for their stacks.
 PEERS_SECONDS = 10.0
@@ -93,9 +94,9 @@ class Watchdog:
             while len(list(self.folder.glob("rank-*.txt"))) < self.world and time.monotonic() < until:
                 time.sleep(0.1)
         except OSError as error:
-            print(f"mirai-ds: {text}; its stacks could not be written: {error}", file=sys.stderr, flush=True)
+            LOG.error("%s; its stacks could not be written: %s", text, error)
             faulthandler.dump_traceback(all_threads=True)
-        print(f"mirai-ds: error: {text}; stacks of all ranks are in {self.folder}", file=sys.stderr, flush=True)
+        LOG.error("%s; stacks of all ranks are in %s", text, self.folder)
         self._on_hang(text)
         os._exit(75)
 

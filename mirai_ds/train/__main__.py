@@ -20,6 +20,7 @@ from mirai_ds.config.errors import LocalError
 from mirai_ds.runs.lock import RunLock, RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import World, read_world
+from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
 from mirai_ds.runtime.signals import STOP, StopRequests
 from mirai_ds.train.options import TrainOptions, train_options
 
@@ -32,7 +33,7 @@ def set_aside(run: Path) -> None:
     while (aside := run.with_name(f"{run.name}.old-{number}")).exists():
         number += 1
     run.rename(aside)
-    print(f"mirai-ds: set the earlier run aside as {aside}", flush=True)
+    LOG.info("set the earlier run aside as %s", aside)
 
 
 # What no restart mends: no room, no right to write.
@@ -54,7 +55,7 @@ class RankStartup:
         """End this process wherever it is; the earlier checkpoints are whole."""
         verdict: Verdict = "stopped" if self.stop.kind == STOP else "requeue"
         self.outcome.write_in_time(verdict, reason)
-        print(f"mirai-ds: {reason}; the last checkpoint stands", file=sys.stderr, flush=True)
+        LOG.error("%s; the last checkpoint stands", reason)
         os._exit(EXIT_CODES[verdict])
 
     def train(self, config: RunConfig, run: Path, resume: str | None, fresh: bool) -> tuple[str, str]:
@@ -79,10 +80,9 @@ class RankStartup:
         )
         self.run_lock = run_lock
         self._stand_guard(config, run, run_lock)
-        if kernel is not None and self.world.rank == 0:
-            print(
-                f"mirai-ds: alignment loss: {kernel} kernel (foresight.kernel: {config.foresight.kernel})", flush=True
-            )
+        log_into(run, self.world.rank)
+        if kernel is not None:
+            LOG.info("alignment loss: %s kernel (foresight.kernel: %s)", kernel, config.foresight.kernel)
         session = self._session(config, run, device, run_lock, resume)
         sinks = Sinks()
         try:
@@ -99,7 +99,7 @@ class RankStartup:
             run_lock.release(f"{verdict} {reason}")
             self.outcome.write(verdict, reason)
             if verdict != "finished":
-                print(f"mirai-ds: {verdict}: {reason}", flush=True)
+                LOG.info("%s: %s", verdict, reason)
         session.control.barrier()
         return verdict, reason
 
@@ -142,6 +142,7 @@ def main(options: TrainOptions) -> None:
 def run_rank(options: TrainOptions) -> None:
     """Exit code 2 and one line for a mistake of the user, 75 to be started again, 1 for anything unforeseen."""
     world = read_world() or World(0, 0, 1, 1)
+    start_log(world.rank)
     start = RankStartup(world)
     start.stop.install()
     if world.rank == 0:
@@ -176,10 +177,11 @@ def crash(start: RankStartup, error: BaseException) -> NoReturn:
     """Leave with the reason, to be started again."""
     rank = start.world.rank
     if lost_a_peer(error):
-        print(f"mirai-ds: error: rank {rank}: another rank is gone ({error})", file=sys.stderr, flush=True)
+        LOG.error("rank %d: another rank is gone (%s)", rank, error)
         start.outcome.write("requeue", f"rank {rank} lost another rank")
     else:
         traceback.print_exception(error)
+        log_crash(error)
         start.outcome.write("requeue", f"crashed: rank {rank}: {type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -197,7 +199,7 @@ def lost_a_peer(error: BaseException) -> bool:
 
 def _say_and_leave(error: UserError, world: World) -> None:
     if world.rank == 0 or isinstance(error, (LocalError, RunTakenOverError)):
-        print(f"mirai-ds: error: {error}", file=sys.stderr, flush=True)
+        LOG.error("%s", error)
     else:
         time.sleep(2)  # the launcher ends everybody at the first exit: let rank 0 speak
     sys.stdout.flush()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mirai_ds.config import UserError
 from mirai_ds.engine.compiled import eager
 from mirai_ds.runtime.disk import write_whole
+from mirai_ds.runtime.log import LOG
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, train_step
 
@@ -60,7 +61,7 @@ def _handle_skipped_step(session: Session, step: int) -> StepRecord:
     record, findings = _examine(session, step)
     record.applied = session.engine.confirm_updates() == 0
     if record.applied:
-        _tell(session, f"step {step + 1}: not finite, but finite when repeated: a fault of a device or of memory")
+        LOG.warning("step %d: not finite, but finite when repeated: a fault of a device or of memory", step + 1)
         return record
     memory = session.memory.setdefault("nonfinite", {"in_a_row": 0, "last": -1, "states": 0})
     memory["in_a_row"] = memory["in_a_row"] + 1 if memory.get("last", -1) == step - 1 else 1
@@ -73,13 +74,8 @@ def _handle_skipped_step(session: Session, step: int) -> StepRecord:
     text = f"step {step + 1}: {first}; no update was applied; see {folder}"
     if memory["in_a_row"] > allowed:
         raise UserError(f"{text}; {memory['in_a_row']} in a row, guard.nonfinite_skips = {allowed}")
-    _tell(session, f"{text}; skipped")
+    LOG.warning("%s; skipped", text)
     return record
-
-
-def _tell(session: Session, text: str) -> None:
-    if session.is_main:
-        print(f"mirai-ds: warning: {text}", flush=True)
 
 
 def _first(findings: list[Finding]) -> str:
@@ -206,7 +202,7 @@ def _save(session: Session, step: int, record: StepRecord, findings: list[Findin
     if keep_state and not problems:
         problems = session.saver.save_aside(folder / "state", session.describe_state(), session.take)
     if problems:
-        _tell(session, f"{folder} could not be written ({problems[0]})")
+        LOG.warning("%s could not be written (%s)", folder, problems[0])
     return folder
 
 

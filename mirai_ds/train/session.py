@@ -33,6 +33,7 @@ from mirai_ds.runs.outcome import Verdict
 from mirai_ds.runtime.control import Control, Facts
 from mirai_ds.runtime.distributed import World, repeatable_cublas
 from mirai_ds.runtime.environment import code_version
+from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.agree import on_every_rank
 from mirai_ds.train.teacher import build_teacher
@@ -158,8 +159,8 @@ class Session:
         self.saver.finish()
         seen = self.step
         _, info, skipped = self._load("auto")
-        if self.is_main and skipped:
-            print("\n".join(f"mirai-ds: {note}" for note in skipped), flush=True)
+        for note in skipped:
+            LOG.info("%s", note)
         if skip_batches:
             self.batch_offset += seen - info.step
         if self.is_main:

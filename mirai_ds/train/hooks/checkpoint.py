@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mirai_ds.checkpoint.saver import SaveError
+from mirai_ds.runtime.log import LOG
 from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.loop import Hook
 from mirai_ds.train.session import Session
@@ -37,8 +38,7 @@ class CheckpointHook(Hook):
             session.saved_step = -1
             if config.on_failure == "stop":
                 raise
-            if session.is_main:
-                print(f"mirai-ds: warning: {error}; trying again at the next one", flush=True)
+            LOG.warning("%s; trying again at the next one", error)
         if due or (in_flight >= 0 and saver.in_flight != in_flight):
             values = {"checkpoint/stall_s": saver.stall_seconds - stalled, "checkpoint/write_s": saver.write_seconds}
             self.sinks.machine(values, session)

@@ -11,6 +11,7 @@ import torch
 from mirai_ds.config import dump
 from mirai_ds.foresight import offsets
 from mirai_ds.planning.flops import training_flops
+from mirai_ds.runtime.log import LOG
 from mirai_ds.tracking.sinks import JsonLines, TensorBoard
 from mirai_ds.train.hooks.progress import TrainingProgress
 from mirai_ds.train.loop import Hook
@@ -83,7 +84,7 @@ class LogHook(Hook):
         self._step, self._since = session.step, time.perf_counter()
         if session.is_main:
             for note in session.notes:
-                print(f"mirai-ds: {note}", flush=True)
+                LOG.info("%s", note)
             self.progress = TrainingProgress(
                 session.config.name, session.step, session.total_steps, session.config.logging.progress
             )

@@ -6,6 +6,7 @@ import statistics
 
 from mirai_ds.checkpoint.store import list_steps
 from mirai_ds.config import UserError
+from mirai_ds.runtime.log import LOG
 from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.loop import Hook
 from mirai_ds.train.session import Session
@@ -51,8 +52,7 @@ class SpikeHook(Hook):
             raise UserError(f"{what}; stopped (guard.spike.action)")
         nowhere = config.action == "rollback" and session.control.gather(not list_steps(session.run))[0]
         if config.action == "warn" or nowhere:
-            if session.is_main:
-                print(f"mirai-ds: warning: {what}{'; there is no checkpoint to go back to yet' * nowhere}", flush=True)
+            LOG.warning("%s%s", what, "; there is no checkpoint to go back to yet" * nowhere)
             return
         self._roll_back(session, what, memory["rollbacks"] + 1)
 
@@ -62,9 +62,7 @@ class SpikeHook(Hook):
             raise UserError(f"{what}; {most} rollbacks did not help (guard.spike.max_rollbacks)")
         step = session.roll_back(skip_batches=True)
         session.memory.setdefault("spike", {"window": [], "rollbacks": 0})["rollbacks"] = count
-        if session.is_main:
-            print(
-                f"mirai-ds: warning: {what}; back to step {step} (rollback {count} of {most}), leaving out "
-                f"{session.batch_offset} batches in all",
-                flush=True,
-            )
+        LOG.warning(
+            "%s; back to step %d (rollback %d of %d), leaving out %d batches in all",
+            what, step, count, most, session.batch_offset,
+        )  # fmt: skip
