@@ -82,7 +82,7 @@ def _read(step: int, folder: Path, size: int, digests: bool, living: dict[int, f
             written = (folder / name).stat().st_mtime
             break
     info = info or read_json(folder / INFO) or {}
-    if not damage and not store.is_valid(store.CheckpointInfo(**info), living):
+    if not damage and not store.is_valid(store.info_of(info), living):
         abandoned = f"{folder}: start {info['incarnation']} wrote it on a branch that a later start left behind"
     return Checkpoint(step, folder, size, written, info, damage, abandoned)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mirai_ds.config import RunConfig
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.foresight.neighbours import index_table, slot_counts
-from mirai_ds.model import GPT, initialise
+from mirai_ds.model import initialise
 from mirai_ds.model.gpt import GPTTrunk, RMSNorm
 from mirai_ds.model.rope2d import apply_rope
 
@@ -176,9 +176,3 @@ def adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-
-
-def parameters_of(trainer: PlainTrainer) -> dict[str, Tensor]:
-    """Raw weights by the names of the GPT's state dict."""
-    gpt: GPT = trainer.ddp.module.gpt
-    return {name: value.detach().clone() for name, value in gpt.named_parameters()}

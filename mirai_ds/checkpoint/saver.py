@@ -47,7 +47,6 @@ class Saver:
         self.write_seconds = 0.0  # the last save took, stalling or not
         self._began = 0.0
         self._job: _Job | None = None
-        self.notes: list[str] = []
 
     @property
     def written(self) -> int:
@@ -213,6 +212,6 @@ def superseded(run: Path, config: CheckpointConfig) -> list[int]:
 
 def _info(run: Path, step: int) -> CheckpointInfo | None:
     try:
-        return CheckpointInfo(**json.loads((folder_of(run, step) / INFO).read_text(encoding="utf-8")))
+        return store.read_info(folder_of(run, step))
     except (OSError, ValueError, TypeError):
         return None

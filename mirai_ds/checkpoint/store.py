@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class CheckpointInfo:
     step: int
     global_batch_size: int
     seed: int
-    samples_in_epoch: int
     world_size: int
     zero_stage: int
     precision: str
@@ -68,6 +67,17 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
+def read_info(folder: Path) -> CheckpointInfo:
+    """What a checkpoint says of itself, fields of other versions left out.  Raises OSError, ValueError, TypeError."""
+    return info_of(json.loads((folder / INFO).read_text(encoding="utf-8")))
+
+
+def info_of(data: dict[str, Any]) -> CheckpointInfo:
+    """The known fields of `data`.  Raises TypeError when one without a default is missing."""
+    known = {item.name for item in fields(CheckpointInfo)}
+    return CheckpointInfo(**{name: value for name, value in data.items() if name in known})
+
+
 def check_sizes(folder: Path) -> CheckpointInfo:
     """The cheap part of `verify`: manifest, presence and sizes.  Raises UserError with what is wrong."""
     try:
@@ -75,7 +85,7 @@ def check_sizes(folder: Path) -> CheckpointInfo:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise UserError(f"{folder / name}: {size} bytes, should be {entry['bytes']}")
-        return CheckpointInfo(**json.loads((folder / INFO).read_text(encoding="utf-8")))
+        return read_info(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Crops = Literal["ten", "flip", "one"]
-CROPS: tuple[Crops, ...] = ("ten", "flip", "one")
 
 # Resizing a sliver's shorter side to S makes its longer side enormous; what Pillow takes for a decompression bomb.
 MAX_RESIZED_PIXELS = 178_956_970

@@ -55,11 +55,6 @@ def collectives(states: StateMemory, teacher: float) -> list[Collective]:
     return found
 
 
-def traffic(states: StateMemory, teacher: float) -> dict[str, float]:
-    """Bytes that one rank sends in one optimizer step, by what they are; zero on one rank."""
-    return {c.name: c.sent for c in collectives(states, teacher)}
-
-
 def _buckets(states: StateMemory) -> int:
     return math.ceil(states.work.parameters / min(states.bucket, states.work.parameters))
 

@@ -139,7 +139,6 @@ class Session:
         c = self.config
         return store.CheckpointInfo(
             step=self.step, global_batch_size=c.train.global_batch_size, seed=c.seed,
-            samples_in_epoch=self.step % self.order.steps_per_epoch * c.train.global_batch_size,
             world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,
             method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
             incarnation=self.run_lock.mine.number, data=self.data_digest, batch_offset=self.batch_offset,

@@ -224,6 +224,8 @@ def test_a_spike_is_told_or_stops(tmp_path: Path, action: str, codes: list[int])
     assert "step 18: loss" in ended.out
     told = [r["step"] for r in curve(run) if "guard/spike" in r]
     assert told == [18]
+    assert ("WARNING rank 0: step 18: loss" in (run / "log.txt").read_text()) == (action == "warn")
+    assert ("ERROR rank 0: step 18: loss" in (run / "log.txt").read_text()) == (action == "stop")
 
 
 def test_no_spike_in_an_ordinary_run(whole: Path, tmp_path: Path) -> None:

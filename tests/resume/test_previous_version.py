@@ -1,0 +1,61 @@
+"""A run that an earlier version wrote, before files moved and names changed, goes on with this one.
+
+`tests/fixtures/run_before_rooms`: six steps of a tiny Mirai-E on two ranks, at commit bd0cf52; the checkpoint after
+step 3, and the metrics of all six.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirai_ds.checkpoint.store import verify
+from mirai_ds.runs.configuration import read_run_config
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
+
+
+def curve(run: Path) -> dict[int, dict[str, Any]]:
+    """All values of each step, but for what depends on the clock."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        values = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/", "checkpoint/"))}
+        steps[line["step"]] = steps.get(line["step"], {}) | values
+    return steps
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, continued as its user would: with its own configuration."""
+    run = tmp_path_factory.mktemp("previous") / "run"
+    shutil.copytree(FIXTURE, run)
+    command = [sys.executable, "-m", "mirai_ds", "train", str(FIXTURE / "config.yaml"), "--run-dir", str(run)]
+    done = subprocess.run(
+        [*command, "--resume", "auto", "--ranks", "2"], capture_output=True, text=True, check=False, timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step 3" in done.stdout
+    return run
+
+
+def test_it_goes_on_where_it_was(resumed: Path) -> None:
+    """The losses of steps 4 to 6 are those that the earlier version went on with."""
+    now, then = curve(resumed), curve(FIXTURE)
+    assert sorted(now) == sorted(then) == list(range(1, 7))
+    for step in range(4, 7):
+        assert now[step].keys() == then[step].keys()
+        assert now[step] == pytest.approx(then[step], rel=1e-5, abs=1e-7), step
+    assert verify(resumed / "checkpoints" / "step-00000006").applied_steps == 6
+
+
+def test_its_attempts_are_counted_on(resumed: Path) -> None:
+    assert sorted(path.name for path in (resumed / "incarnations").glob("*.json")) == ["00001.json", "00002.json"]
+    assert read_run_config(resumed) == read_run_config(FIXTURE)
