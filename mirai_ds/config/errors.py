@@ -52,8 +52,18 @@ def _closest(name: str, names: list[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
-# What LlamaGen, the Mirai authors and DeepSpeed call our fields.
+# What the paper, LlamaGen, the Mirai authors and DeepSpeed call our fields.
 OTHER_NAMES = {
+    "lambda": "foresight.weights",
+    "lambdas": "foresight.weights",
+    "lambda_": "foresight.weights",
+    "proj_coeff": "foresight.weights",
+    "k": "foresight.num_heads",
+    "neighbours": "foresight.offsets",
+    "neighbors": "foresight.offsets",
+    "tau": "ema.decay",
+    "l": "foresight.layer",
+    "warmup": "foresight.warmup_epochs",
     "batch_size": "train.global_batch_size",
     "learning_rate": "optimizer.lr",
     "max_grad_norm": "optimizer.grad_clip",

@@ -210,6 +210,16 @@ class ForesightConfig(Section):
         return self.method != "none"
 
     @property
+    def first_neighbour(self) -> int:
+        """Where heads begin in the order of neighbours: of mtp behind (0, 0), the next token, which needs no head."""
+        return int(self.method == "mtp")
+
+    @property
+    def targets_by_cell(self) -> bool:
+        """Whether a target's rows are the image's cells (patches, tokens), not the slots of a teacher's sequence."""
+        return self.method != "mirai-e"
+
+    @property
     def heads(self) -> int:
         """Number of head modules: K; of mtp K - 1, since k = 1 is the next-token loss; 0 without a method."""
         if not self.active or not self.num_heads:

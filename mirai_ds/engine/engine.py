@@ -161,6 +161,23 @@ class TrainEngine:
         release_memory(self.ds)
 
 
+class AverageOf:
+    """An engine's average of the GPT, as teachers take it (`foresight.teachers.Average`)."""
+
+    def __init__(self, engine: TrainEngine) -> None:
+        self._engine = engine
+
+    @property
+    def version(self) -> int:
+        """Changes with every update."""
+        return self._engine.ema.version
+
+    def gather(self, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Collective: (name, whole tensor) of these GPT keys."""
+        whole = self._engine.gather_named("ema", dtype, {f"gpt.{name}" for name in names})
+        return ((name.removeprefix("gpt."), tensor) for name, tensor in whole)
+
+
 def _initialize(
     deepspeed: Any, objective: MiraiObjective, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
 ) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import RunConfig
-from mirai_ds.foresight.teachers import EmaTeacher
+from mirai_ds.foresight.teachers import Average, EmaTeacher
 from mirai_ds.model import initial_value
 
 OTHER_SEEDS = 2**31  # seeds of runs are below it
@@ -46,6 +46,12 @@ class DesynchronisedTeacher(EmaTeacher):
     def age(self, updates: int) -> None:
         """Tell how often the average was updated: decay^updates of the wrong start is left."""
         self.remembers = self.decay**updates
+
+    def refresh(self, average: Average, updates: int) -> None:
+        """See `Teacher.refresh`."""
+        if self._version != average.version:
+            self.age(updates)
+        super().refresh(average, updates)
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

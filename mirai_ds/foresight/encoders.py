@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from mirai_ds.config import ConfigError, EncoderConfig, UserError
 from mirai_ds.config.errors import nearest
 from mirai_ds.config.foresight_config import ENCODERS
+from mirai_ds.foresight.teachers import Teacher
 from mirai_ds.runtime.weight_files import read_weight_file
 
 
-class EncoderTeacher:
+class EncoderTeacher(Teacher):
     """Patch features of a frozen timm encoder in raster order, prefix tokens dropped."""
+
+    reads_images = True
 
     def __init__(self, config: EncoderConfig, grid: int, device: torch.device) -> None:
         """grid: side of the token grid, to which the patch grid is made equal.  Raises what load_encoder raises."""

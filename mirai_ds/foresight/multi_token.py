@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mirai_ds.foresight.teachers import Teacher
+
 _NONE = -100  # what cross-entropy leaves out
 
 
-class TokenTeacher:
+class TokenTeacher(Teacher):
     """What multi-token prediction learns from: the image's own tokens."""
 
     def __init__(self, width: int) -> None:

@@ -28,7 +28,7 @@ def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
     """
     if config.offsets is not None:
         return [(down, right) for down, right in config.offsets]
-    first = int(config.method == "mtp")
+    first = config.first_neighbour
     if config.layout == "1d":
         return [(0, k) for k in range(first, first + config.heads)]
     order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
     """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
     order of the sequence; only the slots that stand for them follow it."""
-    order, by_cell = cell_order(grid, par_tokens), config.method != "mirai-e"
+    order, by_cell = cell_order(grid, par_tokens), config.targets_by_cell
     cells = grid * grid
     # Tokens whose features the teacher has: all patches or tokens, or the tokens it was given.
     available = cells if by_cell or config.teacher_sees_last_token else cells - 1

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.foresight.heads import heads
-from mirai_ds.foresight.multi_token import multi_token_loss
+from mirai_ds.foresight.methods import METHODS, Heads
 from mirai_ds.foresight.neighbours import index_table, slot_counts
-from mirai_ds.kernels.foresight_cosine import foresight_cosine
 from mirai_ds.model import GPT, next_token_loss
 
 
@@ -36,6 +35,7 @@ class MiraiObjective(nn.Module):
         the loss by before backward; a wrong number costs time, not correctness."""
         super().__init__()
         self.foresight = foresight
+        self.method = METHODS.get(foresight.method)
         self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
         self.projectors = heads(foresight, model.width, feature_dim or model.width)
@@ -69,36 +69,11 @@ class MiraiObjective(nn.Module):
             return ntp, metrics
         assert layer is not None
         states = hidden[layer]
-        alignment, per_head = self._align(states, target, multiplier)
-        name = "entropy" if self.foresight.method == "mtp" else "cosine"
-        metrics |= {"alignment": alignment.detach(), name: per_head}
+        assert self.method is not None
+        inputs = Heads(
+            self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
+            multiplier / self.grad_accum_steps, self.recompute_heads,
+        )  # fmt: skip
+        alignment, per_head = self.method.loss(inputs, states, target)
+        metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
         return ntp + multiplier * alignment, metrics
-
-    def _align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
-        rule = self._predict if self.foresight.method == "mtp" else self._match
-        return rule(states, target, multiplier)
-
-    def _match(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
-        return foresight_cosine(
-            [head(states) for head in self.projectors],
-            target,
-            self.index,
-            self.head_weights,
-            self.slot_counts,
-            self.foresight.heads_reduction or "sum",
-            kernel=self.foresight.kernel,
-            upstream=multiplier / self.grad_accum_steps,
-        )
-
-    def _predict(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
-        return multi_token_loss(
-            self.projectors,
-            self.gpt.head,
-            states,
-            target,
-            self.index,
-            self.head_weights,
-            self.slot_counts,
-            self.foresight.heads_reduction or "sum",
-            self.recompute_heads,
-        )

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.model import GPTTrunk
 
 
-class Teacher(Protocol):
-    """What the training step needs of a teacher."""
+class Average(Protocol):
+    """The run's own average, of which each rank holds a part.  version: changes with every update of it."""
 
-    feature_dim: int
+    @property
+    def version(self) -> int: ...
 
-    def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
-        """tokens (B, N), labels (B,) int64, images (B, 3, H, W) uint8 or None -> features (B, M, C), no gradient."""
+    def gather(self, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Collective: (name, whole tensor) of these GPT keys."""
         ...
 
 
-class EmaTeacher:
+class Teacher:
+    """What the training step needs of a teacher.  By itself it never changes, needs no images and has no blocks."""
+
+    feature_dim: int
+    reads_images = False  # whether `features` needs the pixels
+    blocks: Sequence[nn.Module] = ()  # of a GPT: what the compiler may replace
+
+    def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
+        """tokens (B, N), labels (B,) int64, images (B, 3, H, W) uint8 or None -> features (B, M, C), no gradient."""
+        raise NotImplementedError
+
+    def refresh(self, average: Average, updates: int) -> None:
+        """Collective, before each aligned step: take what is newer of the run's own average, which has been updated
+        `updates` times."""
+
+
+class EmaTeacher(Teacher):
     """The first `teacher_layer` blocks with averaged weights: true labels, no dropout, raw residual stream.
 
     The averages are the run's own, renewed at every step, or (`foresight.teacher_weights`) another's, loaded once.
@@ -41,6 +58,14 @@ class EmaTeacher:
         for parameter in self.trunk.parameters():  # the rotary table stays fp32
             parameter.data = parameter.data.to(dtype)
         self.names = frozenset(name for name, _ in self.trunk.named_parameters())
+        self.dtype, self.blocks = dtype, list(self.trunk.layers)
+        self._version = -1
+
+    def refresh(self, average: Average, updates: int) -> None:
+        """See `Teacher.refresh`; one with weights of its own keeps them, and nothing is gathered twice."""
+        if not self.frozen and self._version != average.version:
+            self.load(average.gather(self.names, self.dtype))
+            self._version = average.version
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -24,9 +24,9 @@ from mirai_ds.config.schedule import total_steps
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.compiled import compile_blocks
-from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.engine.engine import AverageOf, TrainEngine
 from mirai_ds.engine.state import SnapshotBuffers, read_into, restore_rng, take_snapshot
-from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, MiraiObjective, Teacher, seam_note
+from mirai_ds.foresight import MiraiObjective, Teacher, seam_note
 from mirai_ds.model import GPT, gpt_from_weights, initialise
 from mirai_ds.runs.lock import RunLock
 from mirai_ds.runs.outcome import Verdict
@@ -77,7 +77,6 @@ class Session:
     notes: list[str] = field(default_factory=list)
     _buffers: SnapshotBuffers = field(default_factory=SnapshotBuffers)
     hook_seconds: float = 0.0  # spent by hooks since the last log, so that throughput is the step's alone
-    _teacher_version: int = -1
 
     @property
     def is_main(self) -> bool:
@@ -96,18 +95,9 @@ class Session:
         self.engine.resume_counters(self.step, self.loader.accumulation)
 
     def refresh_teacher(self) -> None:
-        """Give the EMA teacher the newest average; nothing for other or frozen teachers or when it is up to date."""
-        if not isinstance(self.teacher, EmaTeacher) or self.teacher.frozen:
-            return
-        if self._teacher_version == self.engine.ema.version:
-            return
-        names = {f"gpt.{name}" for name in self.teacher.names}
-        dtype = next(self.teacher.trunk.parameters()).dtype
-        gathered = self.engine.gather_named("ema", dtype, names)
-        if isinstance(self.teacher, DesynchronisedTeacher):
-            self.teacher.age(self.applied_steps)
-        self.teacher.load((name.removeprefix("gpt."), tensor) for name, tensor in gathered)
-        self._teacher_version = self.engine.ema.version
+        """Let the teacher take what is newer of the run's own average."""
+        if self.teacher is not None:
+            self.teacher.refresh(AverageOf(self.engine), self.applied_steps)
 
     @contextmanager
     def plain_gpt(self, kind: Weights) -> Iterator[GPT]:
@@ -240,11 +230,11 @@ def build_session(
     )  # fmt: skip
     initialise(objective, config.seed, config.model.init_std)
     engine = TrainEngine(objective, config, ds_config, device)
-    if config.train.compile == "blocks" and isinstance(teacher, EmaTeacher):
-        compile_blocks(teacher.trunk.layers)
+    if config.train.compile == "blocks" and teacher is not None:
+        compile_blocks(teacher.blocks)
     if config.train.init_from:
         engine.load_weights(initial_weights(config))
-    watches = config.foresight.method == "mirai-i"
+    watches = teacher is not None and teacher.reads_images
     loader = BatchLoader(
         dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
         images=watches, prefetch=config.data.prefetch,

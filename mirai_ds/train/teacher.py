@@ -14,7 +14,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import StateReader
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.foresight import DesynchronisedTeacher, EmaTeacher, EncoderTeacher, Teacher, TokenTeacher
+from mirai_ds.foresight import METHODS, EmaTeacher, Teacher
 from mirai_ds.runs.configuration import read_run_config
 
 FIELD = "foresight.teacher_weights"
@@ -23,22 +23,18 @@ FIELD = "foresight.teacher_weights"
 def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | None, str, list[str]]:
     """The teacher of the configured method (mirai-e's own average without weights yet), the digest of a frozen one's
     weights or nothing, and what to tell the user of them."""
-    foresight, precision = config.foresight, config.train.precision
-    if foresight.method == "mtp":
-        return TokenTeacher(config.model.width), "", []
-    if foresight.method == "mirai-i":
-        assert foresight.encoder is not None
-        return EncoderTeacher(foresight.encoder, config.model.grid, device), "", []
-    if foresight.method != "mirai-e":
+    method = METHODS.get(config.foresight.method)
+    if method is None:
         return None, "", []
-    low = foresight.teacher_dtype == "bf16" or (foresight.teacher_dtype == "auto" and precision == "bf16")
-    autocast = foresight.teacher_dtype == "auto" and precision == "bf16-autocast"
-    dtype = torch.bfloat16 if low else torch.float32
-    if foresight.desynchronised_ranks is not None:
-        return _desynchronised(config, dtype, device, autocast)
-    teacher = EmaTeacher(config.model, foresight, dtype, device, autocast)
-    if foresight.teacher_weights is None:
+    ranks = config.foresight.desynchronised_ranks
+    if ranks is not None:
+        _check_one_rank(ranks)
+        note = f"experiment: {ranks} teachers that began at different random weights, as in the authors' code"
+        return method.teacher(config, device), "", [note]
+    teacher = method.teacher(config, device)
+    if config.foresight.teacher_weights is None:
         return teacher, "", []
+    assert isinstance(teacher, EmaTeacher)
     weights, origin = pretrained(config)
     held = {name: weights[name] for name in teacher.names}
     teacher.load(held.items())
@@ -46,15 +42,11 @@ def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | No
     return teacher, digest, [f"frozen teacher: {origin}, digest {digest[:12]}"]
 
 
-def _desynchronised(
-    config: RunConfig, dtype: torch.dtype, device: torch.device, autocast: bool
-) -> tuple[Teacher, str, list[str]]:
-    field, ranks = "foresight.desynchronised_ranks", config.foresight.desynchronised_ranks
+def _check_one_rank(ranks: int) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
-        raise ConfigError(field, ranks, f"is emulated by one rank, this run has {world}; start it with --ranks 1")
-    note = f"experiment: {ranks} teachers that began at different random weights, as in the authors' code"
-    return DesynchronisedTeacher(config, dtype, device, autocast), "", [note]
+        problem = f"is emulated by one rank, this run has {world}; start it with --ranks 1"
+        raise ConfigError("foresight.desynchronised_ranks", ranks, problem)
 
 
 def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,23 +77,29 @@ def test_the_engine_keeps_no_group_for_it() -> None:
 
 
 def test_it_is_never_refreshed(gpt: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """The engine is not even asked; the run's own average is gathered before each aligned step."""
+    """The average is not even asked; the run's own is gathered before each aligned step, once a version."""
     write_llamagen(tmp_path / "a.pt", gpt)
     asked: list[str] = []
 
-    class Engine:
-        def __getattr__(self, name: str) -> object:
-            asked.append(name)
-            raise AttributeError(name)
+    class Average:
+        version = 3
+
+        def gather(self, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+            asked.extend(sorted(names))
+            return ((name, torch.ones_like(gpt[name], dtype=dtype)) for name in names)
 
     frozen, _, _ = teacher_of(tmp_path / "a.pt")
-    Session.refresh_teacher(SimpleNamespace(teacher=frozen, engine=Engine(), _teacher_version=-1))  # type: ignore
+    before = {name: value.clone() for name, value in frozen.trunk.state_dict().items()}
+    frozen.refresh(Average(), 7)
     assert asked == []
+    assert all(torch.equal(value, before[name]) for name, value in frozen.trunk.state_dict().items())
     own, digest, notes = build_teacher(tiny(), torch.device("cpu"))
     assert (digest, notes) == ("", [])
-    with pytest.raises(AttributeError):
-        Session.refresh_teacher(SimpleNamespace(teacher=own, engine=Engine(), _teacher_version=-1))  # type: ignore
-    assert asked == ["ema"]
+    assert isinstance(own, EmaTeacher)
+    for _ in range(2):  # the second time nothing is newer
+        own.refresh(Average(), 7)
+    assert asked == sorted(own.names)
+    assert all(bool((value == 1).all()) for value in own.trunk.parameters())
 
 
 def test_another_teacher_is_refused_at_a_resume() -> None:
