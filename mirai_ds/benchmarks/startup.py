@@ -96,9 +96,10 @@ def rank(arguments: list[str]) -> None:
     def first(*args: Any) -> Any:  # what `Start.train` imports, in its order
         os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
         from mirai_ds.engine import start
-        from mirai_ds.train import hooks, loop, preflight, run_folder, session
+        from mirai_ds.train import loop, preflight, run_folder, session
+        from mirai_ds.train.hooks import registry
 
-        assert hooks
+        assert registry
         stamp("imports")
         _stamped(start, "start_process_group", "group")
         _stamped(run_folder, "open_run_folder", "folder")

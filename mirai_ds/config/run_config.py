@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -266,6 +267,9 @@ class LaunchConfig(Section):
     timeout_minutes: float = Field(30, gt=0, description="of a collective; a dead rank is noticed after this")
 
 
+HOOK_NAMES = ("log", "spike", "evaluate", "sample", "quality", "checkpoint", "stop", "report")
+
+
 class RunConfig(Section):
     """Everything a run needs to be repeated."""
 
@@ -286,6 +290,9 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     quality: QualityConfig = QualityConfig()
     launch: LaunchConfig = LaunchConfig()
+    hooks: list[str] = Field(
+        list(HOOK_NAMES), description="what runs around a step, in this order; `package.module:Class` is your own"
+    )
     deepspeed: str | dict[str, Any] = "zero2"
     _deepspeed_file: dict[str, Any] | None = PrivateAttr(None)
 
@@ -304,6 +311,18 @@ class RunConfig(Section):
         if not isinstance(value, (str, dict)):
             raise ConfigError("deepspeed", value, "must be a file, the name of a shipped one (zero2), or a section")
         return _numbers(value) if isinstance(value, dict) else value
+
+    @field_validator("hooks")
+    @classmethod
+    def _known_hooks(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in HOOK_NAMES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                raise ConfigError("hooks", name, f"{nearest(name, HOOK_NAMES)}; your own is package.module:Class")
+        if len(set(value)) < len(value):
+            raise ConfigError("hooks", value, "names a hook twice; keep one")
+        if value[:1] != ["log"] or "stop" not in value:
+            raise ConfigError("hooks", value, "must begin with log, which opens the files, and hold stop")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -115,7 +115,8 @@ class TrainEngine:
 
     def step(self) -> Tensor | None:
         """After every `backward`.  At the accumulation boundary: the gradients' norm before clipping, () on the device;
-        None between boundaries.  Non-finite gradients are never applied, nor is any update after them until `look`."""
+        None between boundaries.  Non-finite gradients are never applied, nor is any update after them until
+        `confirm_updates`."""
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()
             return None

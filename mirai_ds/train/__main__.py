@@ -67,7 +67,8 @@ class RankStartup:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from mirai_ds.engine.start import start_process_group
         from mirai_ds.train.agree import agree_on_kernel, agree_on_start
-        from mirai_ds.train.hooks import Sinks, default_hooks
+        from mirai_ds.train.hooks.log import Sinks
+        from mirai_ds.train.hooks.registry import build_hooks
         from mirai_ds.train.loop import run_loop
         from mirai_ds.train.run_folder import open_run_folder
 
@@ -86,7 +87,7 @@ class RankStartup:
         session = self._session(config, run, device, run_lock, resume)
         sinks = Sinks()
         try:
-            run_loop(session, default_hooks(sinks))
+            run_loop(session, build_hooks(config.hooks, sinks))
         finally:
             session.loader.close()
             session.saver.close()

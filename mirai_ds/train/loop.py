@@ -3,14 +3,15 @@
 For every step: `train_step`, then each hook's `after_step` in the order they were given.  Before the first step
 `on_start`, after the last `on_end`.  New behaviour is a new hook; the loop does not grow.
 
-The host runs ahead of the device and asks what became of the updates only after steps whose results a hook `looks` at.
+The host runs ahead of the device and asks what became of the updates only after steps whose results a hook needs.
 What it then finds out may be that an earlier update was refused: then it goes on from there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mirai_ds.runtime.control import Facts
 from mirai_ds.train.nonfinite import confirm_step
@@ -20,6 +21,14 @@ from mirai_ds.train.step import StepRecord, train_step
 
 class Hook:
     """One behaviour around training.  Every rank calls every hook, so hooks may be collective."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know of this hook, JSON-ready: part of checkpoints, under the hook's name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned at the checkpoint that was resumed; empty where it held nothing.  Called before
+        `on_start`, and again when a hook goes back to a checkpoint."""
 
     def on_start(self, session: Session) -> None:
         """Before the first step of this process (also after a resume)."""
@@ -39,8 +48,14 @@ class Hook:
         """After the last step; not when the run was asked to stop."""
 
 
-def run_loop(session: Session, hooks: Sequence[Hook]) -> None:
-    """Train from `session.step` to `session.total_steps`, or until a hook sets `session.ended`."""
+def run_loop(session: Session, named: Mapping[str, Hook]) -> None:
+    """Train from `session.step` to `session.total_steps`, or until a hook sets `session.ended`.
+
+    named: hooks in the order in which they run, by the names under which checkpoints keep their state.
+    """
+    hooks = list(named.values())
+    for name, hook in named.items():
+        session.keep_state_of(name, hook)
     for hook in hooks:
         hook.on_start(session)
     while session.step < session.total_steps and session.ended is None:

@@ -63,17 +63,16 @@ def _handle_skipped_step(session: Session, step: int) -> StepRecord:
     if record.applied:
         LOG.warning("step %d: not finite, but finite when repeated: a fault of a device or of memory", step + 1)
         return record
-    memory = session.memory.setdefault("nonfinite", {"in_a_row": 0, "last": -1, "states": 0})
-    memory["in_a_row"] = memory["in_a_row"] + 1 if memory.get("last", -1) == step - 1 else 1
-    memory["last"] = step
-    keep_state = memory["states"] < session.config.guard.nonfinite_states
-    memory["states"] += int(keep_state)
+    skipped = session.skipped
+    skipped.add(step)
+    keep_state = skipped.states < session.config.guard.nonfinite_states
+    skipped.states += int(keep_state)
     folder = _save(session, step, record, findings, keep_state)
     first = _first(findings)
     allowed = session.config.guard.nonfinite_skips
     text = f"step {step + 1}: {first}; no update was applied; see {folder}"
-    if memory["in_a_row"] > allowed:
-        raise UserError(f"{text}; {memory['in_a_row']} in a row, guard.nonfinite_skips = {allowed}")
+    if skipped.in_a_row > allowed:
+        raise UserError(f"{text}; {skipped.in_a_row} in a row, guard.nonfinite_skips = {allowed}")
     LOG.warning("%s; skipped", text)
     return record
 

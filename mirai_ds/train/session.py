@@ -36,6 +36,7 @@ from mirai_ds.runtime.environment import code_version
 from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.signals import StopRequests
 from mirai_ds.train.agree import on_every_rank
+from mirai_ds.train.skipped import SkippedSteps, Stateful
 from mirai_ds.train.teacher import build_teacher
 
 MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
@@ -71,12 +72,22 @@ class Session:
     ended: tuple[Verdict, str] | None = None  # set by a hook: leave the loop
     rewound: bool = False  # the last hook went back to a checkpoint
     measured: dict[str, float] = field(default_factory=dict)  # at this step, for the checkpoint
-    memory: dict[str, Any] = field(default_factory=dict)  # what guards keep from step to step
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    stateful: dict[str, Stateful] = field(default_factory=dict)  # by name: what checkpoints keep of hooks and guards
+    _states: dict[str, Any] = field(default_factory=dict)  # what the checkpoint held of them
     beat: Callable[[str], None] = lambda phase: None  # tells the watchdog
     log_position: Callable[[], int] = lambda: -1
     notes: list[str] = field(default_factory=list)
     _buffers: SnapshotBuffers = field(default_factory=SnapshotBuffers)
     hook_seconds: float = 0.0  # spent by hooks since the last log, so that throughput is the step's alone
+
+    def __post_init__(self) -> None:
+        self.keep_state_of("nonfinite", self.skipped)
+
+    def keep_state_of(self, name: str, part: Stateful) -> None:
+        """From now on checkpoints keep `part`'s state; it is given what the one that was resumed held of it."""
+        self.stateful[name] = part
+        part.load_state_dict(copy.deepcopy(self._states.get(name, {})))
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +126,9 @@ class Session:
         if self.saved_step == self.step:
             return
         if self.engine.update.pending_steps:
-            raise RuntimeError(f"step {self.step} is not settled: the hook that saves must say so (`Hook.looks`)")
+            raise RuntimeError(
+                f"step {self.step} is not confirmed: the hook that saves must say so (`Hook.needs_sync`)"
+            )
         self.beat("saving")
         self.saver.save(self.describe_state(), self.take)
         self.saved_step = self.step
@@ -127,12 +140,14 @@ class Session:
     def describe_state(self) -> store.CheckpointInfo:
         """What a checkpoint of this moment holds beside its tensors."""
         c = self.config
+        states = {name: copy.deepcopy(part.state_dict()) for name, part in self.stateful.items()}
+        states = {name: state for name, state in states.items() if state}
         return store.CheckpointInfo(
             step=self.step, global_batch_size=c.train.global_batch_size, seed=c.seed,
             world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,
             method=c.foresight.method, code=code_version() if self.is_main else "", applied_steps=self.applied_steps,
             incarnation=self.run_lock.mine.number, data=self.data_digest, batch_offset=self.batch_offset,
-            log_bytes=self.log_position(), metrics=dict(self.measured), hooks=copy.deepcopy(self.memory),
+            log_bytes=self.log_position(), metrics=dict(self.measured), hooks=states,
             teacher=self.teacher_digest,
         )  # fmt: skip
 
@@ -177,7 +192,9 @@ class Session:
         restore_rng(reader.rng(self.world.rank), self.device)
         self.step = self.saved_step = info.step
         self.applied_steps, self.batch_offset, self.log_bytes = info.applied_steps, info.batch_offset, info.log_bytes
-        self.memory, self.measured = copy.deepcopy(info.hooks), dict(info.metrics)
+        self._states, self.measured = info.hooks, dict(info.metrics)
+        for name_of_part, part in self.stateful.items():
+            self.keep_state_of(name_of_part, part)
         self.engine.resume_counters(self.step, self.loader.accumulation)
         return name, info, [f"skipped {reason}" for reason in skipped]
 

@@ -9,7 +9,8 @@ import sys
 
 CODE = """
 import json, sys
-from mirai_ds.train import __main__, hooks, nonfinite, preflight, run_folder, session
+from mirai_ds.train import __main__, nonfinite, preflight, run_folder, session
+from mirai_ds.train.hooks import registry
 import deepspeed
 from deepspeed.runtime import compiler
 from mirai_ds.engine import start

@@ -29,7 +29,7 @@ SETTINGS = [
     "model.token_dropout=0.05", "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
 PRELOAD = [
-    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.hooks", "mirai_ds.train.preflight",
+    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.hooks.registry", "mirai_ds.train.preflight",
     "sklearn.datasets", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.fault.faulty_ranks",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler along: most of a start
 ]  # fmt: skip

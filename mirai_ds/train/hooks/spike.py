@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from mirai_ds.checkpoint.store import list_steps
 from mirai_ds.config import UserError
@@ -28,6 +29,16 @@ class SpikeHook(Hook):
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
+        self.window: list[float] = []
+        self.rollbacks = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses compared with, and how often the run went back."""
+        return {"window": self.window, "rollbacks": self.rollbacks} if self.window or self.rollbacks else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Hook.load_state_dict`."""
+        self.window, self.rollbacks = list(state.get("window", [])), int(state.get("rollbacks", 0))
 
     def needs_sync(self, session: Session) -> bool:
         """At each loss, unless it is off."""
@@ -38,9 +49,8 @@ class SpikeHook(Hook):
         config = session.config.guard.spike
         if config.action == "off" or not record.applied:
             return
-        memory = session.memory.setdefault("spike", {"window": [], "rollbacks": 0})
         loss = mean_over_ranks({"ntp": record.metrics["ntp"]})["ntp"][0]
-        window = memory["window"]
+        window = self.window
         if len(window) < config.window or loss <= threshold(window, config.sigmas):
             window.append(loss)
             del window[: -config.window]
@@ -54,14 +64,14 @@ class SpikeHook(Hook):
         if config.action == "warn" or nowhere:
             LOG.warning("%s%s", what, "; there is no checkpoint to go back to yet" * nowhere)
             return
-        self._roll_back(session, what, memory["rollbacks"] + 1)
+        self._roll_back(session, what, self.rollbacks + 1)
 
     def _roll_back(self, session: Session, what: str, count: int) -> None:
         most = session.config.guard.spike.max_rollbacks
         if count > most:
             raise UserError(f"{what}; {most} rollbacks did not help (guard.spike.max_rollbacks)")
         step = session.roll_back(skip_batches=True)
-        session.memory.setdefault("spike", {"window": [], "rollbacks": 0})["rollbacks"] = count
+        self.rollbacks = count  # what the checkpoint held is of before
         LOG.warning(
             "%s; back to step %d (rollback %d of %d), leaving out %d batches in all",
             what, step, count, most, session.batch_offset,

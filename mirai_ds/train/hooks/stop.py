@@ -5,6 +5,7 @@ from __future__ import annotations
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runtime.control import Facts
 from mirai_ds.runtime.signals import REQUEUE
+from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.loop import Hook
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord
@@ -12,6 +13,9 @@ from mirai_ds.train.step import StepRecord
 
 class StopHook(Hook):
     """Runs last: what the step was to bring is logged, measured and drawn before it is saved."""
+
+    def __init__(self, sinks: Sinks) -> None:
+        """It writes nothing itself."""
 
     def on_start(self, session: Session) -> None:
         """A request from the time of building; there is nothing new to save."""

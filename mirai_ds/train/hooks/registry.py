@@ -1,0 +1,44 @@
+"""The hooks by their names in the configuration (`hooks:`), and how they are built."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+from mirai_ds.config import ConfigError
+from mirai_ds.train.hooks.checkpoint import CheckpointHook
+from mirai_ds.train.hooks.evaluate import EvaluateHook
+from mirai_ds.train.hooks.log import LogHook, Sinks
+from mirai_ds.train.hooks.quality import QualityHook
+from mirai_ds.train.hooks.report import ReportHook
+from mirai_ds.train.hooks.sample import SampleHook
+from mirai_ds.train.hooks.spike import SpikeHook
+from mirai_ds.train.hooks.stop import StopHook
+from mirai_ds.train.loop import Hook
+
+# The default order: log opens the sinks; a spike is judged before its state is measured or saved; of the measuring
+# ones save comes last, then the request to stop; the report is the very end.
+HOOKS: dict[str, Callable[[Sinks], Hook]] = {
+    "log": LogHook, "spike": SpikeHook, "evaluate": EvaluateHook, "sample": SampleHook, "quality": QualityHook,
+    "checkpoint": CheckpointHook, "stop": StopHook, "report": ReportHook,
+}  # fmt: skip
+
+
+def build_hooks(names: Sequence[str], sinks: Sinks) -> dict[str, Hook]:
+    """Hooks in the order of `names`: of `HOOKS`, or `package.module:Class` of your own, called with the sinks.
+
+    Raises ConfigError for what cannot be imported or is no hook.
+    """
+    return {name: (HOOKS.get(name) or _own(name))(sinks) for name in names}
+
+
+def _own(name: str) -> Callable[[Sinks], Hook]:
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        problem = f"cannot be imported ({error}); is its folder on PYTHONPATH?"
+        raise ConfigError("hooks", name, problem) from None
+    if not (isinstance(made, type) and issubclass(made, Hook)):
+        raise ConfigError("hooks", name, "is no subclass of mirai_ds.train.loop.Hook")
+    return made
