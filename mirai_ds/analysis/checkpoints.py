@@ -41,15 +41,15 @@ class Resume:
     skipped: tuple[str, ...]
 
 
-def read_checkpoints(run: Path, digests: bool, living: dict[int, float]) -> list[Checkpoint]:
+def read_checkpoints(run: Path, digests: bool, valid: dict[int, float]) -> list[Checkpoint]:
     """All finished checkpoints, oldest first; with `digests` every byte is read, and progress shown on a terminal.
 
-    living: start -> last step of it that the run builds upon; empty where that is not known.
+    valid: start -> last step of it that the run builds upon; empty where that is not known.
     """
     folders = {step: store.folder_of(run, step) for step in store.list_steps(run)}
     sizes = {step: folder_size(folder) for step, folder in folders.items()}
     if not digests:
-        return _present([_read(step, folder, sizes[step], False, living) for step, folder in folders.items()])
+        return _present([_read(step, folder, sizes[step], False, valid) for step, folder in folders.items()])
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,7 +59,7 @@ def read_checkpoints(run: Path, digests: bool, living: dict[int, float]) -> list
         found = []
         for step, folder in folders.items():
             bar.update(task, description=f"reading {folder.name}")
-            found.append(_read(step, folder, sizes[step], True, living))
+            found.append(_read(step, folder, sizes[step], True, valid))
             bar.advance(task, sizes[step])
     return _present(found)
 
@@ -69,7 +69,7 @@ def _present(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return [one for one in checkpoints if one.path.is_dir()]
 
 
-def _read(step: int, folder: Path, size: int, digests: bool, living: dict[int, float]) -> Checkpoint:
+def _read(step: int, folder: Path, size: int, digests: bool, valid: dict[int, float]) -> Checkpoint:
     damage = abandoned = ""
     info: Json = {}
     try:
@@ -82,8 +82,8 @@ def _read(step: int, folder: Path, size: int, digests: bool, living: dict[int, f
             written = (folder / name).stat().st_mtime
             break
     info = info or read_json(folder / INFO) or {}
-    if not damage and not store.is_valid(store.info_of(info), living):
-        abandoned = f"{folder}: start {info['incarnation']} wrote it on a branch that a later start left behind"
+    if not damage and not store.is_valid(store.info_of(info), valid):
+        abandoned = store.ignored_because(folder, info["incarnation"])
     return Checkpoint(step, folder, size, written, info, damage, abandoned)
 
 

@@ -187,7 +187,7 @@ def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| device | ranks, model | what | variant | time | ratio |", "|---|---|---|---|---:|---:|"]
     for r in rows:
         layout, time = f"{r['ranks']}, {r['model']}", f"{r['value']} {r['unit']}"

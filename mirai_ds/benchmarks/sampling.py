@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, command: str) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| device | model, tokens, batch | dtype | variant | images/s | ms a step | times as long |",
              "|---|---|---|---|---:|---:|---:|"]  # fmt: skip
     for r in rows:

@@ -166,7 +166,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| device | ranks, model | what | part | seconds | of the whole |", "|---|---|---|---|---:|---:|"]
     for r in rows:
         layout = f"{r['ranks']}, {r['model']}" if r["model"] else "-"

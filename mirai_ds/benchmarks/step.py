@@ -173,7 +173,7 @@ def utilisation(a: BenchArm, args: argparse.Namespace, seconds: float) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     head = ("device", "comparison", "model, method, batch, ranks", "variant, precision", "s a step", "times as fast",
             "peak GB", "of the first's", "MFU")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---:|---:|---:|---:|---:|"]

@@ -118,9 +118,14 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def is_valid(info: CheckpointInfo, living: dict[int, float]) -> bool:
+def ignored_because(folder: Path, attempt: int) -> str:
+    """Why a checkpoint is passed over that is whole, but of a branch of the run that was given up."""
+    return f"{folder}: written by attempt {attempt} after a later attempt had resumed from an earlier step; ignored"
+
+
+def is_valid(info: CheckpointInfo, valid: dict[int, float]) -> bool:
     """Whether the run still builds upon this checkpoint, by `lock.valid_attempts`."""
-    return not living or info.step <= living.get(info.incarnation, -1)
+    return not valid or info.step <= valid.get(info.incarnation, -1)
 
 
 def holds_a_run(run: Path) -> bool:
@@ -153,7 +158,7 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
     request: `auto` (the newest that is whole) or a step number.  Raises UserError when there is none: a run that was
     asked to resume never starts afresh.
     """
-    steps, living = list_steps(run), lock.valid_attempts(lock.read_all(run))
+    steps, valid = list_steps(run), lock.valid_attempts(lock.read_all(run))
     if request not in ("auto", "if-present"):
         if not request.isdigit() or int(request) not in steps:
             raise UserError(f"--resume {request}: {run} has checkpoints of steps {steps or 'none'}; give one or 'auto'")
@@ -167,8 +172,8 @@ def find(run: Path, request: str) -> tuple[Path, CheckpointInfo, list[str]]:
         except UserError as error:
             skipped.append(str(error))
             continue
-        if is_valid(info, living):
+        if is_valid(info, valid):
             return folder, info, skipped
-        skipped.append(f"{folder}: start {info.incarnation} wrote it on a branch that a later start left behind")
+        skipped.append(ignored_because(folder, info.incarnation))
     reason = f"; none of {len(skipped)} is whole: {skipped[0]}" if skipped else ": there is no checkpoint"
     raise UserError(f"--resume {request}: nothing to resume from in {run}{reason}")

@@ -71,7 +71,9 @@ class Update:
         """`ds.step` at an accumulation boundary; `norm` is then the gradients' norm before clipping."""
         if self.offloaded:
             if self._told:
-                raise RuntimeError("an update was refused and nobody looked: an offloaded optimizer needs it each step")
+                raise RuntimeError(
+                    "the optimizer on the host skipped a step, and another came before `confirm_updates`; call it each step"
+                )
             self.ds.step()
             self.norm = torch.as_tensor(self.ds.get_global_grad_norm() or 0.0)
             self._told = not self.ds.was_step_applied()

@@ -26,7 +26,7 @@ class Device:
 
     @property
     def gpu(self) -> bool:
-        """Whether it is one."""
+        """Whether the device is a GPU."""
         return not self.name.startswith("cpu:")
 
     @property

@@ -110,13 +110,13 @@ def valid_attempts(attempts: list[Attempt]) -> dict[int, float]:
     """Attempt -> the last step it wrote that the run still builds upon: its newest start, what that one resumed
     from, and so on.  Whoever is not in it wrote nothing that counts.  Empty where no start is known."""
     by_number = {i.number: i for i in attempts if i.resumed_after is not None}
-    living: dict[int, float] = {}
+    valid: dict[int, float] = {}
     number, limit = (max(by_number), math.inf) if by_number else (None, math.inf)
-    while number is not None and number not in living:
-        living[number] = limit
+    while number is not None and number not in valid:
+        valid[number] = limit
         one = by_number.get(number)
         number, limit = (one.resumed_from, min(limit, one.resumed_after or 0)) if one else (None, limit)
-    return living
+    return valid
 
 
 def _heartbeat(run: Path) -> str:

@@ -181,5 +181,5 @@ def troubles_in_one_line(files: Files) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and files.record.is_file():
             return  # another start of the same command was faster and has tidied up
-        problem = f"cannot be written ({error.strerror or error}); mend that and give the same command again to go on"
+        problem = f"cannot be written ({error.strerror or error}); fix this and rerun the same command to resume"
         raise UserError(f"--out {files.archive}: {problem}") from None

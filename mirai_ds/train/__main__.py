@@ -36,8 +36,8 @@ def set_aside(run: Path) -> None:
     LOG.info("set the earlier run aside as %s", aside)
 
 
-# What no restart mends: no room, no right to write.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+# errno values that a restart cannot fix: disk full, quota, permissions.
+NOT_FIXED_BY_RESTART = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class RankStartup:
@@ -154,7 +154,7 @@ def run_rank(options: TrainOptions) -> None:
         verdict, _ = start.train(config, run, options.resume, options.fresh)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            if error.errno not in NO_ROOM:
+            if error.errno not in NOT_FIXED_BY_RESTART:
                 crash(start, error)
             error = LocalError(
                 f"{error.filename or 'the run folder'}: {error.strerror}; the earlier checkpoints are intact"

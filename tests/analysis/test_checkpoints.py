@@ -144,7 +144,7 @@ def test_a_branch_that_was_left_behind(tmp_path: Path) -> None:
     assert [c.damage for c in report.checkpoints] == ["", "", "", ""]
     assert [bool(c.abandoned) for c in report.checkpoints] == [False, True, False, True]
     path = store.folder_of(run, 120)
-    said = f"{path}: start 1 wrote it on a branch that a later start left behind"
+    said = f"{path}: written by attempt 1 after a later attempt had resumed from an earlier step; ignored"
     assert report.resume == Resume(80, "", (said,))
     shutil.rmtree(run / "incarnations")
     assert inspect_run(run, verify=True).resume == Resume(120, "", ())

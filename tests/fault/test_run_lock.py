@@ -205,7 +205,7 @@ def test_what_slips_through_the_fence_is_never_loaded(whole: Path, tmp_path: Pat
     _, info, skipped = store.find(run, "auto")
     assert info.step == 8
     assert len(skipped) == 1
-    assert "a later start left behind" in skipped[0]
+    assert "after a later attempt had resumed from an earlier step; ignored" in skipped[0]
     out = finish(run)
     assert "skipped" in out
     assert "resumed after step 8" in out
