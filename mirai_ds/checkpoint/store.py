@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ START_FILES = frozenset(
     }
 )
 POINTER, MANIFEST, INFO = "latest", "manifest.json", "info.json"
+RETIRED = frozenset({"samples_in_epoch"})  # fields of info.json that earlier versions wrote and nothing needs
 READERS = 4  # digests at once: one core hashes slower than a disk reads
 
 
@@ -68,14 +69,13 @@ def list_steps(run: Path) -> list[int]:
 
 
 def read_info(folder: Path) -> CheckpointInfo:
-    """What a checkpoint says of itself, fields of other versions left out.  Raises OSError, ValueError, TypeError."""
+    """What a checkpoint says of itself.  Raises OSError, ValueError, TypeError."""
     return info_of(json.loads((folder / INFO).read_text(encoding="utf-8")))
 
 
 def info_of(data: dict[str, Any]) -> CheckpointInfo:
-    """The known fields of `data`.  Raises TypeError when one without a default is missing."""
-    known = {item.name for item in fields(CheckpointInfo)}
-    return CheckpointInfo(**{name: value for name, value in data.items() if name in known})
+    """From JSON.  Raises TypeError for fields that are missing, or that this version does not know."""
+    return CheckpointInfo(**{name: value for name, value in data.items() if name not in RETIRED})
 
 
 def check_sizes(folder: Path) -> CheckpointInfo:

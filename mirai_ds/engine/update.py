@@ -72,7 +72,7 @@ class Update:
         if self.offloaded:
             if self._told:
                 raise RuntimeError(
-                    "the optimizer on the host skipped a step and another came without `confirm_updates`; call it each step"
+                    "the optimizer on the host skipped a step, and another came without `confirm_updates` between"
                 )
             self.ds.step()
             self.norm = torch.as_tensor(self.ds.get_global_grad_norm() or 0.0)
