@@ -189,7 +189,7 @@ class _Trainer:
         ]  # fmt: skip
         if s.teacher is not None:
             objective = s.engine.ds.module
-            found += [(s.teacher, "features", "teacher forward"), (objective, "_align", "heads and alignment")]
+            found += [(s.teacher, "features", "teacher forward"), (objective, "align", "heads and alignment")]
         return found
 
 

@@ -70,10 +70,16 @@ class MiraiObjective(nn.Module):
         assert layer is not None
         states = hidden[layer]
         assert self.method is not None
-        inputs = Heads(
+        alignment, per_head = self.align(states, target, multiplier)
+        metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
+        return ntp + multiplier * alignment, metrics
+
+    def align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """The method's loss of states (B, S, D) against the target: a weighted scalar, before the multiplier, and one
+        detached value a head."""
+        assert self.method is not None
+        heads = Heads(
             self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
             multiplier / self.grad_accum_steps, self.recompute_heads,
         )  # fmt: skip
-        alignment, per_head = self.method.loss(inputs, states, target)
-        metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
-        return ntp + multiplier * alignment, metrics
+        return self.method.loss(heads, states, target)

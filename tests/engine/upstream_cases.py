@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.engine.engine import TrainEngine
-from mirai_ds.foresight import MiraiObjective, objective
+from mirai_ds.foresight import MiraiObjective, methods
 from mirai_ds.model import initialise
 from tests.engine.cases import fixed_target, release, toy_config, toy_loader
 
@@ -26,7 +26,7 @@ def upstream_case(stage: int, precision: str, accumulation: int, multiplier: flo
     engine = TrainEngine(module, config, ds_config, torch.device("cpu"))
     told: list[float] = []
     received: list[float] = []
-    compute = objective.foresight_cosine
+    compute = methods.foresight_cosine
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         loss, cosine = compute(*args, **kwargs)
@@ -35,7 +35,7 @@ def upstream_case(stage: int, precision: str, accumulation: int, multiplier: flo
         return loss, cosine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "foresight_cosine", spy)
+        patch.setattr(methods, "foresight_cosine", spy)
         engine.set_rates(1e-3, heads_active=True)
         for batch in toy_loader(config, dist.get_rank(), dist.get_world_size(), accumulation).micro_batches(0):
             target = fixed_target(config, batch, 0)

@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(parts, "write_whole", until_full)
-        refused(r"cannot be written \(No space left on device\); mend that", photos, tmp_path / "s", codebook)
+        refused(r"cannot be written \(No space left on device\); fix this", photos, tmp_path / "s", codebook)
     assert len(list((tmp_path / "s" / "parts").glob("*.npz"))) == 2
     extract_codes(options(photos, tmp_path / "s"), ALONE, codebook, batch=7)
     assert content(tmp_path / "s") == content(store)
