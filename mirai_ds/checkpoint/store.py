@@ -10,7 +10,7 @@ from typing import Any
 
 from mirai_ds.config import UserError
 from mirai_ds.runs import lock
-from mirai_ds.runtime.disk import digest_of_file
+from mirai_ds.runtime.disk import digest_of_file, left_behind
 
 FORMAT = 1
 # Written before the first step: a start that failed on a mistake leaves only these, and may be repeated.
@@ -132,7 +132,11 @@ def holds_a_run(run: Path) -> bool:
     """Whether there is anything in the folder but what a start writes before its first step."""
     if not run.is_dir():
         return run.exists()
-    return any(p.name not in START_FILES and not p.name.startswith("config.before-") for p in run.iterdir())
+    unfinished = set(left_behind(run / "*"))  # of a start that was killed while it wrote its first files
+    return any(
+        p.name not in START_FILES and not p.name.startswith("config.before-") and p not in unfinished
+        for p in run.iterdir()
+    )
 
 
 def check_run_folder(run: Path, resume: str | None, fresh: bool = False) -> None:

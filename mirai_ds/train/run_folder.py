@@ -16,7 +16,7 @@ from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.runs.lock import Attempt, RunLock, check_free, read_all, starts_without_progress
 from mirai_ds.runs.outcome import NAME as OUTCOME
 from mirai_ds.runs.outcome import Outcome
-from mirai_ds.runtime.disk import write_whole
+from mirai_ds.runtime.disk import left_behind, write_whole
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import describe
 from mirai_ds.runtime.launch import has_parent
@@ -72,6 +72,8 @@ def _take(
     try:
         run.mkdir(parents=True, exist_ok=True)
         run_lock = RunLock.take(run)
+        for path in left_behind(run / "*"):
+            path.unlink(missing_ok=True)
         mine = run_lock.mine
         outcome.in_run(run, run_lock.check)
         (run / OUTCOME).unlink(missing_ok=True)
