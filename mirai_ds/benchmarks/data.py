@@ -10,7 +10,6 @@ Real photographs (scikit-learn's two, cut into pieces of ImageNet's usual 500 x 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
+from mirai_ds.benchmarks.harness import add_device, append, command_line, facts, new_parser, only_table
 from mirai_ds.data import BatchLoader, DataOrder
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
@@ -200,20 +199,15 @@ def random_tokenizer(device: str, small: bool) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write rows, or print the table of rows that are there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mirai_ds.benchmarks.data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser("data", __doc__)
+    add_device(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--quick", action="store_true", help="a fraction of the work: shows that it runs")
-    add_output(parser, "data")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if only_table(args, table):
+    if only_table(args, table, FIELDS):
         return 0
-    about = facts(args.device, command_line("mirai_ds.benchmarks.data", given, [args.out]))
+    about = facts(args.device, command_line("python -m mirai_ds.benchmarks.data", given, [args.out]))
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(task, Path(folder), args.device, args.quick, about)

@@ -22,35 +22,50 @@ from mirai_ds.config import UserError
 from mirai_ds.runtime.disk import replacing
 
 
-def add_output(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options of every benchmark: `--out` (default `bench-NAME.csv` in the current folder) and `--table`."""
+def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of `mirai-ds bench NAME` with the options of every benchmark: `--out` (default `bench-NAME.csv` in the
+    current folder) and `--table`."""
+    parser = argparse.ArgumentParser(
+        f"mirai-ds bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(f"bench-{name}.csv")
     parser.add_argument("--out", type=Path, default=default, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown; measure nothing")
+    return parser
 
 
-def only_table(args: argparse.Namespace, table: Callable[[list[dict[str, str]]], str]) -> bool:
-    """With `--table` print the rows that are there.  Without it nothing, but a file that could not be written in the
-    end is refused before anything is measured.  Raises UserError."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, by default the GPU where there is one."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def only_table(args: argparse.Namespace, table: Callable[[list[dict[str, str]]], str], columns: Sequence[str]) -> bool:
+    """With `--table` print the rows that are there.  Without it nothing, but a file that rows with these columns could
+    not be added to is refused before anything is measured.  Raises UserError."""
     if args.table:
         if not args.out.is_file():
             raise UserError(f"--out {args.out}: no such file; a benchmark without --table writes it")
         print(table(read(args.out)))
     else:
-        check_output(args.out)
+        check_output(args.out, columns)
     return bool(args.table)
 
 
-def check_output(path: Path) -> None:
-    """Raises UserError where `path` cannot be written."""
+def check_output(path: Path, columns: Sequence[str]) -> None:
+    """Raises UserError where `path` cannot be written, or holds rows of another benchmark."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {path}: is a folder, or in one that is missing or cannot be written; give another name")
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), None)
+        if header is not None and header != list(columns):
+            raise UserError(f"--out {path}: holds rows with other columns; give another name")
 
 
-def command_line(module: str, argv: Sequence[str], without: Sequence[object] = ()) -> str:
-    """The command that a row names: `python -m MODULE` and its words, but for where results and runs go."""
-    left_out = {"--out", "--run-dir", *map(str, without)}
-    return " ".join([f"python -m {module}", *(word for word in argv if word not in left_out)])
+def command_line(command: str, argv: Sequence[str], places: Sequence[Path | None]) -> str:
+    """The command that a row names, with its words but for `places`, where results and runs go."""
+    left_out = {"--out", "--run-dir", *(str(place) for place in places if place is not None)}
+    return " ".join([command, *(word for word in argv if word not in left_out)])
 
 
 def read(path: Path) -> list[dict[str, str]]:

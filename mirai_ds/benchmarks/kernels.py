@@ -10,7 +10,6 @@ Rows go to a CSV file with device, date, versions and command; `--table` prints 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -21,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirai_ds.benchmarks.harness import (
-    add_output,
+    add_device,
     append,
     command_line,
     facts,
     milliseconds,
+    new_parser,
     only_table,
     peak_extra_bytes,
     queued_milliseconds,
@@ -191,23 +191,18 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write rows, or print the table of rows that are there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mirai_ds.benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser("kernels", __doc__)
+    add_device(parser)
     parser.add_argument("--sizes", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10)
-    add_output(parser, "kernels")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if only_table(args, table):
+    if only_table(args, table, COLUMNS):
         return 0
-    command = command_line("mirai_ds.benchmarks.kernels", given, [args.out])
+    command = command_line("python -m mirai_ds.benchmarks.kernels", given, [args.out])
     for size in args.sizes:
         for method in args.methods:
             for dtype in args.dtypes:

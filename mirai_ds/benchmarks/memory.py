@@ -8,7 +8,6 @@ allocator would miss what gloo's threads release.)  GPU: the caching allocator's
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
@@ -23,7 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirai_ds.benchmarks.harness import add_output, append, command_line, only_table
+from mirai_ds.benchmarks.harness import append, command_line, new_parser, only_table
 from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import RunConfig, build
 from mirai_ds.runtime.distributed import World, leave_process_group, local_device, read_world
@@ -267,13 +266,12 @@ def table(rows: list[dict[str, str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Launch ranks, measure every case, print and append the rows."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("memory", __doc__)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--size", help="this LlamaGen size on 256 tokens instead of the small cases")
     parser.add_argument("--cases", default=":", metavar="FROM:TO", help="some of them, as in a Python slice")
-    add_output(parser, "memory")
     args = parser.parse_args(argv)
-    if only_table(args, table):
+    if only_table(args, table, FIELDS):
         return 0
     world = read_world()
     if world is None:
@@ -289,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         for method in ("none", "mirai-e") for recompute in (RECOMPUTE[0], RECOMPUTE[2]) for micro in (4, 16)
     ]  # fmt: skip
     for config in cases[slice(*(int(part) if part else None for part in args.cases.split(":")))]:
-        row = compare(config, world, device) | {"command": command_line(MODULE, argv, [args.out])}
+        row = compare(config, world, device) | {"command": command_line(f"python -m {MODULE}", argv, [args.out])}
         if world.rank == 0:
             print(json.dumps(row), flush=True)
             append(args.out, FIELDS, [row])

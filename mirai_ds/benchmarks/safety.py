@@ -9,7 +9,6 @@ It starts its own ranks; under torchrun or srun it is one of them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
+from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
 from mirai_ds.runtime.distributed import World, leave_process_group, read_world
 
 MODULE = "mirai_ds.benchmarks.safety"
@@ -230,15 +229,14 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, append to the results."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("safety", __doc__)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--block", type=int, default=1, help="steps in a turn")
     parser.add_argument("--run-dir", type=Path)
-    add_output(parser, "safety")
     args = parser.parse_args(argv)
-    if only_table(args, table):
+    if only_table(args, table, FIELDS):
         return 0
     world = read_world()
     if world is None:
@@ -248,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             return launch(
                 MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
             )
-    command = command_line(MODULE, argv, [args.out, args.run_dir])
+    command = command_line(f"python -m {MODULE}", argv, [args.out, args.run_dir])
     found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
     if found:
         print(table(found), flush=True)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirai_ds.benchmarks.harness import add_output, append, command_line, facts, only_table
+from mirai_ds.benchmarks.harness import add_device, append, command_line, facts, new_parser, only_table
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, Decoder, SamplingRules, Speed, initialise
 from mirai_ds.model.rope2d import apply_rope
@@ -187,8 +187,8 @@ def table(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, append to the results."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser("sampling", __doc__)
+    add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--size", default="GPT-B")
     parser.add_argument("--dim", type=int, help="a tiny model of this width instead")
@@ -197,15 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of a CPU; default torch's")
     parser.add_argument("--compile", action="store_true", help="also on a CPU")
-    add_output(parser, "sampling")
     args = parser.parse_args(argv)
-    if only_table(args, table):
+    if only_table(args, table, FIELDS):
         return 0
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     args.batch = args.batch or (64 if args.device == "cuda" else 8)
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measure(args, command_line(MODULE, argv, [args.out]))
+    found = measure(args, command_line(f"python -m {MODULE}", argv, [args.out]))
     print(table(found), flush=True)
     append(args.out, FIELDS, found)
     return 0

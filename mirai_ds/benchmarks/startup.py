@@ -6,11 +6,9 @@ The first start of each case warms the file caches and is not counted.  `help` i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import runpy
-import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.benchmarks.harness import add_output, append, facts, only_table
+from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
 
 MODULE = "mirai_ds.benchmarks.startup"
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
@@ -182,16 +180,17 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [flag]:
             run(argv[1:])
             return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("startup", __doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="starts of each case that count")
     parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default all")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    add_output(parser, "startup")
     args = parser.parse_args(argv)
-    if only_table(args, table):
+    if only_table(args, table, FIELDS):
         return 0
-    rows = measure(args.ranks, args.repeat, shlex.join(["python", "-m", MODULE, *argv]), args.case or tuple(CASES))
+    rows = measure(
+        args.ranks, args.repeat, command_line(f"python -m {MODULE}", argv, [args.out]), args.case or tuple(CASES)
+    )
     print(json.dumps(rows, indent=1) if args.json else table(rows), flush=True)
     append(args.out, FIELDS, rows)
     return 0

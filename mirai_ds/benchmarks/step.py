@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from mirai_ds.benchmarks.arms import BenchArm, Workers
-from mirai_ds.benchmarks.harness import add_output, append, facts, only_table
+from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
@@ -204,8 +204,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """Of the command line."""
     import os
 
-    parser = argparse.ArgumentParser("mirai-ds bench step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = new_parser("step", __doc__)
     parser.add_argument("what", nargs="*", help=f"of {', '.join(COMPARISONS)}; default the first three")
     parser.add_argument("--size", default="GPT-B", choices=("GPT-B", "GPT-L", "GPT-XL"))
     parser.add_argument("--methods", default="none,E", help="comma-separated: none, E, I")
@@ -216,7 +215,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--switches", type=lambda text: text.split(","), help="some of them, by name")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON, not as a table")
-    add_output(parser, "step")
     args = parser.parse_args(argv)
     args.gpus = min(1, visible_gpus())
     args.what = args.what or list(COMPARISONS[:3])
@@ -233,10 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, append to the results."""
     argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    if only_table(args, lambda rows: f"{table(rows)}\n\n{parts_table(rows)}"):
+    if only_table(args, lambda rows: f"{table(rows)}\n\n{parts_table(rows)}", FIELDS):
         return 0
-    told = [word for word in argv if word not in ("--out", str(args.out))]
-    for rows in measure(args, " ".join(["mirai-ds bench step", *told])):
+    for rows in measure(args, command_line("mirai-ds bench step", argv, [args.out])):
         print("\n".join(map(json.dumps, rows)) if args.json else f"{table(rows)}\n\n{parts_table(rows)}\n", flush=True)
         append(args.out, FIELDS, rows)
     return 0

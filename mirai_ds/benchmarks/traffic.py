@@ -7,7 +7,6 @@ of the whole model at the same batch.  The numbers decide whether fusing them is
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import time
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from mirai_ds.benchmarks import kernels as bench
 from mirai_ds.benchmarks.harness import (
-    add_output,
+    add_device,
     append,
     command_line,
     facts,
     milliseconds,
+    new_parser,
     only_table,
     queued_milliseconds,
     read,
@@ -160,18 +160,17 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, add rows to the results file, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m mirai_ds.benchmarks.traffic", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser("traffic", __doc__)
+    add_device(parser)
     parser.add_argument("--size", choices=bench.WIDTHS, default="B")
     parser.add_argument("--dtypes", nargs="+", choices=bench.DTYPES, default=list(bench.DTYPES))
     parser.add_argument("--batch", type=int, help="default: 4 on the CPU, 32 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    add_output(parser, "traffic")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
-    if only_table(args, table):
+    if only_table(args, table, bench.COLUMNS):
         return 0
-    command = command_line("mirai_ds.benchmarks.traffic", given, [args.out])
+    command = command_line("python -m mirai_ds.benchmarks.traffic", given, [args.out])
     batch = args.batch or (4 if args.device == "cpu" else 32)
     for dtype in args.dtypes:
         rows = measure(args.size, batch, dtype, args.device, args.rounds, command)

@@ -17,12 +17,12 @@ METHODS = ("none", "mirai-e", "mirai-i")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-def print_parts(parts: list[RenderableType]) -> None:
-    """Tables and sentences, as wide as the terminal; 150 columns where there is none."""
+def print_parts(parts: list[RenderableType], width: int = 150) -> None:
+    """Tables and sentences, as wide as the terminal; `width` columns where there is none."""
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # sentences stay one line, for grep
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-PATH = click.Path(path_type=Path)
+from mirai_ds.cli.output import JSON, PATH, print_json, print_parts
 
 
 @click.command(context_settings=CONTEXT)
@@ -27,7 +21,7 @@ PATH = click.Path(path_type=Path)
     "--from", "from_step", type=click.IntRange(min=0), default=0, metavar="STEP", help="Leave out earlier steps."
 )
 @click.option("--csv", "table", type=PATH, metavar="FILE", help="Write every compared value, side by side.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@JSON
 @mistakes_in_one_line
 def compare(run_a: Path, run_b: Path, tolerance: float, metrics: tuple[str, ...], from_step: int, table: Path | None,
             as_json: bool) -> None:  # fmt: skip
@@ -48,9 +42,9 @@ def compare(run_a: Path, run_b: Path, tolerance: float, metrics: tuple[str, ...]
     result = compare_runs(run_a, run_b, tolerance, metrics, from_step)
     written = None if table is None else report.write_csv(result, table)
     if as_json:
-        _print_json(report.as_json(result))
+        print_json(report.as_json(result))
     else:
-        _print(report.render(result))
+        print_parts(report.render(result), width=120)
         if written is not None:
             click.echo(f"{table}: {written} values")
     sys.exit(1 if result.verdict == "different" else 0)
@@ -59,7 +53,7 @@ def compare(run_a: Path, run_b: Path, tolerance: float, metrics: tuple[str, ...]
 @click.command(context_settings=CONTEXT)
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and compare digests; exit 1 when something is damaged.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@JSON
 @mistakes_in_one_line
 def inspect(path: Path, verify: bool, as_json: bool) -> None:
     """Say what a run folder, or a token or image store, holds.  Nothing in it is changed.
@@ -86,9 +80,9 @@ def _run(path: Path, verify: bool, as_json: bool) -> list[str]:
 
     report = inspect_run(path, verify)
     if as_json:
-        _print_json(inspect_report.as_json(report))
+        print_json(inspect_report.as_json(report))
     else:
-        _print(inspect_report.render(report))
+        print_parts(inspect_report.render(report), width=120)
     return report.damages
 
 
@@ -97,21 +91,8 @@ def _store(path: Path, verify: bool, as_json: bool) -> list[str]:
 
     if as_json:
         found = store_as_json(path, verify)
-        _print_json(found)
+        print_json(found)
         return list(found["damages"])
     lines, damages = inspect_store(path, verify)
     click.echo("\n".join(lines))
     return damages
-
-
-def _print(parts: list[RenderableType]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, Text))  # sentences stay one line, for grep
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))

@@ -146,7 +146,6 @@ def _world(ranks: int | None) -> World | None:
     sys.exit(launch("mirai_ds.cli.sample", arguments[arguments[:1] == ["sample"] :], count, gpus))
 
 
-if (
-    __name__ == "__main__"
-):  # one rank, under any launcher: the deepspeed command puts --local_rank right after the module
+# One rank, under any launcher: the deepspeed command puts --local_rank right after the module.
+if __name__ == "__main__":
     sample(prog_name="python -m mirai_ds.cli.sample")

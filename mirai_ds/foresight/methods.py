@@ -39,7 +39,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Method:
+class ForesightMethod:
     """One way to look ahead.
 
     teacher: makes what gives the targets.  loss(heads, states (B, S, D), target): the weighted scalar, before the
@@ -93,7 +93,7 @@ def later_tokens(config: RunConfig, device: torch.device) -> Teacher:
 
 # By `foresight.method`; "none", next-token prediction only, has no entry.
 METHODS = {
-    "mirai-e": Method(own_average, cosine_loss, "cosine", cosine=True),
-    "mirai-i": Method(frozen_encoder, cosine_loss, "cosine", cosine=True),
-    "mtp": Method(later_tokens, entropy_loss, "entropy", cosine=False),
+    "mirai-e": ForesightMethod(own_average, cosine_loss, "cosine", cosine=True),
+    "mirai-i": ForesightMethod(frozen_encoder, cosine_loss, "cosine", cosine=True),
+    "mtp": ForesightMethod(later_tokens, entropy_loss, "entropy", cosine=False),
 }

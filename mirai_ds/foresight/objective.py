@@ -35,7 +35,6 @@ class MiraiObjective(nn.Module):
         the loss by before backward; a wrong number costs time, not correctness."""
         super().__init__()
         self.foresight = foresight
-        self.method = METHODS.get(foresight.method)
         self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
         self.projectors = heads(foresight, model.width, feature_dim or model.width)
@@ -69,17 +68,15 @@ class MiraiObjective(nn.Module):
             return ntp, metrics
         assert layer is not None
         states = hidden[layer]
-        assert self.method is not None
         alignment, per_head = self.align(states, target, multiplier)
-        metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
+        metrics |= {"alignment": alignment.detach(), METHODS[self.foresight.method].metric: per_head}
         return ntp + multiplier * alignment, metrics
 
     def align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """The method's loss of states (B, S, D) against the target: a weighted scalar, before the multiplier, and one
         detached value a head."""
-        assert self.method is not None
         heads = Heads(
             self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
             multiplier / self.grad_accum_steps, self.recompute_heads,
         )  # fmt: skip
-        return self.method.loss(heads, states, target)
+        return METHODS[self.foresight.method].loss(heads, states, target)

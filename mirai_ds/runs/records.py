@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import UserError
+from mirai_ds.config.run_config import HOOK_NAMES
 from mirai_ds.config.yaml_text import parse
 
 METRICS = "metrics.jsonl"
@@ -106,7 +107,9 @@ def read_config(run: Path) -> tuple[Json | None, str]:
         data = parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, UserError) as error:
         return None, " ".join(str(error).split())
-    return (data, "") if isinstance(data, dict) else (None, f"{path}: is not a configuration")
+    if not isinstance(data, dict):
+        return None, f"{path}: is not a configuration"
+    return {**data, "hooks": data.get("hooks", list(HOOK_NAMES))}, ""  # runs of before could not choose
 
 
 def read_json(path: Path) -> Json | None:

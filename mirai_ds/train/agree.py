@@ -50,7 +50,7 @@ def agree_on_start(config: RunConfig, world: World, options: dict[str, Any]) -> 
     """
     resolved = config.model_dump(mode="json")
     source = resolved.pop("deepspeed")
-    file = read(config.deepspeed)
+    file = on_every_rank(lambda: read(config.deepspeed))  # a node may lack it: nobody waits for that rank
     given = {
         **flatten(resolved), **flatten({"deepspeed": file}), **options,
         **{f"environment variable {name}": os.environ[name] for name in NUMERICS if name in os.environ},

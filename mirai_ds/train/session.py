@@ -140,8 +140,7 @@ class Session:
     def describe_state(self) -> store.CheckpointInfo:
         """What a checkpoint of this moment holds beside its tensors."""
         c = self.config
-        states = {name: copy.deepcopy(part.state_dict()) for name, part in self.stateful.items()}
-        states = {name: state for name, state in states.items() if state}
+        states = {name: copy.deepcopy(state) for name, part in self.stateful.items() if (state := part.state_dict())}
         return store.CheckpointInfo(
             step=self.step, global_batch_size=c.train.global_batch_size, seed=c.seed,
             world_size=self.world.size, zero_stage=self.engine.stage, precision=c.train.precision,

@@ -6,19 +6,11 @@ from pathlib import Path
 
 from mirai_ds.benchmarks import safety
 from mirai_ds.benchmarks.harness import read
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.pages import check_page
 
 
 def test_the_document_shows_the_committed_rows() -> None:
-    text = (ROOT / "docs" / "resilience.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.benchmarks.safety --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = read(ROOT / "docs" / "results" / "safety.csv")
-    assert shown == safety.table(rows)
-    for row in rows:
-        assert row["command"].startswith("python -m mirai_ds.benchmarks.safety")
-        assert row["date"]
-        assert row["device"]
+    check_page("resilience.md", "safety", safety.table)
 
 
 def test_it_runs_and_both_variants_train(tmp_path: Path) -> None:

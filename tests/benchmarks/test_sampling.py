@@ -11,20 +11,13 @@ from mirai_ds.benchmarks import sampling
 from mirai_ds.benchmarks.harness import read
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import Decoder, SamplingRules
+from tests.benchmarks.pages import check_page
 
-ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 
 
 def test_the_document_shows_the_committed_rows() -> None:
-    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.benchmarks.sampling --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = read(ROOT / "docs" / "results" / "sampling.csv")
-    assert shown == sampling.table(rows)
-    for row in rows:
-        assert row["command"].startswith("python -m mirai_ds.benchmarks.sampling")
-        assert row["date"]
-        assert row["device"]
+    check_page("sampling.md", "sampling", sampling.table)
 
 
 def test_all_loops_draw_from_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mirai_ds.benchmarks import step as bench
 from mirai_ds.benchmarks.arms import BenchArm, Workers, allocated_by_malloc
+from tests.benchmarks.pages import check_page
 
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "resid_dropout", "ffn_dropout", "class_dropout")]
 TINY = [*NO_DROPOUT, "foresight.warmup_epochs=0", "train.global_batch_size=8", "train.grad_accum_steps=1",
@@ -111,9 +112,4 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_shows_the_committed_rows() -> None:
-    from mirai_ds.benchmarks.harness import read
-
-    root = Path(__file__).resolve().parents[2]
-    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
-    shown = page.partition("<!-- mirai-ds bench step --table -->\n")[2].partition("\n<!-- end -->")[0]
-    assert shown == bench.table(read(root / "docs" / "results" / "step.csv"))
+    check_page("performance.md", "step", bench.table)

@@ -10,19 +10,13 @@ import pytest
 from mirai_ds.benchmarks import data as bench
 from mirai_ds.benchmarks.harness import read
 from mirai_ds.tokenizer import VQ16, VQTokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.pages import check_page
 
 
 def test_the_document_shows_the_measured_rows() -> None:
-    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.benchmarks.data --table -->\n")[1].split("\n<!-- end -->")[0]
-    found = read(ROOT / "docs" / "results" / "data.csv")
-    assert shown == bench.table(found)
-    assert {row["task"] for row in found} == {"loader", "views", "extract"}
-    for row in found:
-        assert row["command"].startswith("python -m mirai_ds.benchmarks.data")
-        assert all(row[name] for name in ("date", "device", "python", "torch", "value", "ratio"))
+    rows = check_page("data.md", "data", bench.table)
+    assert {row["task"] for row in rows} == {"loader", "views", "extract"}
+    assert all(row["value"] and row["ratio"] for row in rows)
 
 
 @pytest.mark.exhaustive

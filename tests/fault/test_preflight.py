@@ -108,6 +108,26 @@ def started_differently(what: str) -> None:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "1"
 
 
+def test_a_node_that_lacks_the_file(tmp_path: Path) -> None:
+    """The other ranks hear of it, and do not wait for half an hour."""
+    ended = run_ranks(tmp_path / "run", prepare=without_the_file)
+    assert ended.codes == [2, 2], ended.out[-3000:]
+    assert "mirai-ds: error: deepspeed = 'mine.json': no such file" in ended.out
+    assert ended.out.count("mirai-ds: error:") == 1
+
+
+def without_the_file() -> None:
+    """Rank 1 is on a node without it."""
+    from mirai_ds.config import deepspeed_file
+    from mirai_ds.train import __main__ as entry
+    from mirai_ds.train import agree
+
+    load = entry.load
+    entry.load = lambda recipe, overrides, file: load(recipe, overrides, "mine.json")
+    if os.environ["RANK"] == "0":
+        agree.read = lambda source: deepspeed_file.read("zero1")
+
+
 def test_a_file_that_changes_after_the_start_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"zero_optimization": {"stage": 1}}')

@@ -15,20 +15,13 @@ from mirai_ds.cli.main import main
 from mirai_ds.config import ForesightConfig
 from mirai_ds.foresight import index_table
 from mirai_ds.kernels.foresight_cosine import reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.pages import ROOT, check_page
 
 
 def test_the_page_shows_the_measured_rows() -> None:
-    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- python -m mirai_ds.benchmarks.kernels --table -->\n")[1].split("\n<!-- end -->")[0]
-    rows = harness.read(ROOT / "docs" / "results" / "kernels.csv")
-    assert shown == bench.table(rows)
-    assert shown.count("\n") >= 13
+    rows = check_page("kernels.md", "kernels", bench.table)
+    assert bench.table(rows).count("\n") >= 13
     assert traffic.table(rows) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    for row in rows:
-        assert row["command"].startswith("python -m mirai_ds.")
-        assert all(row[name] for name in ("date", "device", "python", "torch"))
 
 
 @pytest.mark.parametrize("method", bench.METHODS)
@@ -131,6 +124,13 @@ def test_mistakes_are_told_before_anything_is_measured(name: str, tmp_path: Path
         assert said in done.output
         assert done.output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+    other = tmp_path / "rows.csv"
+    other.write_text("a,b\n1,2\n", encoding="utf-8")
+    done = CliRunner().invoke(main, ["bench", name, "--out", str(other)])
+    assert (done.exit_code, done.output) == (
+        2, f"mirai-ds: error: --out {other}: holds rows with other columns; give another name\n"
+    )  # fmt: skip
+    assert other.read_text(encoding="utf-8") == "a,b\n1,2\n"
 
 
 def test_the_sizes_are_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from mirai_ds.analysis.differences import of_configurations
 from mirai_ds.checkpoint.store import verify
 from mirai_ds.runs.configuration import read_run_config
+from mirai_ds.runs.records import read_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
 
@@ -59,3 +61,8 @@ def test_it_goes_on_where_it_was(resumed: Path) -> None:
 def test_its_attempts_are_counted_on(resumed: Path) -> None:
     assert sorted(path.name for path in (resumed / "incarnations").glob("*.json")) == ["00001.json", "00002.json"]
     assert read_run_config(resumed) == read_run_config(FIXTURE)
+
+
+def test_compare_finds_no_other_settings(resumed: Path) -> None:
+    """A setting that came later has had one value all along: it must not be told as what explains two curves."""
+    assert of_configurations(read_run(FIXTURE), read_run(resumed)) == []
