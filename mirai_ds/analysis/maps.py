@@ -20,7 +20,6 @@ from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder, TokenSource
 from mirai_ds.model import GPT, gpt_from_weights
-from mirai_ds.model.par import cell_order
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.tokenizer import open_tokenizer
@@ -84,7 +83,7 @@ def token_features(gpt: GPT, tokens: Tensor, labels: Tensor, layer: int, slots: 
     """tokens (n, N), labels (n,) -> (n, N, D) fp32 on CPU: the residual stream after block `layer` (1-based), without
     dropout, of the slot that holds (`input`) or predicts (`predict`) each token, tokens in raster order also of PAR."""
     device, parts = gpt.norm.weight.device, []
-    order = cell_order(gpt.config.grid, gpt.config.par_tokens)
+    order = gpt.order.positions()
     chosen = [order.input_slot[q] if slots == "input" else q for q in order.number]
     for chunk, label in zip(tokens.split(_BATCH), labels.split(_BATCH), strict=True):
         x = gpt.embed(chunk.to(device), label.to(device), None)

@@ -171,9 +171,14 @@ class ModelConfig(Section):
         return math.isqrt(self.block_size)
 
     @property
+    def learnable_tokens(self) -> int:
+        """Slots of the sequence that hold neither the class nor a token: PAR's n - 1."""
+        return (self.par_tokens or 1) - 1
+
+    @property
     def slots(self) -> int:
-        """Input slots in training: the class and all tokens but the last; PAR's n - 1 learnable tokens beside them."""
-        return self.block_size + (self.par_tokens or 1) - 1
+        """Input slots in training: the class, all tokens but the last, and the learnable ones."""
+        return self.block_size + self.learnable_tokens
 
     @property
     def ffn_hidden(self) -> int:

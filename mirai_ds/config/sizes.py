@@ -12,9 +12,8 @@ def block_parameters(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters of the GPT, PAR's learnable tokens included; block_size has no part, since positions have none."""
-    learnable = (config.par_tokens or 1) - 1
-    tables = (2 * config.vocab_size + config.num_classes + 1 + learnable) * config.width
+    """All parameters of the GPT; block_size has no part, since positions have none."""
+    tables = (2 * config.vocab_size + config.num_classes + 1 + config.learnable_tokens) * config.width
     return tables + config.depth * block_parameters(config) + config.width
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
-from mirai_ds.model.par import cell_order
+from mirai_ds.model.orders import token_order
 
 # The authors' order of heads (flat shifts 0, +1, +16, +17, +2, +18, +34, +33, +32 on a 16 grid).
 OFFICIAL_OFFSETS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0))
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
     """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
     order of the sequence; only the slots that stand for them follow it."""
-    order, by_cell = cell_order(grid, par_tokens), config.targets_by_cell
+    order, by_cell = token_order(grid, par_tokens).positions(), config.targets_by_cell
     cells = grid * grid
     # Tokens whose features the teacher has: all patches or tokens, or the tokens it was given.
     available = cells if by_cell or config.teacher_sees_last_token else cells - 1
@@ -90,7 +90,7 @@ def index_table(config: ForesightConfig, grid: int, par_tokens: int | None = Non
     tokens, in raster order, all N of them.  Raises ConfigError when a head has no target (the class slot is none) on
     this grid.
     """
-    slots = cell_order(grid, par_tokens).slots
+    slots = token_order(grid, par_tokens).positions().slots
     table = torch.full((slots, config.heads), -1, dtype=torch.int64, device="cpu")
     for slot, head, row, decoded in pairs(config, grid, par_tokens):
         if not (decoded and config.mask_decoded_targets):

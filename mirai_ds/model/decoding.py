@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mirai_ds.model.gpt import GPT, KVCache
-from mirai_ds.model.par_sampling import sample_par_tokens
-from mirai_ds.model.rope2d import apply_rope
+from mirai_ds.model.gpt import GPT, CachedSlots, KVCache
 from mirai_ds.model.rules import SamplingRules, filter_logits, guide, image_keys, pick
+from mirai_ds.model.stepwise import new_cache, sample_stepwise
 from mirai_ds.runtime.counter_random import uniform
 
 # A stretch is a run of steps over which the attended part of the cache keeps its length.  Eight a sequence read an
@@ -34,41 +33,13 @@ class Speed:
     graphs: bool = False
 
 
-def new_cache(model: GPT, batch: int, dtype: torch.dtype) -> list[KVCache]:
-    """Empty buffers for `batch` sequences of N slots: the class and x_1..x_{N-1} (x_N is never an input)."""
-    config, device = model.config, model.rope.device
-    shape = (batch, config.heads, config.block_size, config.width // config.heads)
-    return [
-        KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in model.layers
-    ]
-
-
-def decode_step(model: GPT, x: Tensor, cache: list[KVCache], start: int) -> Tensor:
-    """Logits (B, V) float32 of the last slot of x (B, S, D), the embedded slots start..start+S-1."""
-    rope = model.rope[start : start + x.shape[1]]
-    for block, buffers in zip(model.layers, cache, strict=True):
-        x = block(x, rope, cache=buffers, start=start)
-    return model.head(x[:, -1:])[:, 0]
-
-
 def block_step(
-    block: Any, x: Tensor, rope: Tensor, key: Tensor, value: Tensor, position: Tensor, span: int, mask: Tensor | None
+    block: nn.Module, x: Tensor, rope: Tensor, cache: KVCache, position: Tensor, span: int, mask: Tensor | None
 ) -> Tensor:
-    """One slot through a block: x (B, 1, D) at `position` (1,) int64, rope (1, head_dim/2, 2) -> (B, 1, D).
-
-    Writes this slot into the block's buffers (B', heads, N, head_dim), B' >= B, and attends to their first `span`
-    slots, of which `mask` (1, span) bool says which are filled (None: all).
-    """
-    rows, attention = x.shape[0], block.attention
-    q, k, v = attention.wqkv(block.attention_norm(x)).view(rows, 1, 3, attention.n_head, -1).unbind(2)
-    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
-    key, value = key[:rows], value[:rows]
-    key.index_copy_(2, position, k.to(key.dtype))
-    value.index_copy_(2, position, v.transpose(1, 2).to(value.dtype))
-    out = F.scaled_dot_product_attention(q, key[:, :, :span], value[:, :, :span], attn_mask=mask)
-    h = x + attention.wo(out.transpose(1, 2).reshape(rows, 1, -1))
-    return h + block.feed_forward(block.ffn_norm(h))
+    """One slot through a block, a function of tensors alone as the compiler wants it: x (B, 1, D) at `position` (1,)
+    int64, rope (1, head_dim/2, 2) -> (B, 1, D).  mask (1, span) bool: which of the cache's first `span` are filled."""
+    out: Tensor = block(x, rope, mask=mask, cached=CachedSlots(cache, position, span))
+    return out
 
 
 # Not cuDNN's, which torch prefers on an H100: it makes a plan for each length of the keys.
@@ -84,9 +55,9 @@ class Decoder:
     def __init__(self, model: GPT, batch: int, rules: SamplingRules, speed: Speed | None = None) -> None:
         self.model, self.batch, self.rules, self.speed = model, batch, rules, speed or Speed()
         self.guided = rules.cfg_scale > 1.0
-        if model.config.par_tokens is not None:  # has its own steps and buffers, made with each batch
+        if not model.order.one_by_one:  # buffers are made with each batch
             if self.speed.compile or self.speed.graphs:
-                raise ValueError("PAR is decoded without compilation and graphs")
+                raise ValueError("a model of many slots a step is decoded without compilation and graphs")
             return
         config, device = model.config, model.rope.device
         weight = model.tok_embeddings.weight
@@ -94,7 +65,7 @@ class Decoder:
         fixed = self.speed.compile or self.speed.graphs
         # Without a compiler to please, each step attends to exactly what is filled.
         self.stretch = -(-config.block_size // STRETCHES) if fixed else 1
-        self.cache = new_cache(model, rows, weight.dtype)
+        self.cache = new_cache(model, rows)
         self.x = torch.zeros(rows, 1, config.width, dtype=weight.dtype, device=device)
         self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(config.block_size, batch, device=device)  # what each place of each image draws with
@@ -113,9 +84,9 @@ class Decoder:
         n = labels.shape[0]
         if n == 0:
             return labels.new_empty(0, self.model.config.block_size)
-        if self.model.config.par_tokens is not None:
+        if not self.model.order.one_by_one:
             with sdpa_kernel(ATTENTION):
-                return sample_par_tokens(self.model, labels, indices, self.rules, seed)
+                return sample_stepwise(self.model, labels, indices, self.rules, seed)
         self.begin(labels, indices, seed)
         for place in range(self.model.config.block_size):
             self.advance(place)
@@ -158,8 +129,8 @@ class Decoder:
         rope = model.rope.index_select(0, self.position)
         mask = None if self.stretch == 1 else (self.slots[:span] <= self.position)[None]
         x = self.x[:rows]
-        for block, (key, value) in zip(model.layers, self.cache, strict=True):
-            x = self._block(block, x, rope, key, value, self.position, span, mask)
+        for block, buffers in zip(model.layers, self.cache, strict=True):
+            x = self._block(block, x, rope, buffers, self.position, span, mask)
         chosen = self._draw(self._logits(x, guided))
         entered = self.model.tok_embeddings(chosen)[:, None]
         self.tokens.index_copy_(1, self.position, chosen[:, None])

@@ -1,8 +1,8 @@
 """LlamaGen's class-conditional GPT: the same state-dict keys, numbers and traps; single-device maths only.
 
 Facts: FoundationVision/LlamaGen, autoregressive/models/gpt.py (commit ce98ec4).  Slot 0 of a sequence is the class,
-slot p >= 1 holds token x_p and predicts x_{p+1}.  With `par_tokens` the same network is PAR (`model/par.py`): tokens go
-in and logits come out in raster order all the same, and the sequence in between is PAR's.
+slot p >= 1 holds token x_p and predicts x_{p+1}.  Tokens go in and logits come out in raster order; how they lie in the
+sequence in between is `model/order.py`'s, which is where PAR differs from LlamaGen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mirai_ds.config import ModelConfig
 from mirai_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from mirai_ds.model.keyed_dropout import drop_path, dropout, path_rates, path_scales
-from mirai_ds.model.par import LearnableTokens, arrange_slots, par_rope, to_raster, to_sequence, visible_slots
+from mirai_ds.model.orders import token_order
 from mirai_ds.model.rope2d import apply_rope, rope_table
 from mirai_ds.runtime.counter_random import derive_keys, uniform
 
@@ -33,6 +33,26 @@ class KVCache(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+    def extend(self, key: Tensor, value: Tensor, position: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        """Write new ones (B', heads, S, head_dim), B' <= B, at slots `position` (S,) int64; all of the first `span`.
+
+        The positions are a tensor, so that a captured step serves every position.
+        """
+        rows = len(key)
+        keys, values = self.key[:rows], self.value[:rows]
+        keys.index_copy_(2, position, key.to(keys.dtype))
+        values.index_copy_(2, position, value.to(values.dtype))
+        return keys[:, :, :span], values[:, :, :span]
+
+
+class CachedSlots(NamedTuple):
+    """Where the slots of a decoding step stand: the block's cache, their numbers (S,) int64, and how many of the
+    cache's first slots are attended to."""
+
+    cache: KVCache
+    position: Tensor
+    span: int
 
 
 class GPTOutput(NamedTuple):
@@ -66,22 +86,18 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, cache: KVCache | None = None, start: int = 0, mask: Tensor | None = None
-    ) -> Tensor:
-        """x (B, S, D), rope (S, head_dim/2, 2); with `cache`, x are slots start..start+S-1 after cached ones.
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None, cached: CachedSlots | None = None) -> Tensor:
+        """x (B, S, D), rope (S, head_dim/2, 2) -> (B, S, D); with `cached`, x are slots among cached ones.
 
-        mask (S, start + S) bool: who sees whom, instead of causal.
+        mask (S, slots attended to) bool: who sees whom, instead of causal.
         """
         batch, slots, dim = x.shape
         q, k, v = self.wqkv(x).view(batch, slots, 3, self.n_head, -1).unbind(2)
         q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
         v = v.transpose(1, 2)
-        if cache is not None:
-            stop = start + slots
-            cache.key[:, :, start:stop], cache.value[:, :, start:stop] = k, v
-            k, v = cache.key[:, :, :stop], cache.value[:, :, :stop]
-        # One new slot sees everything before it; several new slots without a mask only ever come first (start 0).
+        if cached is not None:
+            k, v = cached.cache.extend(k, v, cached.position, cached.span)
+        # One new slot sees everything before it; several new slots without a mask only ever come first.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and slots > 1)
         return self.wo(out.transpose(1, 2).reshape(batch, slots, dim))
 
@@ -117,15 +133,16 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rope: Tensor, keys: Tensor | None = None, paths: Tensor | None = None,
-        cache: KVCache | None = None, start: int = 0, mask: Tensor | None = None,
+        mask: Tensor | None = None, cached: CachedSlots | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, S, D) -> (B, S, D); `keys` (4, B) int64, one for each use, turn dropout on; `paths` (2, B) float64 are
         both branches' factors of stochastic depth; the others are `Attention.forward`'s.
 
-        Nothing here depends on the block's number, so that one compiled graph serves all blocks.
+        Training and decoding both run this.  Nothing here depends on the block's number, so that one compiled graph
+        serves all blocks.
         """
         key: tuple[Tensor | None, ...] = (None,) * _SITES_PER_BLOCK if keys is None else keys.unbind(0)
-        a = dropout(self.attention(self.attention_norm(x), rope, cache, start, mask), self.resid_rate, key[0])
+        a = dropout(self.attention(self.attention_norm(x), rope, mask, cached), self.resid_rate, key[0])
         h = x + drop_path(a, None if paths is None else paths[0])
 
         def feed_forward(h: Tensor) -> Tensor:
@@ -163,8 +180,8 @@ class GPTTrunk(nn.Module):
         self.config = config
         self.cls_embedding = LabelEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
-        if config.par_tokens is not None:
-            self.spe_tok_embeddings = LearnableTokens(config.par_tokens - 1, config.width)
+        self.order = token_order(config.grid, config.par_tokens)
+        self.spe_tok_embeddings = self.order.learnable_tokens(config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(n_blocks or config.depth))
         for name, table in slot_tables(config).items():
             self.register_buffer(name, table, persistent=False)
@@ -172,27 +189,13 @@ class GPTTrunk(nn.Module):
         self.run_block: BlockCall | None = None
 
     def embed(self, tokens: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
-        """tokens (B, T) and labels (B,) int64 -> (B, S, D): S = 1 + T slots, n - 1 more in PAR (T = N - 1 or N)."""
-        n = self.config.par_tokens
-        if n is not None:
-            tokens = self._par_sequence(tokens, n)
-        x = torch.cat([self.cls_embedding(labels, keys), self.tok_embeddings(tokens)], dim=1)
-        if n is not None:
-            x = arrange_slots(x, self.spe_tok_embeddings(len(x)), n)
+        """tokens (B, T) and labels (B,) int64 -> (B, S, D), S = 1 + T slots and the order's learnable ones."""
+        label, sequence = self.cls_embedding(labels, keys), self.order.to_sequence(tokens)
+        x = self.order.arrange(torch.cat([label, self.tok_embeddings(sequence)], dim=1), self.spe_tok_embeddings)
         return dropout(x, self.config.token_dropout, None if keys is None else derive_keys(keys, _TOKEN_SITE))
 
-    def _par_sequence(self, tokens: Tensor, n: int) -> Tensor:
-        """Raster order -> PAR's.  The last cell is the last of both, so that a sequence without it is one too."""
-        given, whole = tokens.shape[1], self.config.block_size
-        if given not in (whole - 1, whole):
-            raise ValueError(f"PAR takes all {whole} tokens or all but the last, not {given}")
-        return to_sequence(F.pad(tokens, (0, whole - given)), n)[:, :given]
-
     def blocks(self, x: Tensor, keys: Tensor | None, tap: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all blocks on x (B, S, D), S <= 1 + N; also return the residual stream after the blocks in `tap`.
-
-        PAR: S <= N + n, and everything is by slot.
-        """
+        """Run all blocks on x (B, S, D) by slot; also return the residual stream after the blocks in `tap`."""
         slots = x.shape[1]
         rope, hidden = self.rope[:slots], {}
         depth = len(self.layers)
@@ -260,24 +263,20 @@ class GPT(GPTTrunk):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The last block's output by raster cell, and what was tapped."""
         x, hidden = self.blocks(self.embed(tokens, labels, keys), keys, tap)
-        if self.config.par_tokens is not None:
-            x = to_raster(x[:, : self.config.block_size], self.config.par_tokens)
-        return x, hidden
+        return self.order.predictions(x), hidden
 
 
 def slot_tables(config: ModelConfig) -> dict[str, Tensor | None]:
-    """`rope` (1 + N, head_dim/2, 2) float32; `mask`, None: causal; `sites` (L, 4, 1) int64, each block's of randomness;
-    `path_rates`, None: no stochastic depth.
-
-    PAR: the first two by slot, for its N + n slots.
-    """
-    rope, n = rope_table(config.grid, config.width // config.heads, config.rope_base), config.par_tokens
-    sites = _BLOCK_SITE + torch.arange(config.depth * _SITES_PER_BLOCK).view(-1, _SITES_PER_BLOCK, 1)
-    rates = path_rates(config.drop_path, config.depth) if config.drop_path else None
-    always = {"sites": sites, "path_rates": rates}
-    if n is None:
-        return {"rope": rope, "mask": None, **always}
-    return {"rope": par_rope(rope, n), "mask": visible_slots(config.block_size + n, n), **always}
+    """By slot: `rope` (slots, head_dim/2, 2) float32 and `mask`, None: causal; `sites` (L, 4, 1) int64, each block's of
+    randomness; `path_rates`, None: no stochastic depth."""
+    order = token_order(config.grid, config.par_tokens)
+    sites = _BLOCK_SITE + torch.arange(config.depth * _SITES_PER_BLOCK)
+    return {
+        "rope": order.rope(rope_table(config.grid, config.width // config.heads, config.rope_base)),
+        "mask": order.mask(),
+        "sites": sites.view(-1, _SITES_PER_BLOCK, 1),
+        "path_rates": path_rates(config.drop_path, config.depth) if config.drop_path else None,
+    }
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

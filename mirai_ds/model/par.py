@@ -12,10 +12,13 @@ Slot p predicts x_p.  Facts: YuqingWang1029/PAR (commit b1dd994).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mirai_ds.model.order import CellOrder, Learnable, TokenOrder
 
 
 class LearnableTokens(nn.Module):
@@ -32,74 +35,87 @@ class LearnableTokens(nn.Module):
         return table(numbers).expand(batch, -1, -1)
 
 
-def to_sequence(x: Tensor, par_tokens: int) -> Tensor:
-    """(B, N, ...) in raster order -> the order of the sequence: by place in a region, then by region."""
-    regions, side = _sides(x.shape[1], par_tokens)
-    split = x.unflatten(1, (regions, side, regions, side))
-    return split.movedim((2, 4), (1, 2)).flatten(1, 4)
+class ParOrder(TokenOrder):
+    """n tokens one by one, one of each region, then n at a time."""
 
+    one_by_one = False
 
-def to_raster(x: Tensor, par_tokens: int) -> Tensor:
-    """The inverse of `to_sequence`."""
-    regions, side = _sides(x.shape[1], par_tokens)
-    split = x.unflatten(1, (side, side, regions, regions))
-    return split.movedim((1, 2), (2, 4)).flatten(1, 4)
+    def __init__(self, grid: int, par_tokens: int) -> None:
+        """par_tokens: n, the number of regions, the square of a divisor of `grid`."""
+        super().__init__(grid)
+        self.n, self.regions = par_tokens, math.isqrt(par_tokens)
+        self.side = grid // self.regions  # cells along a region's
 
+    def learnable_tokens(self, dim: int) -> nn.Module:
+        """M_1..M_{n-1}."""
+        return LearnableTokens(self.n - 1, dim)
 
-def _sides(cells: int, par_tokens: int) -> tuple[int, int]:
-    """Regions along the grid's side, and cells along a region's."""
-    regions = math.isqrt(par_tokens)
-    return regions, math.isqrt(cells) // regions
+    def to_sequence(self, tokens: Tensor) -> Tensor:
+        """By place in a region, then by region.  The last cell is the last of both orders, so that a sequence without
+        it is one too; raises ValueError for any other length."""
+        given = tokens.shape[1]
+        if given not in (self.cells - 1, self.cells):
+            raise ValueError(f"PAR takes all {self.cells} tokens or all but the last, not {given}")
+        if given < self.cells:
+            tokens = F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, 1))
+        split = tokens.unflatten(1, (self.regions, self.side, self.regions, self.side))
+        return split.movedim((2, 4), (1, 2)).flatten(1, 4)[:, :given]
 
+    def to_raster(self, x: Tensor) -> Tensor:
+        """The inverse, of all N."""
+        split = x.unflatten(1, (self.side, self.side, self.regions, self.regions))
+        return split.movedim((1, 2), (2, 4)).flatten(1, 4)
 
-def arrange_slots(x: Tensor, middle: Tensor, par_tokens: int) -> Tensor:
-    """(B, 1 + T, D) of the class and T tokens in sequence order, with the learnable `middle` (B, n - 1, D) put in."""
-    return torch.cat([x[:, : 1 + par_tokens], middle, x[:, 1 + par_tokens :]], dim=1)
+    def arrange(self, x: Tensor, learnable: Learnable | None) -> Tensor:
+        """The learnable tokens between the first n tokens and the rest."""
+        assert learnable is not None
+        return torch.cat([x[:, : 1 + self.n], learnable(len(x)), x[:, 1 + self.n :]], dim=1)
 
+    def predictions(self, x: Tensor) -> Tensor:
+        """The first N slots, back in raster order."""
+        return self.to_raster(x[:, : self.cells])
 
-def par_rope(table: Tensor, par_tokens: int) -> Tensor:
-    """(1 + N, ...) for the class and cells in raster order -> (N + n, ...) by slot; learnable tokens have zeros.
+    def rope(self, table: Tensor) -> Tensor:
+        """(N + n, ...); learnable tokens have zeros.
 
-    So their queries and keys are zero vectors, as the class's are: they attend alike to all that they see.
-    """
-    cells = to_sequence(table[None, 1:], par_tokens)
-    middle = cells.new_zeros(1, par_tokens - 1, *cells.shape[2:])
-    return arrange_slots(torch.cat([table[None, :1], cells], dim=1), middle, par_tokens)[0]
+        So their queries and keys are zero vectors, as the class's are: they attend alike to all that they see.
+        """
+        cells = self.to_sequence(table[None, 1:])
+        x = torch.cat([table[None, :1], cells], dim=1)
+        return self.arrange(x, lambda batch: cells.new_zeros(batch, self.n - 1, *cells.shape[2:]))[0]
 
+    def mask(self) -> Tensor:
+        """A slot sees those before it, itself, and from slot n on its whole block of n."""
+        number = torch.arange(self.cells + self.n)
+        block = number // self.n
+        together = (block[:, None] == block[None, :]) & (block > 0)
+        return (number[None, :] <= number[:, None]) | together
 
-def visible_slots(slots: int, par_tokens: int) -> Tensor:
-    """(slots, slots) bool, True where a slot (row) sees another: those before it, itself, and from slot n on its
-    whole block of n."""
-    number = torch.arange(slots)
-    block = number // par_tokens
-    together = (block[:, None] == block[None, :]) & (block > 0)
-    return (number[None, :] <= number[:, None]) | together
+    def positions(self) -> CellOrder:
+        """See `TokenOrder.positions`."""
+        n, cells, raster = self.n, self.cells, torch.arange(self.cells, device="cpu")[None]
+        return CellOrder(
+            number=self.to_raster(raster)[0].tolist(),
+            cell=self.to_sequence(raster)[0].tolist(),
+            input_slot=[1 + q if q < n else n + q for q in range(cells)],
+            seen_before=[q if q < n else q // n * n for q in range(cells)],
+            seen_with=[1 + q if q < n else (1 + q // n) * n for q in range(cells)],
+            slots=cells + n - 1,
+        )
 
+    def decoding_steps(self) -> Iterator[tuple[int, int]]:
+        """n + (N - n) / n of them: 67 for 256 tokens and n = 4.
 
-class CellOrder(NamedTuple):
-    """Where the cells of a grid stand in the sequence of a model.  q counts tokens of the sequence from 0."""
+        The class; x_0..x_{n-2} one by one; x_{n-1} with the learnable tokens; then the n tokens just made, again and
+        again.
+        """
+        yield from ((slot, 1) for slot in range(self.n))
+        yield from ((slot, self.n) for slot in range(self.n, self.cells, self.n))
 
-    number: list[int]  # q of each cell, cells in raster order
-    cell: list[int]  # raster number of the q-th token
-    input_slot: list[int]  # slot that holds the q-th token; slot q predicts it
-    seen_before: list[int]  # how many tokens, from the first on, the slot that predicts the q-th sees
-    seen_with: list[int]  # how many the slot that holds it sees
-    slots: int  # of the input in training, which has all tokens but the last
-
-
-def cell_order(grid: int, par_tokens: int | None) -> CellOrder:
-    """Of PAR, or of a plain model: raster order, a token a step."""
-    cells = grid * grid
-    if par_tokens is None:
-        places = list(range(cells))
-        after = list(range(1, cells + 1))
-        return CellOrder(places, places, after, places, after, cells)
-    n, raster = par_tokens, torch.arange(cells, device="cpu")[None]
-    return CellOrder(
-        number=to_raster(raster, n)[0].tolist(),
-        cell=to_sequence(raster, n)[0].tolist(),
-        input_slot=[1 + q if q < n else n + q for q in range(cells)],
-        seen_before=[q if q < n else q // n * n for q in range(cells)],
-        seen_with=[1 + q if q < n else (1 + q // n) * n for q in range(cells)],
-        slots=cells + n - 1,
-    )
+    def step_input(self, made: Tensor, start: int, embed: nn.Module, learnable: Learnable | None) -> Tensor:
+        """The last token, with the learnable ones behind the n-th; then the last n tokens."""
+        assert learnable is not None
+        if start > self.n:
+            return embed(made[:, -self.n :])
+        x = embed(made[:, -1:])
+        return x if start < self.n else torch.cat([x, learnable(len(x))], dim=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mirai_ds.model.decoding import Decoder, Speed, decode_step, new_cache
+from mirai_ds.model.decoding import Decoder, Speed
 from mirai_ds.model.gpt import GPT
 from mirai_ds.model.rules import SamplingRules, draw, filter_logits, guide, image_keys, image_labels
 
@@ -16,13 +16,11 @@ __all__ = [
     "Decoder",
     "SamplingRules",
     "Speed",
-    "decode_step",
     "draw",
     "filter_logits",
     "guide",
     "image_keys",
     "image_labels",
-    "new_cache",
     "sample_tokens",
 ]
 

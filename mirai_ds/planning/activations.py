@@ -104,7 +104,7 @@ class ActivationMemory:
     def embedding_parameters(self) -> int:
         """The token and class tables, and PAR's learnable tokens."""
         m = self.model
-        return (m.vocab_size + m.num_classes + (m.par_tokens or 1)) * m.width
+        return (m.vocab_size + m.num_classes + 1 + m.learnable_tokens) * m.width
 
     # --- kept for backward ------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
     if f.method != "mirai-e":
         return 0.0
     m = config.model
-    tables = (m.vocab_size + m.num_classes + (m.par_tokens or 1)) * m.width
+    tables = (m.vocab_size + m.num_classes + 1 + m.learnable_tokens) * m.width
     return float(_teacher_number(config) * (tables + (f.teacher_layer or 0) * block_parameters(m)))
 
 

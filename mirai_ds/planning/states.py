@@ -114,7 +114,7 @@ class StateMemory:
         in_block = [3 * width**2, width**2, *[width * m.ffn_hidden] * 3, width, width]
         in_head = head_tensors(f, width, self.work.feature_dim)
         tables = [m.vocab_size * width, (m.num_classes + 1) * width, m.vocab_size * width, width]
-        tables += [(m.par_tokens - 1) * width] if m.par_tokens else []
+        tables += [m.learnable_tokens * width] if m.learnable_tokens else []
         return in_block * m.depth + in_head * f.heads + tables
 
     def _of(self, key: str) -> int:

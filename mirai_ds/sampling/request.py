@@ -16,6 +16,7 @@ from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
+from mirai_ds.model.orders import token_order
 from mirai_ds.model.rules import Policy, rules_of
 from mirai_ds.runtime.environment import cpu_name
 from mirai_ds.sampling.grid import check_rules, check_vocabulary, chosen_classes, default_kind
@@ -155,10 +156,12 @@ def _rules(request: SamplingRequest, config: RunConfig) -> SamplingRules:
 
 def _speed(request: SamplingRequest, config: RunConfig, device: torch.device) -> Speed:
     on_gpu = device.type == "cuda"
-    if config.model.par_tokens is not None:
+    if not token_order(config.model.grid, config.model.par_tokens).one_by_one:
         for option, value in (("--compile", request.compile), ("--cuda-graphs", request.cuda_graphs)):
             if value == "on":
-                raise UserError(f"{option} on: PAR is decoded in blocks of two shapes, not compiled; leave it out")
+                raise UserError(
+                    f"{option} on: this model (PAR) makes many tokens a step, which is not compiled; leave it out"
+                )
         return Speed()
     if request.cuda_graphs == "on" and not on_gpu:
         raise UserError("--cuda-graphs on: there is no CUDA device here; leave it out")

@@ -13,7 +13,6 @@ from mirai_ds.config import ForesightConfig, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import GPT, next_token_loss
-from mirai_ds.model.par import to_raster, to_sequence
 from mirai_ds.selfcheck.vectors import Reading, Vector, rule_tensor, weights
 
 REFERENCE_NAMES = ("dim", "n_layer", "n_head", "vocab_size", "block_size", "num_classes")
@@ -52,23 +51,18 @@ def _batch(vector: Vector, config: ModelConfig) -> tuple[Tensor, Tensor]:
 def _network_arrays(vector: Vector, gpt: GPT, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What the GPT alone gives: logits, logits_uncond and hidden_last at `keep`, hidden of every block, rope; all by
     slot, which for PAR's logits is the order of its sequence."""
-    n = gpt.config.par_tokens
-
-    def by_slot(logits: Tensor) -> Tensor:
-        return (logits if n is None else to_sequence(logits, n))[:, keep]
-
     out = {"rope": gpt.rope}
     keep: Tensor | slice = slice(None)
     if "keep" in vector:
         keep = vector.integers("keep", 0, gpt.config.block_size - 1).flatten()
     if {"logits", "hidden", "hidden_last"} & vector.arrays.keys():
         result = gpt(tokens[:, :-1], labels, tap=tuple(range(1, gpt.config.depth + 1)))
-        out["logits"] = by_slot(result.logits)
+        out["logits"] = gpt.order.to_sequence(result.logits)[:, keep]
         out["hidden"] = torch.stack([result.hidden[i + 1] for i in range(gpt.config.depth)])
         out["hidden_last"] = result.hidden[gpt.config.depth][:, keep]
     if "logits_uncond" in vector:
         nothing = torch.full_like(labels, gpt.config.num_classes)
-        out["logits_uncond"] = by_slot(gpt(tokens[:, :-1], nothing).logits)
+        out["logits_uncond"] = gpt.order.to_sequence(gpt(tokens[:, :-1], nothing).logits)[:, keep]
     return out
 
 
@@ -89,9 +83,8 @@ def read_gpt(vector: Vector) -> Iterator[Reading]:
     """`llamagen_gpt` and `par_gpt`: the network, its loss and every gradient.  PAR's tokens are in sequence order."""
     config = _model_config(vector)
     tokens, labels = _batch(vector, config)
-    if config.par_tokens is not None:
-        tokens = to_raster(tokens, config.par_tokens)
     gpt = GPT(config).eval()
+    tokens = gpt.order.to_raster(tokens)
     gpt.load_state_dict(weights(vector, gpt.state_dict()))
     out = _network_arrays(vector, gpt, tokens, labels)
     if any(name in ("loss", "grad_norm") or name.startswith("grad/") for name in vector.arrays):

@@ -63,8 +63,8 @@ def test_cached_logits_equal_teacher_forced_ones() -> None:
     forced = gpt(tokens[:, :-1], labels).logits
     x = gpt.embed(tokens[:, -2:-1], labels, None)[:, 1:]
     position = torch.tensor([63], device="cuda")
-    for block, (key, value) in zip(gpt.layers, decoder.cache, strict=True):
-        x = block_step(block, x, gpt.rope[63:64], key, value, position, 64, None)
+    for block, buffers in zip(gpt.layers, decoder.cache, strict=True):
+        x = block_step(block, x, gpt.rope[63:64], buffers, position, 64, None)
     assert plain.error(gpt.head(x)[:, 0].cpu(), forced[:, 63].cpu()) <= 1e-5
 
 

@@ -54,8 +54,8 @@ def test_a_step_equals_the_whole_sequence(gpt: GPT, stretch: int) -> None:
         position, span = torch.tensor([place]), min(16, (place // stretch + 1) * stretch)
         mask = None if stretch == 1 else (slots[:span] <= place)[None]
         x = embedded[:, place : place + 1]
-        for block, (key, value) in zip(gpt.layers, decoder.cache, strict=True):
-            x = block_step(block, x, gpt.rope[place : place + 1], key, value, position, span, mask)
+        for block, buffers in zip(gpt.layers, decoder.cache, strict=True):
+            x = block_step(block, x, gpt.rope[place : place + 1], buffers, position, span, mask)
         assert plain.error(gpt.head(x)[:, 0], forced[:, place]) <= 1e-5, place
 
 
@@ -82,8 +82,8 @@ def logits_in_batches() -> list[int]:
     x = torch.randn(33, 1, 768, generator=generator)
     found = {}
     for rows in (33, 4, 8, 16, 27):
-        key, value = Decoder(model, rows, SamplingRules()).cache[0]
-        out = block_step(model.layers[0], x[:rows], model.rope[3:4], key, value, torch.tensor([3]), 4, None)
+        buffers = Decoder(model, rows, SamplingRules()).cache[0]
+        out = block_step(model.layers[0], x[:rows], model.rope[3:4], buffers, torch.tensor([3]), 4, None)
         found[rows] = model.head(out)[:2]
     return [rows for rows, logits in found.items() if not torch.equal(logits, found[33])]
 

@@ -17,7 +17,7 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.config.sizes import parameter_count
 from mirai_ds.model import GPT, initialise, next_token_loss
 from mirai_ds.model.gpt import GPTTrunk
-from mirai_ds.model.par import cell_order, to_raster, to_sequence
+from mirai_ds.model.orders import token_order
 from mirai_ds.model.rope2d import rope_table
 from tests.model import plain_gpt as plain
 from tests.model import plain_par
@@ -45,7 +45,7 @@ def batch(grid: int, size: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def test_first_cells_of_16_by_4() -> None:
-    order = cell_order(16, 4)
+    order = token_order(16, 4).positions()
     assert [divmod(cell, 16) for cell in order.cell[:6]] == [(0, 0), (0, 8), (8, 0), (8, 8), (0, 1), (0, 9)]
     assert order.number[:3] == [0, 4, 8]
     assert order.number[16] == 32  # a row down
@@ -58,7 +58,7 @@ def test_first_cells_of_16_by_4() -> None:
 
 @pytest.mark.parametrize(("grid", "n"), GRIDS)
 def test_order_of_any_grid(grid: int, n: int) -> None:
-    order, side = cell_order(grid, n), round(n**0.5)
+    order, side = token_order(grid, n).positions(), round(n**0.5)
     width = grid // side
     assert order.cell == plain_par.raster(grid, n)
     for row in range(grid):
@@ -75,14 +75,15 @@ def test_order_of_any_grid(grid: int, n: int) -> None:
 @pytest.mark.parametrize(("grid", "n"), GRIDS)
 def test_there_and_back(grid: int, n: int) -> None:
     raster = torch.arange(2 * grid * grid * 3).view(2, grid * grid, 3)
-    sequence = to_sequence(raster, n)
+    order = token_order(grid, n)
+    sequence = order.to_sequence(raster)
     assert torch.equal(sequence, raster[:, plain_par.raster(grid, n)])
-    assert torch.equal(to_raster(sequence, n), raster)
+    assert torch.equal(order.to_raster(sequence), raster)
     assert not torch.equal(sequence, raster)
 
 
 def test_raster_order_is_the_order_of_a_plain_model() -> None:
-    order = cell_order(4, None)
+    order = token_order(4, None).positions()
     assert order.number == order.cell == order.seen_before == list(range(16))
     assert order.input_slot == order.seen_with == list(range(1, 17))
     assert order.slots == 16
@@ -98,7 +99,7 @@ def test_each_logit_sees_exactly_the_tokens_made_before_its_step(grid: int, n: i
     for q, cell in enumerate(plain_par.raster(grid, n)):
         rows[1 + q, cell] = (rows[1 + q, cell] + 7) % 48
     labels = torch.zeros(cells + 1, dtype=torch.int64)
-    logits = to_sequence(gpt(rows, labels).logits.detach(), n)  # x_{N-1} is given too, and seen by no logit
+    logits = gpt.order.to_sequence(gpt(rows, labels).logits.detach())  # x_{N-1} is given too, and seen by no logit
     moved = (logits[1:] - logits[:1]).abs().amax(-1) > 0  # (changed token, logit)
     wanted = torch.tensor([[q < plain_par.made_before(p, n) for p in range(cells)] for q in range(cells)])
     assert torch.equal(moved, wanted)
@@ -117,7 +118,7 @@ def test_numbers_equal_a_plain_rewrite(grid: int, n: int) -> None:
         logits, hidden = plain_par.forward(wide, settings(grid), n, sequence[:, :given], labels)
         out = gpt(tokens[:, :given], labels, tap=(1, 2, 3))
         assert out.hidden[1].shape[1] == given + n
-        assert plain.error(to_sequence(out.logits, n), logits[:, : grid * grid]) <= 1e-5
+        assert plain.error(gpt.order.to_sequence(out.logits), logits[:, : grid * grid]) <= 1e-5
         assert all(plain.error(out.hidden[i + 1], hidden[i]) <= 1e-5 for i in range(3))
     trunk = GPTTrunk(gpt.config, 2)
     trunk.load_state_dict({name: gpt.state_dict()[name] for name in trunk.state_dict()})

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, SamplingRules, sample_tokens
-from mirai_ds.model.par import to_raster, to_sequence
-from mirai_ds.model.par_sampling import decode_slots, decoding_steps, embed_step, par_cache
+from mirai_ds.model.orders import token_order
 from mirai_ds.model.sampling import image_keys
+from mirai_ds.model.stepwise import decode_slots, new_cache
 from mirai_ds.runtime.counter_random import uniform
 from tests.model import plain_gpt as plain
 from tests.model import plain_par
@@ -77,7 +77,7 @@ def test_token_for_token_without_a_cache(grid: int, n: int, name: str) -> None:
 
 @pytest.mark.parametrize(("cells", "n", "steps"), [(256, 4, 67), (576, 4, 147), (576, 16, 51), (64, 4, 19)])
 def test_number_of_steps(cells: int, n: int, steps: int) -> None:
-    found = list(decoding_steps(cells, n))
+    found = list(token_order(math.isqrt(cells), n).decoding_steps())
     assert len(found) == steps == n + (cells - n) // n
     slots = [slot for start, count in found for slot in range(start, start + count)]
     assert slots == list(range(cells))
@@ -93,13 +93,17 @@ def test_a_step_is_one_forward_pass() -> None:
 @pytest.mark.parametrize(("grid", "n"), [(8, 4), (6, 9), (8, 16)])
 def test_cached_logits_equal_teacher_forced_ones(grid: int, n: int) -> None:
     gpt, cells = par(grid, n), grid * grid
+    order = gpt.order
     sequence = torch.randint(48, (3, cells), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([1, 4, 5])
-    forced = to_sequence(gpt(to_raster(sequence, n), labels).logits, n)
-    cache = par_cache(gpt, 3)
+    forced = order.to_sequence(gpt(order.to_raster(sequence), labels).logits)
+    cache = new_cache(gpt, 3)
     assert cache[0].key.shape == (3, 4, cells, 16)
-    for start, slots in decoding_steps(cells, n):
-        x = embed_step(gpt, sequence[:, :start], start) if start else gpt.cls_embedding(labels, None)
+    for start, slots in order.decoding_steps():
+        given = sequence[:, :start]
+        x = gpt.cls_embedding(labels, None)
+        if start:
+            x = order.step_input(given, start, gpt.tok_embeddings, gpt.spe_tok_embeddings)
         found = decode_slots(gpt, x, cache, start)
         assert found.shape == (3, slots, 48)
         assert plain.error(found, forced[:, start : start + slots]) <= 1e-5, start
@@ -109,7 +113,7 @@ def test_interval_counts_steps_not_tokens() -> None:
     """Interval 3: the first pass and four more are guided, which makes x_0..x_3 and the block x_4..x_7."""
     gpt = par()
     always, some = (
-        to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(cfg_scale=4.0, cfg_interval=i), seed=1), 4)
+        gpt.order.to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(cfg_scale=4.0, cfg_interval=i), seed=1))
         for i in (-1, 3)
     )
     assert torch.equal(some[:, :8], always[:, :8])
@@ -140,7 +144,7 @@ def test_tokens_of_one_step_are_drawn_independently() -> None:
         gpt.output.weight[:] = 0.0
     images = 512
     tokens = sample_tokens(gpt, torch.zeros(images, dtype=torch.int64), torch.arange(images), SamplingRules(), seed=0)
-    block = to_sequence(tokens, 4)[:, 4:8].double() / 47 - 0.5  # about uniform on -0.5..0.5: variance 1/12
+    block = gpt.order.to_sequence(tokens)[:, 4:8].double() / 47 - 0.5  # about uniform on -0.5..0.5: variance 1/12
     for i in range(4):
         for j in range(i):
             assert abs(float((block[:, i] * block[:, j]).mean()) * 12) < 5 / math.sqrt(images)
@@ -148,7 +152,7 @@ def test_tokens_of_one_step_are_drawn_independently() -> None:
 
 def test_sampling_under_autocast() -> None:
     gpt = par()
-    exact = to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(temperature=0.0), seed=0), 4)
+    exact = gpt.order.to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(temperature=0.0), seed=0))
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(temperature=0.0), seed=0), 4)
+        mixed = gpt.order.to_sequence(sample_tokens(gpt, LABELS, INDICES, SamplingRules(temperature=0.0), seed=0))
     assert float((mixed[:, :4] == exact[:, :4]).float().mean()) > 0.7

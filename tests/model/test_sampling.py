@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, SamplingRules, sample_tokens
-from mirai_ds.model.sampling import decode_step, draw, filter_logits, guide, image_keys, new_cache
+from mirai_ds.model.sampling import draw, filter_logits, guide, image_keys
+from mirai_ds.model.stepwise import decode_slots, new_cache, sample_stepwise
 from mirai_ds.runtime.counter_random import uniform
 from tests.model import plain_gpt as plain
 
@@ -108,18 +109,26 @@ def test_interval_is_counted_from_the_second_token(gpt: GPT) -> None:
     assert torch.equal(long, always)
 
 
+@pytest.mark.parametrize("rules", [SamplingRules(), SamplingRules(cfg_scale=4.0, cfg_interval=5, top_k=12)])
+def test_fixed_buffers_draw_what_plain_steps_draw(gpt: GPT, rules: SamplingRules) -> None:
+    """The decoder of one slot a step against the sampler of any order."""
+    assert torch.equal(
+        sample_tokens(gpt, LABELS, INDICES, rules, seed=3), sample_stepwise(gpt, LABELS, INDICES, rules, seed=3)
+    )
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 def test_cached_logits_equal_teacher_forced_ones(gpt: GPT, slots: int) -> None:
     """`slots` are given at once at first, the rest one by one; the class slot is the first."""
     tokens = torch.randint(48, (3, 15), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([1, 4, 5])
     forced = gpt(tokens, labels).logits
-    cache = new_cache(gpt, 3, torch.float32)
+    cache = new_cache(gpt, 3)
     assert cache[0].key.shape == (3, 4, 16, 16)
     x = gpt.embed(tokens, labels, None)
     start = 0
     for width in (slots, *[1] * (16 - slots)):
-        found = decode_step(gpt, x[:, start : start + width], cache, start)
+        found = decode_slots(gpt, x[:, start : start + width], cache, start)[:, -1]
         start += width
         assert plain.error(found, forced[:, start - 1]) <= 1e-5, start
     assert start == 16
