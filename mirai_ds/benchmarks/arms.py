@@ -200,7 +200,7 @@ class _Plain:
         from mirai_ds.benchmarks.plain import PlainTrainer
         from mirai_ds.config.deepspeed_file import batch_arithmetic
         from mirai_ds.data import BatchLoader, DataOrder, load_dataset
-        from mirai_ds.train.session import seed_everything
+        from mirai_ds.train.build import seed_everything
         from mirai_ds.train.teacher import build_teacher
 
         seed_everything(config.seed)

@@ -127,7 +127,7 @@ def _work(
         for step in range(STEPS):
             resting = counter.restart()
             train_step(session, step)
-            session.step += 1
+            session.count_step()
         peak = counter.peak
         del session
     gc.collect()

@@ -48,10 +48,10 @@ def guarded_steps(session: Any, count: int) -> None:
 
     for _ in range(count):
         session.beat(f"step {session.step + 1}")
-        session.control.post(Facts(session.stop.poll(), session.saver.written, session.run_lock.lost))
+        session.control.post(Facts(session.stop.poll(), session.checkpoints.saver.written, session.run_lock.lost))
         record = train_step(session, session.step)
         session.count_step()
-        session.facts = session.control.arrived()
+        session.control.arrived()
     confirm_step(session, record)
 
 
@@ -115,17 +115,17 @@ def save_times(session: Any, rounds: int) -> dict[str, float]:
     found: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
     for _ in range(rounds):
         for name, background in (("at once", False), ("in the background", True)):
-            session.saver.config.background = background
+            session.checkpoints.saver.config.background = background
             guarded_steps(session, 1)
-            began = session.saver.stall_seconds
+            began = session.checkpoints.saver.stall_seconds
             session.control.barrier()
             session.save_checkpoint()
-            while session.saver.in_flight >= 0:
+            while session.checkpoints.saver.in_flight >= 0:
                 guarded_steps(session, 1)
-                session.saver.poll(session.facts.written)
-            found[name].append(session.saver.stall_seconds - began)
+                session.checkpoints.saver.poll(session.control.facts.written)
+            found[name].append(session.checkpoints.saver.stall_seconds - began)
             if background:
-                found["written"].append(session.saver.write_seconds)
+                found["written"].append(session.checkpoints.saver.write_seconds)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -140,7 +140,7 @@ def digest_times(session: Any) -> dict[str, float]:
     path.parent.mkdir(exist_ok=True)
 
     def write() -> None:
-        write_snapshot(path, session.take())
+        write_snapshot(path, session.checkpoints.take())
         sync(path)
 
     def hash_it() -> None:
@@ -202,8 +202,8 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     from mirai_ds.runtime.distributed import local_device
     from mirai_ds.runtime.signals import StopRequests
     from mirai_ds.runtime.watchdog import Watchdog
+    from mirai_ds.train.build import build_session
     from mirai_ds.train.run_folder import open_run_folder
-    from mirai_ds.train.session import build_session
 
     config = load("digits-mirai-e", ["score.enabled=false", "foresight.warmup_epochs=0", *overrides])
     device = local_device(world)

@@ -19,7 +19,8 @@ from mirai_ds.model import GPT
 from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.distributed import World, wait_for_ranks
 from mirai_ds.runtime.signals import StopRequests
-from mirai_ds.train.session import Session, build_session
+from mirai_ds.train.build import build_session
+from mirai_ds.train.session import Session
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
         run_lock.note_start(0, None)
         yield session
         run_lock.release("finished")
-        session.saver.close()
+        session.checkpoints.saver.close()
         session.loader.close()
         session.engine.destroy()
         del session

@@ -94,14 +94,14 @@ def rank(arguments: list[str]) -> None:
     def first(*args: Any) -> Any:  # what `Start.train` imports, in its order
         os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
         from mirai_ds.engine import start
-        from mirai_ds.train import loop, preflight, run_folder, session
+        from mirai_ds.train import build, loop, preflight, run_folder
         from mirai_ds.train.hooks import registry
 
         assert registry
         stamp("imports")
         _stamped(start, "start_process_group", "group")
         _stamped(run_folder, "open_run_folder", "folder")
-        _stamped(session, "build_session", "session")
+        _stamped(build, "build_session", "session")
         _stamped(preflight, "preflight", "preflight")
         _stamped(loop, "train_step", "step", last=True)
         return read(*args)

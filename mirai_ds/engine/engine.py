@@ -151,9 +151,9 @@ class TrainEngine:
         names = {p.name for s in self.layout.shards for p in s.parameters if p.name.startswith(prefix)}
         return {n.removeprefix(prefix): t.clone() for n, t in self.gather_named(kind, torch.float32, names)}
 
-    def resume_counters(self, step: int, accumulation: int) -> None:
+    def resume_counters(self, step: int) -> None:
         """Tell DeepSpeed how many steps are behind it."""
-        self.ds.global_steps, self.ds.micro_steps = step, step * accumulation
+        self.ds.global_steps, self.ds.micro_steps = step, step * self.ds.gradient_accumulation_steps()
         self.ds.global_samples = step * self.config.train.global_batch_size
 
     def destroy(self) -> None:

@@ -4,7 +4,7 @@ from mirai_ds.foresight.desynchronised import DesynchronisedTeacher
 from mirai_ds.foresight.encoders import EncoderTeacher, encoder_input, untrained_encoder
 from mirai_ds.foresight.methods import METHODS
 from mirai_ds.foresight.multi_token import TokenTeacher
-from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_note, slot_counts
+from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_notes, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
 from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
 from mirai_ds.foresight.teachers import EmaTeacher, Teacher
@@ -23,7 +23,7 @@ __all__ = [
     "encoder_input",
     "index_table",
     "offsets",
-    "seam_note",
+    "seam_notes",
     "slot_counts",
     "untrained_encoder",
 ]

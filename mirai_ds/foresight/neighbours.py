@@ -129,10 +129,10 @@ def decoded_targets(config: ForesightConfig, grid: int, par_tokens: int | None =
     return [(decoded, whole) for decoded, whole in counts]
 
 
-def seam_note(config: ForesightConfig, model: ModelConfig) -> str | None:
-    """What a run says once at its start about targets that are decoded already; None where there are none."""
+def seam_notes(config: ForesightConfig, model: ModelConfig) -> list[str]:
+    """What a run says once at its start about targets that are decoded already; nothing where there are none."""
     if not config.active:
-        return None
+        return []
     counts = decoded_targets(config, model.grid, model.par_tokens)
     seams = [
         f"down {down} right {right}: {decoded} of {whole} ({decoded / whole:.1%})"
@@ -140,6 +140,6 @@ def seam_note(config: ForesightConfig, model: ModelConfig) -> str | None:
         if decoded
     ]
     if not seams:
-        return None
+        return []
     fate = "left out" if config.mask_decoded_targets else "kept (foresight.mask_decoded_targets: true leaves them out)"
-    return f"foresight: targets that are decoded already, {fate}: {'; '.join(seams)}"
+    return [f"foresight: targets that are decoded already, {fate}: {'; '.join(seams)}"]

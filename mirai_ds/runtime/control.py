@@ -25,6 +25,7 @@ class Control:
 
     def __init__(self, timeout_minutes: float) -> None:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self.facts = Facts()  # what all ranks said at the newest step
         self._work: Any = None
         self._flying = torch.empty(0)
 
@@ -37,7 +38,8 @@ class Control:
         """What all ranks posted last."""
         self._work.wait()
         stop, written, lost = self._flying.tolist()
-        return Facts(-stop, written, bool(lost))
+        self.facts = Facts(-stop, written, bool(lost))
+        return self.facts
 
     def now(self, mine: Facts) -> Facts:
         """Collective: what all ranks say at this moment."""

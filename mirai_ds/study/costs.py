@@ -63,14 +63,14 @@ def _session(config: RunConfig, run: Path) -> Any:
     from mirai_ds.runs.lock import RunLock
     from mirai_ds.runtime.distributed import World, local_device
     from mirai_ds.runtime.signals import StopRequests
-    from mirai_ds.train.session import build_session
+    from mirai_ds.train.build import build_session
 
     world = World(0, 0, 1, 1)
     device = local_device(world)
     start_process_group(world, config.launch.timeout_minutes)
     run.mkdir(parents=True)
     session = build_session(config, run, world, device, RunLock.take(run), StopRequests())
-    session.step = first_aligned(config, session.order.steps_per_epoch)
+    session.progress.step = first_aligned(config, session.order.steps_per_epoch)
     return session
 
 

@@ -90,7 +90,7 @@ class RankStartup:
             run_loop(session, build_hooks(config.hooks, sinks))
         finally:
             session.loader.close()
-            session.saver.close()
+            session.checkpoints.saver.close()
             sinks.close()
             self.watchdog.close()
         assert session.ended is not None
@@ -105,15 +105,16 @@ class RankStartup:
         return verdict, reason
 
     def _session(self, config: RunConfig, run: Path, device: Any, run_lock: RunLock, resume: str | None) -> Any:
+        from mirai_ds.train.build import build_session
         from mirai_ds.train.preflight import preflight
-        from mirai_ds.train.session import build_session
 
         session = build_session(config, run, self.world, device, run_lock, self.stop)
         session.beat = self.watchdog.beat
         if config.guard.preflight:
             preflight(session)
         if resume is not None:
-            session.resume(resume)
+            session.beat("loading")
+            session.checkpoints.resume(resume)
         else:
             run_lock.note_start(0, None)
         return session

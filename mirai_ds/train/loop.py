@@ -55,33 +55,33 @@ def run_loop(session: Session, named: Mapping[str, Hook]) -> None:
     """
     hooks = list(named.values())
     for name, hook in named.items():
-        session.keep_state_of(name, hook)
+        session.checkpoints.keep_state_of(name, hook)
     for hook in hooks:
         hook.on_start(session)
     while session.step < session.total_steps and session.ended is None:
         session.beat(f"step {session.step + 1}")
-        session.control.post(Facts(session.stop.poll(), session.saver.written, session.run_lock.lost))
+        session.control.post(Facts(session.stop.poll(), session.checkpoints.saver.written, session.run_lock.lost))
         record = train_step(session, session.step)
         session.count_step()
-        session.measured = {}
-        session.facts = session.control.arrived()
+        session.progress.measured = {}
+        session.control.arrived()
         if _wanted(session, hooks):
             done = session.step
             record = confirm_step(session, record)
             if session.step != done:
                 continue
+        rollbacks = session.checkpoints.rollbacks
         for hook in hooks:
             began = time.perf_counter()
             hook.after_step(session, record)
             session.hook_seconds += time.perf_counter() - began
-            if session.rewound or session.ended is not None:
+            if session.checkpoints.rollbacks != rollbacks or session.ended is not None:
                 break
-        if session.rewound:
-            session.rewound = False
+        if session.checkpoints.rollbacks != rollbacks:
             for hook in hooks:
                 hook.on_rewind(session)
     if session.ended is None:
-        session.saver.finish()
+        session.checkpoints.saver.finish()
         for hook in hooks:
             session.beat(f"the end of the run, {type(hook).__name__}")
             hook.on_end(session)

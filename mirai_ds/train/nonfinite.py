@@ -152,7 +152,7 @@ class _MicroBatches:
     """Which samples a row of the current micro-batch is."""
 
     def __init__(self, session: Session, step: int) -> None:
-        self.session, self.step, self.number = session, step + session.batch_offset, -1
+        self.session, self.step, self.number = session, step + session.progress.batch_offset, -1
 
     def samples(self, tensor: Tensor) -> list[int]:
         """Places in the data of the rows of (B, ...) `tensor` with a value that is not finite; [] for other shapes."""
@@ -191,7 +191,7 @@ def _save(session: Session, step: int, record: StepRecord, findings: list[Findin
             report = {
                 "step": step + 1, "summary": _first(findings), "findings": [asdict(f) for f in findings],
                 "lr": record.lr, "lambda": record.multiplier, "grad_norm": float(record.grad_norm),
-                "metrics_of_rank_0": metrics, "batch_offset": session.batch_offset,
+                "metrics_of_rank_0": metrics, "batch_offset": session.progress.batch_offset,
             }  # fmt: skip
             text = json.dumps(_named_numbers(report), indent=1)
             write_whole(folder / "report.json", text + "\n")
@@ -199,7 +199,7 @@ def _save(session: Session, step: int, record: StepRecord, findings: list[Findin
         problem = f"rank {session.world.rank}: {type(error).__name__}: {error}"
     problems = [p for p in session.control.gather(problem) if p]
     if keep_state and not problems:
-        problems = session.saver.save_aside(folder / "state", session.describe_state(), session.take)
+        problems = session.checkpoints.save_aside(folder / "state")
     if problems:
         LOG.warning("%s could not be written (%s)", folder, problems[0])
     return folder
@@ -207,7 +207,7 @@ def _save(session: Session, step: int, record: StepRecord, findings: list[Findin
 
 def _write_batches(session: Session, step: int, path: Path) -> None:
     tensors = {}
-    for number, batch in enumerate(session.loader.micro_batches(step + session.batch_offset)):
+    for number, batch in enumerate(session.loader.micro_batches(step + session.progress.batch_offset)):
         for name, tensor in batch._asdict().items():
             if tensor is not None:
                 tensors[f"{number}/{name}"] = tensor.cpu().contiguous()

@@ -19,6 +19,7 @@ from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data.stores import TOKEN_FORMAT, open_token_store, store_format
 from mirai_ds.runs.lock import path_of
 from mirai_ds.runtime.environment import code_version, package_versions
+from mirai_ds.runtime.log import LOG
 from mirai_ds.train.session import Session
 
 BESIDE = 64 * 2**20  # logs, pictures, manifests
@@ -70,7 +71,7 @@ def preflight(session: Session) -> None:
                 )
     devices = sorted({facts.device for facts in everyone})
     if len(devices) > 1:
-        session.notes.append(f"preflight: ranks run on different devices: {', '.join(devices)}")
+        LOG.info("preflight: ranks run on different devices: %s", ", ".join(devices))
     clocks = [facts.clock for facts in everyone]
     skew, most = max(clocks) - min(clocks), session.config.guard.max_clock_skew_seconds
     if skew > most:
@@ -93,7 +94,7 @@ def _look(session: Session) -> RankFacts:
     except (UserError, OSError, RuntimeError) as error:
         problem = str(error)
     return RankFacts(
-        rank, socket.gethostname(), code_version(), package_versions(), session.teacher_digest,
+        rank, socket.gethostname(), code_version(), package_versions(), session.checkpoints.origin.teacher,
         _device_name(session.device), clock, problem,
     )  # fmt: skip
 

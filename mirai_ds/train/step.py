@@ -42,7 +42,7 @@ def train_step(session: Session, step: int) -> StepRecord:
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
     grad_norm: Tensor | None = None
-    for batch in session.loader.micro_batches(step + session.batch_offset):
+    for batch in session.loader.micro_batches(step + session.progress.batch_offset):
         target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
         loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
         engine.backward(propagate_nonfinite_loss(loss))

@@ -183,7 +183,7 @@ def limit_files(rank: int, size: int) -> None:
     inner, saves = Session.save_checkpoint, [0]
 
     def save(self: Session) -> None:
-        saves[0] += self.saved_step != self.step
+        saves[0] += self.checkpoints.saved_step != self.step
         if saves[0] == 2:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -160,7 +160,7 @@ def spike_at(step: int, times: int) -> None:
     forward = MiraiObjective.forward
 
     def stepped(inner: Any, session: Any, number: int) -> Any:
-        bad = step <= number + session.batch_offset < step + times
+        bad = step <= number + session.progress.batch_offset < step + times
 
         def louder(self: Any, *arguments: Any, **named: Any) -> Any:
             loss, metrics = forward(self, *arguments, **named)

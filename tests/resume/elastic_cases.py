@@ -15,8 +15,9 @@ from mirai_ds.config.deepspeed_file import read
 from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.signals import StopRequests
+from mirai_ds.train.build import build_session
 from mirai_ds.train.nonfinite import confirm_step
-from mirai_ds.train.session import Session, build_session
+from mirai_ds.train.session import Session
 from mirai_ds.train.step import mean_over_ranks, train_step
 
 SAVED, STEPS = 4, 2
@@ -88,7 +89,7 @@ def resume_case(
         shutil.copytree(folder, run)
     dist.barrier()
     session = _session(run, stage, precision, zero)
-    session.resume("auto")
+    session.checkpoints.resume("auto")
     assert session.step == SAVED
     state = {
         f"{kind}/{name}": value.double().sum().item()

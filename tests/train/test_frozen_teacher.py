@@ -18,7 +18,7 @@ from mirai_ds.config import RunConfig, load
 from mirai_ds.engine.engine import parameter_groups
 from mirai_ds.foresight import EmaTeacher, MiraiObjective
 from mirai_ds.model import GPT, initialise
-from mirai_ds.train.session import Session
+from mirai_ds.train.checkpoints import Checkpoints, Origin
 from mirai_ds.train.teacher import build_teacher
 from tests.one_line import one_line
 from tests.train.conftest import SMALL, numbers, small_train
@@ -107,11 +107,11 @@ def test_another_teacher_is_refused_at_a_resume() -> None:
     info = store.CheckpointInfo(
         4, config.train.global_batch_size, config.seed, 0, 1, 2, "fp32", "mirai-e", "", 4, data="d", teacher="a" * 64
     )
-    session = SimpleNamespace(config=config, data_digest="d", teacher_digest="a" * 64)
-    Session._check_same_data(session, info, "folder")  # type: ignore[arg-type]
-    session.teacher_digest = "b" * 64
+    run = SimpleNamespace(config=config, origin=Origin("d", "a" * 64))
+    Checkpoints._check_origin(run, info, "folder")  # type: ignore[arg-type]
+    run.origin = Origin("d", "b" * 64)
     one_line(
-        lambda: Session._check_same_data(session, info, "folder"),  # type: ignore[arg-type]
+        lambda: Checkpoints._check_origin(run, info, "folder"),  # type: ignore[arg-type]
         "folder: was trained with another teacher (digest aaaaaaaaaaaa)", f"{FIELD} = 'x.pt'", "(bbbbbbbbbbbb)",
     )  # fmt: skip
 

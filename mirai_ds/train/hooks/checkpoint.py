@@ -24,18 +24,18 @@ class CheckpointHook(Hook):
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Publish what is complete, save when it is time."""
-        config, saver = session.config.checkpoint, session.saver
+        config, saver = session.config.checkpoint, session.checkpoints.saver
         in_flight, stalled = saver.in_flight, saver.stall_seconds
         last = session.step == session.total_steps
         due = self.needs_sync(session)
         try:
-            saver.poll(session.facts.written)
+            saver.poll(session.control.facts.written)
             if due or (config.at_end and last):
                 session.save_checkpoint()
             if last:
                 saver.finish()
         except SaveError as error:
-            session.saved_step = -1
+            session.checkpoints.saved_step = -1
             if config.on_failure == "stop":
                 raise
             LOG.warning("%s; trying again at the next one", error)

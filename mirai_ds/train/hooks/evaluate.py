@@ -54,7 +54,7 @@ class EvaluateHook(Hook):
 
     def on_end(self, session: Session) -> None:
         """Measure the final weights unless that was just done."""
-        known = all(f"held_out/ntp_{kind}" in session.measured for kind in session.config.evaluate.weights)
+        known = all(f"held_out/ntp_{kind}" in session.progress.measured for kind in session.config.evaluate.weights)
         if session.config.evaluate.at_end and not known:  # a start that resumed at the end finds it in the checkpoint
             self._evaluate(session)
 
@@ -63,5 +63,5 @@ class EvaluateHook(Hook):
             return  # a store is trained on whole unless the configuration says otherwise
         kinds = session.config.evaluate.weights
         values = {f"held_out/ntp_{kind}": held_out_loss(session, kind) for kind in kinds}
-        session.measured |= values
+        session.progress.measured |= values
         self.sinks.scalars(values, session)

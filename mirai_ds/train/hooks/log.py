@@ -11,7 +11,6 @@ import torch
 from mirai_ds.config import dump
 from mirai_ds.foresight import offsets
 from mirai_ds.planning.flops import training_flops
-from mirai_ds.runtime.log import LOG
 from mirai_ds.tracking.sinks import JsonLines, TensorBoard
 from mirai_ds.train.hooks.progress import TrainingProgress
 from mirai_ds.train.loop import Hook
@@ -30,8 +29,8 @@ class Sinks:
         """Open for appending after `session.step`."""
         if not session.is_main or self.jsonl is not None:
             return
-        self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step, session.log_bytes)
-        session.log_position = self.jsonl.position
+        self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step, session.progress.log_bytes)
+        session.checkpoints.log_position = self.jsonl.position
         if session.config.logging.tensorboard:
             self.board = TensorBoard(session.run / "tensorboard", session.step)
 
@@ -83,8 +82,6 @@ class LogHook(Hook):
             self.sinks.board.text("config/deepspeed", (session.run / "deepspeed.json").read_text(encoding="utf-8"))
         self._step, self._since = session.step, time.perf_counter()
         if session.is_main:
-            for note in session.notes:
-                LOG.info("%s", note)
             self.progress = TrainingProgress(
                 session.config.name, session.step, session.total_steps, session.config.logging.progress
             )
@@ -131,7 +128,7 @@ class LogHook(Hook):
             "foresight/lambda": record.multiplier,
             "optimizer/lr": record.lr,
             "optimizer/grad_norm": float(record.grad_norm),
-            "optimizer/skipped_steps": float(session.step - session.applied_steps),
+            "optimizer/skipped_steps": float(session.step - session.progress.applied_steps),
             "speed/images_per_s": images / seconds,
             "speed/tokens_per_s": images * session.config.model.block_size / seconds,
             "speed/model_tflops_per_s_per_rank": self._flops_done / seconds / session.world.size / 1e12,

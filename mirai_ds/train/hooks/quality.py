@@ -97,7 +97,7 @@ class QualityHook(Hook):
             values = score(features, self._reference, self._network, config.metrics).values
             self._show(session, source.decode(tokens[:SHOWN]))
         values = session.control.gather({f"quality/{name}": value for name, value in values.items()})[0]
-        session.measured |= values
+        session.progress.measured |= values
         self.sinks.scalars(values, session)
 
     def _show(self, session: Session, images: Array) -> None:

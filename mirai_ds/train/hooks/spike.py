@@ -70,9 +70,10 @@ class SpikeHook(Hook):
         most = session.config.guard.spike.max_rollbacks
         if count > most:
             raise UserError(f"{what}; {most} rollbacks did not help (guard.spike.max_rollbacks)")
-        step = session.roll_back(skip_batches=True)
+        session.beat("loading")
+        step = session.checkpoints.roll_back(skip_batches=True)
         self.rollbacks = count  # what the checkpoint held is of before
         LOG.warning(
             "%s; back to step %d (rollback %d of %d), leaving out %d batches in all",
-            what, step, count, most, session.batch_offset,
+            what, step, count, most, session.progress.batch_offset,
         )  # fmt: skip

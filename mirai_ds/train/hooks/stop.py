@@ -23,11 +23,11 @@ class StopHook(Hook):
 
     def needs_sync(self, session: Session) -> bool:
         """When it is time to save and leave."""
-        return bool(session.facts.stop) or session.facts.lost
+        return bool(session.control.facts.stop) or session.control.facts.lost
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """One step after the first rank was asked, which every rank learns at the same step."""
-        self._obey(session, session.facts)
+        self._obey(session, session.control.facts)
 
     def _obey(self, session: Session, facts: Facts) -> None:
         if facts.lost:
@@ -40,6 +40,6 @@ class StopHook(Hook):
         if session.step < session.total_steps:
             if session.step > 0:
                 session.save_checkpoint()
-            session.saver.finish()
+            session.checkpoints.saver.finish()
             verdict = "requeue" if facts.stop == REQUEUE else "stopped"
             session.ended = (verdict, f"{reason} at step {session.step}")  # type: ignore[assignment]

@@ -1,0 +1,123 @@
+"""From a configuration to a `Session`: data, teacher, objective, engine, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.format import StateReader
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.saver import Saver
+from mirai_ds.config import ConfigError, RunConfig, UserError
+from mirai_ds.config.deepspeed_file import resolve
+from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
+from mirai_ds.data.loader import auto_workers, warm_page_cache
+from mirai_ds.engine.compiled import compile_blocks
+from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.foresight import MiraiObjective, seam_notes
+from mirai_ds.model import initialise
+from mirai_ds.runs.lock import RunLock
+from mirai_ds.runtime.control import Control
+from mirai_ds.runtime.distributed import World, repeatable_cublas
+from mirai_ds.runtime.log import LOG
+from mirai_ds.runtime.signals import StopRequests
+from mirai_ds.train.agree import on_every_rank
+from mirai_ds.train.checkpoints import Checkpoints, Origin
+from mirai_ds.train.session import Session
+from mirai_ds.train.teacher import build_teacher
+
+MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
+
+
+def build_session(
+    config: RunConfig, run: Path, world: World, device: torch.device, run_lock: RunLock, stop: StopRequests
+) -> Session:
+    """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
+    seed_everything(config.seed)
+    if config.train.deterministic:
+        repeatable_cublas()
+        # Not `warn_only`: torch would then go on choosing attention whose backward pass adds in any order.
+        torch.use_deterministic_algorithms(True)
+        # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    ds_config = resolve(config, world.size, cpu=device.type == "cpu")
+    dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
+    order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
+    if order.steps_per_epoch == 0:
+        raise UserError(
+            f"train.global_batch_size = {order.global_batch_size}: the training set has only {order.num_samples} images"
+        )
+    check_score(config, dataset)
+    if world.local_rank == 0:
+        warm_page_cache(dataset.train)
+    teacher, teacher_digest, notes = on_every_rank(lambda: build_teacher(config, device))
+    objective = MiraiObjective(
+        config.model, config.foresight, teacher.feature_dim if teacher else None,
+        ds_config["gradient_accumulation_steps"],
+    )  # fmt: skip
+    initialise(objective, config.seed, config.model.init_std)
+    engine = TrainEngine(objective, config, ds_config, device)
+    if config.train.compile == "blocks" and teacher is not None:
+        compile_blocks(teacher.blocks)
+    if config.train.init_from:
+        engine.load_weights(initial_weights(config))
+    watches = teacher is not None and teacher.reads_images
+    loader = BatchLoader(
+        dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
+        images=watches, prefetch=config.data.prefetch,
+        workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
+    )  # fmt: skip
+    control = Control(config.launch.timeout_minutes)
+    saver = Saver(run, world.rank, run_lock, control, config.checkpoint)
+    origin = Origin(dataset.train.digest(), teacher_digest)
+    checkpoints = Checkpoints(config, saver, control, run_lock, engine, world, origin)
+    stop.is_saving = lambda: saver.in_flight >= 0
+    stop.unsaved_steps = lambda: checkpoints.progress.step - max(checkpoints.saved_step, 0)
+    if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
+        notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
+    for note in [*notes, *seam_notes(config.foresight, config.model)]:
+        LOG.info("%s", note)
+    return Session(config, run, world, device, dataset, loader, engine, teacher, control, stop, run_lock, checkpoints)
+
+
+def seed_everything(seed: int) -> None:
+    """Training draws from no generator; user code may, and then two runs should draw alike."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def check_score(config: RunConfig, dataset: Dataset) -> None:
+    """Whether a classifier can judge generated images of this data; raises ConfigError."""
+    if not config.score.enabled:
+        return
+    decoder = dataset.train.decoder
+    if decoder is None:
+        raise ConfigError(
+            "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
+        )
+    side = decoder.downsampling * config.model.grid
+    if side > MAX_SCORED_SIDE:
+        problem = f"is for images up to {MAX_SCORED_SIDE} pixels, these have {side}; set it to false"
+        raise ConfigError("score.enabled", True, problem)
+    if len(dataset.held_out) == 0:
+        raise ConfigError("score.enabled", True, "needs held-out images; set data.held_out_fraction or turn it off")
+
+
+def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+    """`train.init_from`: a weights file, or a run folder whose newest whole checkpoint gives its raw weights."""
+    path = Path(config.train.init_from or "")
+    if path.is_dir():
+        reader = StateReader(store.find(path, "auto")[0])
+        weights = reader.weights("master") | {
+            f"projectors.{name}": value for name, value in reader.weights("master", "projectors.").items()
+        }
+    else:
+        weights = read_gpt_weights(path)
+    check_gpt_weights(weights, config.model, path)
+    return weights
