@@ -208,7 +208,7 @@ class _Plain:
         order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
         micro, accumulation = batch_arithmetic(config, world.size)
         assert accumulation == 1, "the plain baseline has no accumulation"
-        watches = config.foresight.method == "mirai-i"
+        watches = config.foresight.teacher == "encoder"
         self.loader = BatchLoader(dataset.train, order, micro, world.rank, world.size, device, images=watches,
                                   prefetch=2, workers=0)  # fmt: skip
         encoder = build_teacher(config, device)[0] if watches else None

@@ -240,7 +240,7 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
 def described(config: RunConfig) -> str:
     """The method, and what of it is not the default."""
     f, more = config.foresight, []
-    if f.active and f.head != ("transformer" if f.method == "mtp" else "mlp"):
+    if f.active and f.head != ("transformer" if f.predicts_tokens else "mlp"):
         more.append(f"{f.head} heads")
     more += ["frozen teacher"] if f.teacher_weights else []
     more += [f"PAR {config.model.par_tokens}"] if config.model.par_tokens else []

@@ -89,7 +89,7 @@ class PlainTrainer:
         model = PlainModel(config, encoder.feature_dim if encoder else None).to(device)
         self.optimizer = adamw(model, config)
         self.ema = copy.deepcopy(model.gpt).requires_grad_(False)
-        self.teacher = copy.deepcopy(model.gpt).requires_grad_(False).eval() if foresight.method == "mirai-e" else None
+        self.teacher = copy.deepcopy(model.gpt).requires_grad_(False).eval() if foresight.teacher == "gpt" else None
         trained: Any = torch.compile(model) if compiled else model
         self.ddp = nn.parallel.DistributedDataParallel(trained, gradient_as_bucket_view=True)
         self.autocast = config.train.precision != "fp32"

@@ -86,7 +86,7 @@ def _write_data(config: RunConfig, path: Path, steps: int) -> None:
         "codes": generator.integers(0, config.model.vocab_size, (count, config.model.block_size)),
         "labels": np.arange(count) % config.model.num_classes,
     }
-    if config.foresight.method == "mirai-i":
+    if config.foresight.teacher == "encoder":
         side = 16 * config.model.grid
         arrays["images"] = np.zeros((count, side, side, 3), np.uint8)
     np.savez(path, **arrays)

@@ -166,8 +166,8 @@ def utilisation(a: BenchArm, args: argparse.Namespace, seconds: float) -> str:
     if not peak:
         return ""
     config = load(a.recipe, a.overrides)
-    width = 1024 if config.foresight.method == "mirai-i" and config.model.size != "GPT-B" else 768
-    feature_dim = config.model.width if config.foresight.method != "mirai-i" else width
+    width = 1024 if config.foresight.teacher == "encoder" and config.model.size != "GPT-B" else 768
+    feature_dim = config.model.width if config.foresight.teacher != "encoder" else width
     flops = training_flops(config.model, config.foresight, feature_dim, config.foresight.active)
     return f"{args.batch * flops / seconds / peak:.3f}"
 

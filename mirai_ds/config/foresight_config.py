@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mirai_ds.config.encoder_config import EncoderConfig
 from mirai_ds.config.errors import ConfigError
 from mirai_ds.config.model_config import ModelConfig, Section
+from mirai_ds.config.own import check_name, import_own, is_own
 
-# none: next tokens only.  mirai-e, mirai-i: align a block's states with the EMA's, or an encoder's, features.
-# mtp: foresight at the output, multi-token prediction (Table 1).
-Method = Literal["none", "mirai-e", "mirai-i", "mtp"]
+# What gives each method's targets, which is all that checks and costs ask of it.  gpt: a GPT like the student, with
+# averaged or fixed weights; encoder: a vision encoder that sees the image; tokens: the image's own, without a teacher.
+# mirai-e, mirai-i: align a block's states with the features; mtp: multi-token prediction at the output (Table 1).
+TeacherKind = Literal["gpt", "encoder", "tokens"]
+TEACHERS: dict[str, TeacherKind] = {"mirai-e": "gpt", "mirai-i": "encoder", "mtp": "tokens"}
 
 # What a convention means.
 # `official`: the authors' code (github y0urOy/Mirai-Code); `paper`: the text, Sec. 3 and Eq. 8-11.
@@ -81,60 +85,6 @@ class LambdaSchedule(Section):
         return self
 
 
-class EncoderPreset(NamedTuple):
-    """A short name's timm model, and the 1-based block whose output is the feature (None: the last, normed)."""
-
-    timm_name: str
-    layer: int | None = None
-
-
-# The encoders of the paper's tables.  MAE's features are raw outputs of a block two thirds up: 8 of 12, 16 of 24.
-ENCODERS: dict[str, EncoderPreset] = {
-    "dinov2-b": EncoderPreset("vit_base_patch14_dinov2"),
-    "dinov2-l": EncoderPreset("vit_large_patch14_dinov2"),
-    "dinov3-b": EncoderPreset("vit_base_patch16_dinov3"),
-    "mae-b": EncoderPreset("vit_base_patch16_224.mae", layer=8),
-    "mae-l": EncoderPreset("vit_large_patch16_224.mae", layer=16),
-}
-
-
-class EncoderConfig(Section):
-    """Mirai-I's frozen vision encoder, a timm model with weights from a local file or as published.
-
-    `name`: a key of `ENCODERS`, which fills the fields left out, or any timm ViT.  mean and std are ImageNet's for
-    every encoder; timm's own defaults (0.5 for MAE) are not used.
-    """
-
-    name: str = "vit_base_patch14_dinov2"
-    weights: str | None = Field(None, description="file with the encoder's state dict (.safetensors, .pth, .bin)")
-    pretrained: bool = Field(False, description="timm's published weights, from the Hugging Face cache or the network")
-    image_size: int | None = Field(None, ge=1, description="encoder input side; default patch size * token grid")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)  # YAML has lists, not tuples
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), strict=False)
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    layer: int | None = Field(None, ge=1, description="block whose output is the feature, 1-based; default the last")
-    final_norm: bool | None = Field(None, description="the encoder's last norm on it; default true without layer")
-    block_causal: int | None = Field(None, ge=1, description="patch i sees patch j iff j // b <= i // b; default all")
-    compile: bool = Field(False, description="torch.compile the encoder's forward")
-
-    @property
-    def timm_name(self) -> str:
-        """What timm calls the encoder."""
-        return ENCODERS[self.name].timm_name if self.name in ENCODERS else self.name
-
-    @model_validator(mode="after")
-    def _fill_and_check(self) -> EncoderConfig:
-        if self.layer is None and self.name in ENCODERS:
-            self.__dict__["layer"] = ENCODERS[self.name].layer
-        if self.final_norm is None:
-            self.__dict__["final_norm"] = self.layer is None
-        if min(self.std) <= 0:
-            raise ConfigError("foresight.encoder.std", list(self.std), "each must be greater than 0")
-        if self.pretrained and self.weights is not None:
-            raise ConfigError("foresight.encoder.pretrained", True, "foresight.encoder.weights is a file; keep one")
-        return self
-
-
 # Explicit offsets: what the compiled loss takes on CUDA.  Without them: the 3x3 block, all that the paper uses.
 MAX_OFFSETS, MAX_HEADS = 64, 9
 HEAD_ATTENTION_HEADS = 4  # of a transformer head (the paper's has 7.68 M parameters at width 768)
@@ -143,14 +93,14 @@ HEAD_ATTENTION_HEADS = 4  # of a transformer head (the paper's has 7.68 M parame
 class ForesightConfig(Section):
     """Alignment of hidden states with later tokens' features; fields left out are filled from `convention`."""
 
-    method: Method = "none"
+    method: str = Field("none", description="none: next tokens only; mirai-e, mirai-i, mtp or package.module:METHOD")
     convention: Literal["official", "paper"] = "official"
     num_heads: int | None = Field(
         None,
         ge=1,
         description="K: 3 for mirai-e and mtp (whose first is the next-token loss), 1 for mirai-i; at most 9",
     )
-    layout: Literal["2d", "1d"] = "2d"
+    layout: str = Field("2d", description="2d, 1d or package.module:LAYOUT: what an offset means")
     layer: int | None = Field(
         None, ge=1, description="student block, 1-based; default round(8/12 * n_layer), of mtp the last"
     )
@@ -197,6 +147,22 @@ class ForesightConfig(Section):
     )
     encoder: EncoderConfig | None = None
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        check_name(value, ["none", *TEACHERS], "foresight.method")
+        if is_own(value):
+            made = import_own(value, "foresight.method")
+            if getattr(made, "targets", None) not in TEACHERS.values():
+                raise ConfigError("foresight.method", value, "is no mirai_ds.foresight.methods.ForesightMethod")
+        return value
+
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, value: str) -> str:
+        check_name(value, ["2d", "1d"], "foresight.layout")
+        return value
+
     @field_validator("offsets", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -210,21 +176,38 @@ class ForesightConfig(Section):
         return self.method != "none"
 
     @property
+    def teacher(self) -> TeacherKind | None:
+        """What gives the targets; None without a method."""
+        own = is_own(self.method)
+        kind: TeacherKind | None = import_own(self.method, "foresight.method").targets if own else None
+        return kind or TEACHERS.get(self.method)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether heads predict tokens, through the unembedding, instead of features."""
+        return self.teacher == "tokens"
+
+    @property
+    def follows_average(self) -> bool:
+        """Whether the teacher's weights are the run's own average, renewed with every update."""
+        return self.teacher == "gpt" and self.teacher_weights is None
+
+    @property
     def first_neighbour(self) -> int:
         """Where heads begin in the order of neighbours: of mtp behind (0, 0), the next token, which needs no head."""
-        return int(self.method == "mtp")
+        return int(self.predicts_tokens)
 
     @property
     def targets_by_cell(self) -> bool:
         """Whether a target's rows are the image's cells (patches, tokens), not the slots of a teacher's sequence."""
-        return self.method != "mirai-e"
+        return self.teacher != "gpt"
 
     @property
     def heads(self) -> int:
         """Number of head modules: K; of mtp K - 1, since k = 1 is the next-token loss; 0 without a method."""
         if not self.active or not self.num_heads:
             return 0
-        return self.num_heads - (self.method == "mtp")
+        return self.num_heads - self.predicts_tokens
 
     @model_validator(mode="after")
     def _fill(self) -> ForesightConfig:
@@ -232,13 +215,13 @@ class ForesightConfig(Section):
         if not self.active:
             return self
         fill = dict(CONVENTIONS[self.convention])
-        fill["num_heads"] = 1 if self.method == "mirai-i" else 3
+        fill["num_heads"] = 1 if self.teacher == "encoder" else 3
         if self.offsets is not None:
-            fill |= {"num_heads": len(self.offsets) + (self.method == "mtp"), "head_order": None}
-        fill["warmup_epochs"] = 15.0 if self.method == "mirai-e" and self.teacher_weights is None else 0.0
-        fill["class_slot"] = self.method == "mirai-e" and self.convention == "official"
-        fill["head"] = "transformer" if self.method == "mtp" else "mlp"
-        if self.method == "mtp":  # a slot predicts what it has not read; there is no teacher
+            fill |= {"num_heads": len(self.offsets) + self.predicts_tokens, "head_order": None}
+        fill["warmup_epochs"] = 15.0 if self.follows_average else 0.0
+        fill["class_slot"] = self.teacher == "gpt" and self.convention == "official"
+        fill["head"] = "transformer" if self.predicts_tokens else "mlp"
+        if self.predicts_tokens:  # a slot predicts what it has not read; there is no teacher
             fill |= {"slots": "predict", "teacher_sees_last_token": None}
         for name, value in fill.items():
             if getattr(self, name) is None:
@@ -246,8 +229,8 @@ class ForesightConfig(Section):
         if self.head == "transformer" and self.head_attention is None:
             self.__dict__["head_attention"] = "causal"
         if self.weights is None:
-            self.__dict__["weights"] = [1.0 if self.method == "mtp" else 2.0] * self.heads
-        if self.method == "mirai-i" and self.encoder is None:
+            self.__dict__["weights"] = [1.0 if self.predicts_tokens else 2.0] * self.heads
+        if self.teacher == "encoder" and self.encoder is None:
             self.__dict__["encoder"] = EncoderConfig()
         self._check()
         return self
@@ -272,33 +255,33 @@ class ForesightConfig(Section):
         if self.head_order is not None:
             problem = "foresight.offsets orders the heads; remove it or set it to null"
             raise ConfigError("foresight.head_order", self.head_order, problem)
-        if self.method == "mtp" and [0, 0] in given:
+        if self.predicts_tokens and [0, 0] in given:
             problem = "[0, 0] is the next token, which mtp predicts anyway; remove it"
             raise ConfigError(f"{name}[{given.index([0, 0])}]", [0, 0], problem)
-        count = len(given) + (self.method == "mtp")
+        count = len(given) + self.predicts_tokens
         if self.num_heads not in (None, count):
             problem = f"must be {count}, one head an entry of foresight.offsets; remove it or set it to null"
             raise ConfigError("foresight.num_heads", self.num_heads, problem)
 
     def _check(self) -> None:
         weights = self.weights or []
-        if self.method == "mtp" and not self.heads:
+        if self.predicts_tokens and not self.heads:
             problem = "of mtp counts the next token as the first; use 2 or more, or method: none"
             raise ConfigError("foresight.num_heads", self.num_heads, problem)
         if len(weights) != self.heads:
-            counted = ", less the next token" if self.method == "mtp" else ""
+            counted = ", less the next token" if self.predicts_tokens else ""
             problem = f"must have {self.heads} values (foresight.num_heads{counted})"
             raise ConfigError("foresight.weights", weights, problem)
         if any(w < 0 for w in weights):
             raise ConfigError("foresight.weights", weights, "must not be negative")
-        if self.class_slot and self.method != "mirai-e":
-            what = "tokens have" if self.method == "mtp" else "an encoder has"
+        if self.class_slot and self.teacher != "gpt":
+            what = "tokens have" if self.predicts_tokens else "an encoder has"
             raise ConfigError("foresight.class_slot", True, f"{what} no class slot; use false")
         if self.class_slot and self.slots == "predict":
             raise ConfigError("foresight.class_slot", True, "with slots: predict slot 0 is the first cell; use false")
         if self.flat_stride is not None and (self.border != "wrap" or self.layout == "1d"):
             raise ConfigError("foresight.flat_stride", self.flat_stride, "needs layout: 2d and border: wrap; remove it")
-        if self.method == "mirai-e" and self.encoder is not None:
+        if self.teacher == "gpt" and self.encoder is not None:
             problem = "is for method: mirai-i (mirai-e's teacher is the EMA); remove it"
             raise ConfigError("foresight.encoder", self.encoder.name, problem)
         self._check_head()
@@ -308,28 +291,28 @@ class ForesightConfig(Section):
         if self.head == "mlp" and self.head_attention is not None:
             problem = "is of head: transformer; remove it"
             raise ConfigError("foresight.head_attention", self.head_attention, problem)
-        if self.method == "mtp" and self.head_attention == "full":
+        if self.predicts_tokens and self.head_attention == "full":
             problem = "would read the tokens that mtp predicts; use causal"
             raise ConfigError("foresight.head_attention", "full", problem)
-        if self.method == "mtp" and self.slots == "input":
+        if self.predicts_tokens and self.slots == "input":
             problem = "the slot that holds a token has read it; mtp needs predict"
             raise ConfigError("foresight.slots", "input", problem)
 
     def _check_teacher(self) -> None:
         """Fields that only one kind of teacher has."""
-        if self.desynchronised_ranks is not None and (self.method != "mirai-e" or self.teacher_weights is not None):
+        if self.desynchronised_ranks is not None and not self.follows_average:
             problem = "is an experiment about the run's own EMA as teacher (method: mirai-e); remove it"
             raise ConfigError("foresight.desynchronised_ranks", self.desynchronised_ranks, problem)
-        if self.method == "mirai-e":
+        if self.teacher == "gpt":
             return
-        why = "an encoder gives one output" if self.method == "mirai-i" else "mtp has no teacher"
+        why = "an encoder gives one output" if self.teacher == "encoder" else "mtp has no teacher"
         names = ["teacher_layer", "teacher_weights"]
-        names += ["teacher_sees_last_token"] if self.method == "mtp" else []  # conventions fill it for the others
+        names += ["teacher_sees_last_token"] if self.predicts_tokens else []  # conventions fill it for the others
         for name in names:
             if getattr(self, name) is not None:
                 problem = f"is for method: mirai-e ({why}); remove it"
                 raise ConfigError(f"foresight.{name}", getattr(self, name), problem)
-        if self.method == "mtp" and self.encoder is not None:
+        if self.predicts_tokens and self.encoder is not None:
             raise ConfigError("foresight.encoder", self.encoder.name, "is for method: mirai-i; remove it")
 
     def fill_from_model(self, model: ModelConfig) -> None:
@@ -337,8 +320,8 @@ class ForesightConfig(Section):
         if not self.active:
             return
         if self.layer is None:
-            self.__dict__["layer"] = model.depth if self.method == "mtp" else max(1, round(model.depth * 8 / 12))
-        if self.method == "mirai-e" and self.teacher_layer is None:
+            self.__dict__["layer"] = model.depth if self.predicts_tokens else max(1, round(model.depth * 8 / 12))
+        if self.teacher == "gpt" and self.teacher_layer is None:
             self.__dict__["teacher_layer"] = self.layer
         for name in ("layer", "teacher_layer"):
             value = getattr(self, name)

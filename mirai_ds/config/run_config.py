@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from mirai_ds.config.data_config import SOURCES, DataConfig
 from mirai_ds.config.errors import ConfigError, nearest
 from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig, Section
+from mirai_ds.config.own import check_name
 from mirai_ds.config.yaml_text import number_in
 
 Weights = Literal["raw", "ema"]
-
-
-class DataConfig(Section):
-    """Where the tokens come from.  `digits` ships with scikit-learn; `npz` is a file of codes and labels; `store` is a
-    token store made by `mirai-ds extract`."""
-
-    source: Literal["digits", "npz", "store"] = "digits"
-    path: str | None = Field(None, description="the .npz file, or the store's folder")
-    held_out_fraction: float | None = Field(None, ge=0, lt=1, description="default 0.1; of a store 0")
-    split_seed: int = Field(0, ge=0)
-    held_out_path: str | None = Field(None, description="held-out samples of their own, e.g. a store of the val set")
-    images: str | None = Field(None, description="store: pixels for mirai-i, an image store or the original folder")
-    tokenizer: str | None = Field(None, description="store: the tokenizer's file, to show tokens as pictures")
-    workers: int | None = Field(None, ge=0, description="reading processes a rank; default 0, with images up to 8")
-    prefetch: int = Field(2, ge=1, description="micro-batches each worker reads ahead")
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.source == "digits":
-            for name in ("path", "held_out_path"):
-                if getattr(self, name):
-                    problem = f"digits come with scikit-learn; remove {name} or use source: npz or store"
-                    raise ConfigError(f"data.{name}", getattr(self, name), problem)
-        elif not self.path:
-            what = "the .npz file" if self.source == "npz" else "the store's folder"
-            raise ConfigError("data.path", self.path, f"give {what}: data.source = {self.source!r} needs one")
-        for name in ("images", "tokenizer"):
-            if getattr(self, name) and self.source != "store":
-                raise ConfigError(f"data.{name}", getattr(self, name), "is for source: store; remove it")
-        if self.held_out_path and self.held_out_fraction:
-            problem = f"held-out samples come from data.held_out_path = {self.held_out_path!r}; remove one of them"
-            raise ConfigError("data.held_out_fraction", self.held_out_fraction, problem)
-        if self.held_out_fraction is None:
-            whole = self.source == "store" or self.held_out_path
-            self.__dict__["held_out_fraction"] = 0.0 if whole else 0.1
-        return self
 
 
 class OptimizerConfig(Section):
@@ -316,8 +281,7 @@ class RunConfig(Section):
     @classmethod
     def _known_hooks(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in HOOK_NAMES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-                raise ConfigError("hooks", name, f"{nearest(name, HOOK_NAMES)}; your own is package.module:Class")
+            check_name(name, HOOK_NAMES, "hooks")
         if len(set(value)) < len(value):
             raise ConfigError("hooks", value, "names a hook twice; keep one")
         if value[:1] != ["log"] or "stop" not in value:
@@ -337,8 +301,9 @@ class RunConfig(Section):
         if f.schedule.kind == "cosine" and f.schedule.start_epoch >= self.train.epochs:
             problem = f"must be less than train.epochs = {self.train.epochs}"
             raise ConfigError("foresight.schedule.start_epoch", f.schedule.start_epoch, problem)
-        if f.method == "mirai-i" and self.data.source == "store" and self.data.images is None:
-            problem = "foresight.method = 'mirai-i' watches images; give an image store or the original folder"
+        traits = SOURCES.get(self.data.source)
+        if f.teacher == "encoder" and traits is not None and traits.parts and self.data.images is None:
+            problem = f"foresight.method = {f.method!r} watches images; give an image store or the original folder"
             raise ConfigError("data.images", None, problem)
         self._check_guards()
         if self.sampling.classes > self.model.num_classes:

@@ -2,7 +2,7 @@
 
 from mirai_ds.data.loader import Batch, BatchLoader
 from mirai_ds.data.order import DataOrder
-from mirai_ds.data.sources import load_dataset, load_decoder
+from mirai_ds.data.sources import check_files, load_dataset, load_decoder
 from mirai_ds.data.token_source import Dataset, TokenSource
 
-__all__ = ["Batch", "BatchLoader", "DataOrder", "Dataset", "TokenSource", "load_dataset", "load_decoder"]
+__all__ = ["Batch", "BatchLoader", "DataOrder", "Dataset", "TokenSource", "check_files", "load_dataset", "load_decoder"]

@@ -1,89 +1,60 @@
-"""The configured data: opened, checked against the model, split into training and held-out samples."""
+"""The configured data: opened, checked against the model, split into training and held-out samples.
+
+A kind of data is an entry of `SOURCES`, beside its traits in `config/run_config.py: SOURCES`; a function of the user's
+own is named `package.module:function` and takes the `data` section.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mirai_ds.config import ConfigError, DataConfig, ModelConfig, UserError
+from mirai_ds.config import ConfigError, DataConfig, ModelConfig
+from mirai_ds.config.own import import_own
+from mirai_ds.data.digits import digits
 from mirai_ds.data.npz_file import from_npz
-from mirai_ds.data.stores import (
-    IMAGE_FORMAT,
-    TOKEN_FORMAT,
-    TokenManifest,
-    TokenStore,
-    open_image_store,
-    open_token_store,
-    store_format,
-)
-from mirai_ds.data.stores.files import read_manifest
+from mirai_ds.data.store_source import check_store, from_store, store_decoder
 from mirai_ds.data.token_source import Dataset, TokenDecoder, TokenSource
-from mirai_ds.data.views import ArrayViews, FileViews, PackedViews, ViewSource
-from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 
 Array = np.ndarray[Any, Any]
 
 
-def digits() -> TokenSource:
-    """scikit-learn's handwritten digits: 1,797 of 8x8 pixels with 17 grey levels, so the pixels *are* the code."""
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class DataSource:
+    """One kind of data.
 
-    data = load_digits()
-    codes = data.images.astype(np.uint8)
-    grey = np.round(np.arange(17) * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey[codes][:, None, None], 3, axis=2)
-    codebook = np.broadcast_to(grey[:, None, None, None], (17, 1, 1, 3)).copy()
-    labels = data.target.astype(np.int64)
-    return TokenSource(codes.reshape(len(codes), 1, 64), labels, ArrayViews(images), PatchCodebook(codebook))
+    open: the `data` section and the device of a decoder -> its samples.  decoder: what shows its tokens, opening no
+    more than that needs (None: what `open` gives).  check: reads all of `data.path` and raises UserError for damage.
+    """
 
-
-def from_store(data: DataConfig, path: Path, device: str = "cpu") -> TokenSource:
-    """A token store, with the images and the tokenizer that the configuration names.  Raises UserError."""
-    store = open_token_store(path)
-    images = None if data.images is None else _images(store, Path(data.images))
-    decoder = _decoder(data, store, device)
-    manifest = store.manifest
-    seal = hashlib.sha256("".join(manifest.codes_digests).encode()).hexdigest()
-    return TokenSource(store.codes, store.labels, images, decoder, max_code=manifest.max_code, seal=seal)
+    open: Callable[[DataConfig, str], TokenSource]
+    decoder: Callable[[DataConfig, str], TokenDecoder | None] | None = None
+    check: Callable[[str], None] | None = None
 
 
-def _images(store: TokenStore, path: Path) -> ViewSource:
-    """Pixels of the store's views: from an image store, or from the original files."""
-    found = store_format(path)
-    if found == TOKEN_FORMAT:
-        raise ConfigError("data.images", str(path), "is a token store; give an image store or the folder of the images")
-    if found != IMAGE_FORMAT:
-        if not path.is_dir():
-            raise ConfigError("data.images", str(path), "no such folder")
-        return FileViews(path, store.names(), store.manifest.geometry.views)
-    images = open_image_store(path)
-    ours, theirs = store.manifest.geometry, images.manifest.geometry
-    if ours != theirs:
-        problem = f"its views are {theirs}; those of {store.path} are {ours}; extract the images with the same settings"
-        raise ConfigError("data.images", str(path), problem)
-    if store.manifest.names_digest != images.manifest.names_digest:
-        pairs = zip(store.names(), images.names(), strict=False)
-        place, names = next(((i, p) for i, p in enumerate(pairs) if p[0] != p[1]), (None, None))
-        where = f"image {place} is {names[1]!r} there and {names[0]!r} in the token store" if names else "other counts"
-        raise ConfigError("data.images", str(path), f"was not made of the same images: {where}")
-    return PackedViews(images)
+SOURCES = {
+    "digits": DataSource(lambda data, device: digits()),
+    "npz": DataSource(lambda data, device: from_npz(data.path or "")),
+    "store": DataSource(from_store, store_decoder, check_store),
+}
 
 
-def _decoder(data: DataConfig, store: TokenStore, device: str) -> TokenDecoder | None:
-    own, facts = store.codebook(), store.manifest.tokenizer
-    if data.tokenizer is None:
-        return own
-    tokenizer = open_tokenizer(Path(data.tokenizer), device)
-    if facts.digest not in ("unknown", tokenizer.digest):
-        problem = (
-            f"is {tokenizer.name} {tokenizer.digest[:12]}, the store was made with {facts.name} {facts.digest[:12]}"
-        )
-        raise ConfigError("data.tokenizer", data.tokenizer, problem)
-    return tokenizer
+def source_of(data: DataConfig) -> DataSource:
+    """The configured entry, or the user's own function as one.  Raises ConfigError when that cannot be imported."""
+    if data.source in SOURCES:
+        return SOURCES[data.source]
+    return DataSource(lambda data, device: _own(data))
+
+
+def _own(data: DataConfig) -> TokenSource:
+    made = import_own(data.source, "data.source")(data)
+    if not isinstance(made, TokenSource):
+        problem = f"must return a mirai_ds.data.TokenSource, not {type(made).__name__}"
+        raise ConfigError("data.source", data.source, problem)
+    return made
 
 
 def check_fits(source: TokenSource, model: ModelConfig) -> None:
@@ -106,32 +77,35 @@ def check_fits(source: TokenSource, model: ModelConfig) -> None:
 def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> Dataset:
     """The configured source, checked against the model and split by class with a fixed seed, or as `held_out_path`
     says.  device: where a tokenizer that shows samples runs.  Raises UserError."""
-    source = _open(data, data.path, device)
+    open_source = source_of(data).open
+    source = open_source(data, device)
     if len(source) < 2:
         raise ConfigError("data.path", data.path, f"holds {len(source)} images; it must hold at least 2")
     check_fits(source, model)
     if data.held_out_path is not None:
-        held_out = _open(data.model_copy(update={"images": None, "tokenizer": None}), data.held_out_path, device)
+        apart = {"path": data.held_out_path, "images": None, "tokenizer": None}
+        held_out = open_source(data.model_copy(update=apart), device)
         check_fits(held_out, model)
-        if data.source == "store":
-            _check_same_tokenizer(Path(data.path or ""), Path(data.held_out_path))
+        _check_same_tokenizer(source, held_out, data)
         return Dataset(source, replace(held_out, decoder=source.decoder))
     train, held = split(source.labels, data.held_out_fraction or 0.0, data.split_seed)
     return Dataset(source if not len(held) else source.subset(train), source.subset(held))
 
 
-def _check_same_tokenizer(train: Path, held_out: Path) -> None:
+def _check_same_tokenizer(train: TokenSource, held_out: TokenSource, data: DataConfig) -> None:
     """Codes of two tokenizers look alike and mean other things; imported ones may be of an unknown one."""
-    ours, theirs = (read_manifest(path, TokenManifest).tokenizer for path in (train, held_out))
-    if "unknown" not in (ours.digest, theirs.digest) and ours.digest != theirs.digest:
-        problem = f"was made with {theirs.name} {theirs.digest[:12]}, data.path with {ours.name} {ours.digest[:12]}"
-        raise ConfigError("data.held_out_path", str(held_out), problem)
+    ours, theirs = train.tokenizer, held_out.tokenizer
+    if ours is not None and theirs is not None and ours[1] != theirs[1]:
+        problem = f"was made with {theirs[0]} {theirs[1][:12]}, data.path with {ours[0]} {ours[1][:12]}"
+        raise ConfigError("data.held_out_path", data.held_out_path, problem)
 
 
-def _open(data: DataConfig, path: str | None, device: str) -> TokenSource:
-    if data.source == "digits":
-        return digits()
-    return from_npz(path or "") if data.source == "npz" else from_store(data, Path(path or ""), device)
+def check_files(data: DataConfig) -> None:
+    """Read all of what the configuration names, where its kind has digests.  Raises UserError for damage."""
+    check = source_of(data).check
+    for path in (data.path, data.held_out_path):
+        if check is not None and path:
+            check(path)
 
 
 def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
@@ -152,13 +126,5 @@ def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
 def load_decoder(data: DataConfig, device: str = "cpu") -> TokenDecoder | None:
     """What shows the configured data's tokens, a network on `device`; None where nothing does.  Opens no more than
     that needs."""
-    if data.source != "store":
-        source = digits() if data.source == "digits" else from_npz(data.path or "")
-        return source.decoder
-    try:
-        store = open_token_store(Path(data.path or ""))
-    except UserError:
-        if data.tokenizer is None:
-            raise
-        return open_tokenizer(Path(data.tokenizer), device)  # the store may be gone where samples are drawn
-    return _decoder(data, store, device)
+    source = source_of(data)
+    return source.open(data, device).decoder if source.decoder is None else source.decoder(data, device)

@@ -32,7 +32,7 @@ class TokenDecoder(Protocol):
 class TokenSource:
     """codes (m, views, N) integer, perhaps mapped from a file; labels (n,) of this source's samples; rows (n,) their
     places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known; seal:
-    digest of all codes, if known."""
+    digest of all codes, if known; tokenizer: name and digest of what made the codes, if known."""
 
     codes: Array
     labels: Array
@@ -41,6 +41,7 @@ class TokenSource:
     rows: Array | None = None
     max_code: int | None = None
     seal: str | None = None
+    tokenizer: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

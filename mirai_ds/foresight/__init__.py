@@ -2,7 +2,7 @@
 
 from mirai_ds.foresight.desynchronised import DesynchronisedTeacher
 from mirai_ds.foresight.encoders import EncoderTeacher, encoder_input, untrained_encoder
-from mirai_ds.foresight.methods import METHODS
+from mirai_ds.foresight.methods import METHODS, method_of
 from mirai_ds.foresight.multi_token import TokenTeacher
 from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_notes, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
@@ -22,6 +22,7 @@ __all__ = [
     "decoded_targets",
     "encoder_input",
     "index_table",
+    "method_of",
     "offsets",
     "seam_notes",
     "slot_counts",

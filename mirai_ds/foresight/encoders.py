@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirai_ds.config import ConfigError, EncoderConfig, UserError
+from mirai_ds.config.encoder_config import ENCODERS
 from mirai_ds.config.errors import nearest
-from mirai_ds.config.foresight_config import ENCODERS
 from mirai_ds.foresight.teachers import Teacher
 from mirai_ds.runtime.weight_files import read_weight_file
 

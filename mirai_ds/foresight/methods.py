@@ -1,7 +1,7 @@
 """The foresight methods: what each learns from and by which loss, one entry a method.
 
-A new method is an entry here, a name in the configuration (`config/foresight_config.py: Method`) and, where it learns
-from something new, a `Teacher`.
+A new method is an entry here and in `config/foresight_config.py: TEACHERS`, or a `ForesightMethod` of the user's own
+that the configuration names; where it learns from something new, a `Teacher` too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mirai_ds.config import ForesightConfig, RunConfig
+from mirai_ds.config import ConfigError, ForesightConfig, RunConfig
+from mirai_ds.config.foresight_config import TeacherKind
+from mirai_ds.config.own import import_own, is_own
 from mirai_ds.foresight.desynchronised import DesynchronisedTeacher
 from mirai_ds.foresight.encoders import EncoderTeacher
 from mirai_ds.foresight.multi_token import TokenTeacher, multi_token_loss
@@ -42,11 +44,13 @@ class Heads:
 class ForesightMethod:
     """One way to look ahead.
 
-    teacher: makes what gives the targets.  loss(heads, states (B, S, D), target): the weighted scalar, before the
-    multiplier, and one detached value a head.  metric: what those values are called.  cosine: whether the
-    loss is `mirai::foresight_cosine`, whose kernel all ranks choose alike.
+    targets: the kind of thing that gives the targets, for checks of a configuration and costs.  teacher: makes it.
+    loss(heads, states (B, S, D), target): the weighted scalar, before the multiplier, and one detached value a head.
+    metric: what those values are called.  cosine: whether the loss is `mirai::foresight_cosine`, whose kernel all
+    ranks choose alike.
     """
 
+    targets: TeacherKind
     teacher: Callable[[RunConfig, torch.device], Teacher]
     loss: Callable[[Heads, Tensor, Tensor], tuple[Tensor, Tensor]]
     metric: str
@@ -82,8 +86,14 @@ def own_average(config: RunConfig, device: torch.device) -> Teacher:
 
 def frozen_encoder(config: RunConfig, device: torch.device) -> Teacher:
     """Mirai-I: a bidirectional vision encoder."""
-    assert config.foresight.encoder is not None
-    return EncoderTeacher(config.foresight.encoder, config.model.grid, device)
+    encoder, grid = config.foresight.encoder, config.model.grid
+    assert encoder is not None
+    if not is_own(encoder.name):
+        return EncoderTeacher(encoder, grid, device)
+    made = import_own(encoder.name, "foresight.encoder.name")(encoder, grid, device)
+    if not isinstance(made, Teacher):
+        raise ConfigError("foresight.encoder.name", encoder.name, "must make a mirai_ds.foresight.Teacher")
+    return made
 
 
 def later_tokens(config: RunConfig, device: torch.device) -> Teacher:
@@ -93,7 +103,15 @@ def later_tokens(config: RunConfig, device: torch.device) -> Teacher:
 
 # By `foresight.method`; "none", next-token prediction only, has no entry.
 METHODS = {
-    "mirai-e": ForesightMethod(own_average, cosine_loss, "cosine", cosine=True),
-    "mirai-i": ForesightMethod(frozen_encoder, cosine_loss, "cosine", cosine=True),
-    "mtp": ForesightMethod(later_tokens, entropy_loss, "entropy", cosine=False),
+    "mirai-e": ForesightMethod("gpt", own_average, cosine_loss, "cosine", cosine=True),
+    "mirai-i": ForesightMethod("encoder", frozen_encoder, cosine_loss, "cosine", cosine=True),
+    "mtp": ForesightMethod("tokens", later_tokens, entropy_loss, "entropy", cosine=False),
 }
+
+
+def method_of(config: ForesightConfig) -> ForesightMethod | None:
+    """The configured method, from `METHODS` or of the user's own; None: next tokens only."""
+    if not config.active:
+        return None
+    own: ForesightMethod | None = None if config.method in METHODS else import_own(config.method, "foresight.method")
+    return own or METHODS[config.method]

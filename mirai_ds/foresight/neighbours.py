@@ -13,39 +13,13 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
+from mirai_ds.foresight.neighbour_layouts import layout_of
 from mirai_ds.model.orders import token_order
-
-# The authors' order of heads (flat shifts 0, +1, +16, +17, +2, +18, +34, +33, +32 on a 16 grid).
-OFFICIAL_OFFSETS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0))
-# The down-right quadrant by (dr^2 + dc^2, dr, dc): the only reading of Eq. 8 without ties at K = 1, 3, 4, 9.
-NEAREST_OFFSETS = tuple(sorted(OFFICIAL_OFFSETS, key=lambda o: (o[0] ** 2 + o[1] ** 2, *o)))
 
 
 def offsets(config: ForesightConfig) -> list[tuple[int, int]]:
-    """(rows down, columns right) of each head, the config's own if given; in 1d layout (0, k): k tokens later.
-
-    Of mtp without (0, 0), the next token, which needs no head.
-    """
-    if config.offsets is not None:
-        return [(down, right) for down, right in config.offsets]
-    first = config.first_neighbour
-    if config.layout == "1d":
-        return [(0, k) for k in range(first, first + config.heads)]
-    order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
-    return list(order[first : first + config.heads])
-
-
-def target_cell(cell: int, offset: tuple[int, int], grid: int, config: ForesightConfig) -> int:
-    """Raster number of the cell at `offset` from `cell` on the grid, or -1 where the border rule gives none."""
-    down, right = offset
-    if config.border == "wrap":
-        stride = config.flat_stride or grid
-        found = cell + down * stride + right
-        return found if found < grid * grid else -1
-    row, column = cell // grid + down, cell % grid + right
-    if config.border == "clamp":
-        row, column = min(row, grid - 1), min(column, grid - 1)
-    return row * grid + column if row < grid and column < grid else -1
+    """(rows down, columns right) of each head, as the layout means them."""
+    return layout_of(config).offsets(config)
 
 
 class Pair(NamedTuple):
@@ -59,24 +33,20 @@ class Pair(NamedTuple):
 
 
 def pairs(config: ForesightConfig, grid: int, par_tokens: int | None = None) -> Iterator[Pair]:
-    """All of them but the class's.  Neighbours are neighbours on the grid (in 1d layout: in the sequence), whatever the
-    order of the sequence; only the slots that stand for them follow it."""
-    order, by_cell = token_order(grid, par_tokens).positions(), config.targets_by_cell
+    """All of them but the class's.  Neighbours are the layout's, whatever the order of the sequence; only the slots
+    that stand for them follow it."""
+    order, by_cell, layout = token_order(grid, par_tokens).positions(), config.targets_by_cell, layout_of(config)
     cells = grid * grid
     # Tokens whose features the teacher has: all patches or tokens, or the tokens it was given.
     available = cells if by_cell or config.teacher_sees_last_token else cells - 1
     seen = order.seen_with if config.slots == "input" else order.seen_before
-    for head, offset in enumerate(offsets(config)):
-        for number, cell in enumerate(order.cell):
+    for head, offset in enumerate(layout.offsets(config)):
+        for number in range(cells):
             slot = order.input_slot[number] if config.slots == "input" else number
             if slot >= order.slots:  # the last token is no input
                 continue
-            if config.layout == "1d":
-                target = number + offset[1]
-            else:
-                found = target_cell(cell, offset, grid, config)
-                target = order.number[found] if found >= 0 else cells
-            if target < available:
+            target = layout.target(config, order, number, offset)
+            if target is not None and target < available:
                 row = order.cell[target] if by_cell else order.input_slot[target]
                 yield Pair(slot, head, row, target < seen[number] and target != number)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mirai_ds.config import ForesightConfig, ModelConfig
 from mirai_ds.foresight.heads import heads
-from mirai_ds.foresight.methods import METHODS, Heads
+from mirai_ds.foresight.methods import Heads, method_of
 from mirai_ds.foresight.neighbours import index_table, slot_counts
 from mirai_ds.model import GPT, next_token_loss
 
@@ -34,7 +34,7 @@ class MiraiObjective(nn.Module):
         """feature_dim: width of the teacher's features, default the model's.  grad_accum_steps: what the engine divides
         the loss by before backward; a wrong number costs time, not correctness."""
         super().__init__()
-        self.foresight = foresight
+        self.foresight, self.method = foresight, method_of(foresight)
         self.grad_accum_steps = grad_accum_steps
         self.gpt = GPT(model)
         self.projectors = heads(foresight, model.width, feature_dim or model.width)
@@ -67,9 +67,10 @@ class MiraiObjective(nn.Module):
         if target is None:
             return ntp, metrics
         assert layer is not None
+        assert self.method is not None
         states = hidden[layer]
         alignment, per_head = self.align(states, target, multiplier)
-        metrics |= {"alignment": alignment.detach(), METHODS[self.foresight.method].metric: per_head}
+        metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
         return ntp + multiplier * alignment, metrics
 
     def align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
@@ -79,4 +80,5 @@ class MiraiObjective(nn.Module):
             self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
             multiplier / self.grad_accum_steps, self.recompute_heads,
         )  # fmt: skip
-        return METHODS[self.foresight.method].loss(heads, states, target)
+        assert self.method is not None
+        return self.method.loss(heads, states, target)

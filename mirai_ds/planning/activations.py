@@ -46,7 +46,7 @@ class ActivationMemory:
     @property
     def mtp(self) -> bool:
         """Whether heads end in logits of their own."""
-        return self.foresight.method == "mtp"
+        return self.foresight.predicts_tokens
 
     @property
     def heads_again(self) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mirai_ds.config import ForesightConfig, ModelConfig, RunConfig, build
+from mirai_ds.config.foresight_config import TEACHERS
+from mirai_ds.config.own import is_own
 from mirai_ds.config.sizes import heads_parameters, parameter_count
 from mirai_ds.planning.flops import ViT, known_encoder, paper_parts, training_parts
 
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def encoder_shape(foresight: ForesightConfig, model: ModelConfig) -> ViT | None:
-    """The encoder of a Mirai-I run, by formula where it is one of the paper's, else as timm describes it."""
-    if foresight.method != "mirai-i" or foresight.encoder is None:
+    """The encoder of a Mirai-I run, by formula where it is one of the paper's, else as timm describes it; None for
+    other methods, and for an encoder of the user's own, whose cost nobody here knows."""
+    if foresight.teacher != "encoder" or foresight.encoder is None or is_own(foresight.encoder.name):
         return None
     return known_encoder(foresight, model) or _described_by_timm(foresight, model)
 
@@ -115,7 +118,7 @@ def costs_of_sizes(sizes: Sequence[str], methods: Sequence[str], block_size: int
     for size in sizes:
         for method in methods:
             foresight: dict[str, Any] = {"method": method}
-            if method == "mirai-i":
+            if TEACHERS.get(method) == "encoder":
                 foresight["encoder"] = {"name": "dinov2-b" if size == "GPT-B" else "dinov2-l"}
             config = build({
                 "model": {"size": size, "block_size": block_size}, "foresight": foresight,

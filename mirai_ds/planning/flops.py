@@ -31,7 +31,7 @@ def head_flops(model: ModelConfig, foresight: ForesightConfig, feature_dim: int,
     one = 2.0 * (width * hidden + hidden**2 + hidden * feature_dim) * slots
     if foresight.head == "transformer":  # attention 4 D^2, MLP 8 D^2, a linear; scores and values full
         one = 2.0 * (12 * width**2 + width * feature_dim) * slots + 4.0 * slots**2 * width
-    if foresight.method == "mtp":
+    if foresight.predicts_tokens:
         one += 2.0 * model.vocab_size * width * slots
     return foresight.heads * one
 
@@ -68,7 +68,7 @@ _VITS = {
 
 def known_encoder(foresight: ForesightConfig, model: ModelConfig) -> ViT | None:
     """The shape of a Mirai-I encoder of the paper on this grid; None for another encoder, or without one."""
-    encoder = foresight.encoder if foresight.method == "mirai-i" else None
+    encoder = foresight.encoder if foresight.teacher == "encoder" else None
     if encoder is None or encoder.timm_name not in _VITS:
         return None
     width, blocks, patch, prefix, positions = _VITS[encoder.timm_name]
@@ -100,7 +100,7 @@ def training_parts(
         return parts
     heads = head_flops(model, foresight, feature_dim, slots)
     parts |= {"heads forward": heads, "heads backward": 2.0 * heads}
-    if foresight.method == "mirai-e" and foresight.teacher_layer is not None:
+    if foresight.teacher == "gpt" and foresight.teacher_layer is not None:
         seen = slots + (1 if foresight.teacher_sees_last_token else 0)
         parts["teacher forward"] = forward_flops(model, seen, foresight.teacher_layer, logits=False)
     if encoder is not None:
@@ -114,9 +114,9 @@ def paper_parts(model: ModelConfig, foresight: ForesightConfig, feature_dim: int
     slots = student_slots(model)
     heads = heads_parameters(foresight, model.width, feature_dim)
     parts = {"gpt": 6.0 * parameter_count(model) * slots, "heads": 6.0 * heads * slots}
-    if foresight.method == "mtp":  # each head runs through the shared unembedding once more
+    if foresight.predicts_tokens:  # each head runs through the shared unembedding once more
         parts["heads"] += 6.0 * foresight.heads * model.vocab_size * model.width * slots
-    if foresight.method == "mirai-e" and foresight.teacher_layer is not None:
+    if foresight.teacher == "gpt" and foresight.teacher_layer is not None:
         block = 2.0 * block_linear(model) * slots + 4.0 * slots**2 * model.width
         parts["teacher"] = foresight.teacher_layer * block
     return parts

@@ -79,7 +79,7 @@ def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
     if vit is not None:
         kept = f.encoder is not None and f.encoder.dtype == "bf16"
         return float((2 if kept else FP32) * vit.parameters)
-    if f.method != "mirai-e":
+    if f.teacher != "gpt":
         return 0.0
     m = config.model
     tables = (m.vocab_size + m.num_classes + 1 + m.learnable_tokens) * m.width
@@ -89,7 +89,7 @@ def teacher_bytes(config: RunConfig, vit: ViT | None) -> float:
 def refreshed_bytes(config: RunConfig) -> float:
     """What of the teacher comes anew from the average before each step: nothing of a frozen one, or of an encoder."""
     f = config.foresight
-    return teacher_bytes(config, None) if f.method == "mirai-e" and f.teacher_weights is None else 0.0
+    return teacher_bytes(config, None) if f.follows_average else 0.0
 
 
 def _teacher_number(config: RunConfig) -> int:
@@ -104,7 +104,7 @@ def _target(config: RunConfig, work: ActivationMemory, vit: ViT | None) -> float
     if vit is not None:
         number = 2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32
         return float(work.micro * m.block_size * work.feature_dim * number)
-    if f.method != "mirai-e":
+    if f.teacher != "gpt":
         return 0.0
     slots = m.slots + (1 if f.teacher_sees_last_token else 0)
     return float(work.micro * slots * work.feature_dim * _teacher_number(config))
@@ -225,7 +225,7 @@ def _teacher_pass(config: RunConfig, work: ActivationMemory, states: StateMemory
         number = 2 if f.encoder is not None and f.encoder.dtype == "bf16" else FP32
         pixels = work.micro * 3 * vit.image**2 * (2 * FP32)
         return float(pixels + work.micro * vit.tokens * vit.width * number * 11)
-    if f.method != "mirai-e":
+    if f.teacher != "gpt":
         return 0.0
     incoming = refreshed_bytes(config) if states.stage else 0.0
     wide = work.rows * (2 * m.width * FP32 + 3 * m.ffn_hidden * work.compute)

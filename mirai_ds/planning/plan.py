@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mirai_ds.checkpoint.format import FP32_COPIES
 from mirai_ds.config import RunConfig, UserError, load
+from mirai_ds.config.data_config import SOURCES
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.config.schedule import total_steps
 from mirai_ds.planning.activations import ActivationMemory
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 IMAGENET = 1_281_167
-DIGITS = 1_797
 MFU_SPREAD = 0.2  # the range of step times is at (1 - this) and (1 + this) times the MFU
 POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("none", {"policy": "none"}), ("every-n 2", {"policy": "every-n", "every": 2}), ("mlp", {"policy": "mlp"}),
@@ -197,7 +197,8 @@ def _seconds(
 def _training_images(request: PlanRequest, config: RunConfig) -> int:
     if request.images is not None:
         return request.images
-    whole = DIGITS if config.data.source == "digits" else IMAGENET
+    traits = SOURCES.get(config.data.source)
+    whole = (traits.images if traits else None) or IMAGENET
     return round(whole * (1 - (config.data.held_out_fraction or 0.0)))
 
 
@@ -383,7 +384,7 @@ def _notes(plan: TrainingPlan) -> list[str]:
             f"{d.peak(plan.work.precision) / 1e12:g} TFLOP/s; the fast end hides all communication, the slow end none; "
             "evaluation, samples and checkpoints come on top",
         ]
-    if plan.config.foresight.method == "mirai-i":
+    if plan.config.foresight.teacher == "encoder":
         notes.append("Mirai-I: the encoder's forward pass is in the time; reading images is not")
     if any(plan.states.offloaded(what) for what in ("offload_param", "offload_optimizer")):
         notes.append("offloading: what lies in host memory is left out, and its copies' time too; not measured")

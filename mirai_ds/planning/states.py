@@ -136,7 +136,7 @@ class StateMemory:
     def groups(self) -> int:
         """Parameter groups, as the engine makes them: decayed and not, of heads, teacher's part and rest."""
         f = self.work.foresight
-        owners = 1 + f.active + bool(f.method == "mirai-e" and f.teacher_weights is None)
+        owners = 1 + f.active + f.follows_average
         return 2 * owners
 
     @property

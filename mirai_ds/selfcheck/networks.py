@@ -118,7 +118,7 @@ def _teacher_features(
     vector: Vector, model: ModelConfig, foresight: ForesightConfig, batch: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Variant I: given, (B, N, C).  Variant E: the EMA teacher with weights by `teacher_seed`."""
-    if foresight.method == "mirai-i":
+    if foresight.teacher == "encoder":
         given = vector.need("teacher_features")
         if given.ndim != 3 or given.shape[:2] != tuple(batch[0].shape) or given.dtype.kind != "f":
             raise vector.fail(f"`teacher_features` is {given.dtype} {given.shape}, not {(*batch[0].shape, 'C')} floats")
@@ -155,7 +155,7 @@ def read_mirai(vector: Vector) -> Iterator[Reading]:
         total, metrics = objective(*batch, None, target, 1.0)
         out = {"ntp_loss": metrics["ntp"], "head_losses": -metrics["cosine"], "total_loss": total.detach()}
         out |= _gradient_arrays(vector, objective, total) | _network_arrays(vector, objective.gpt, *batch)
-        if foresight.method == "mirai-e":
+        if foresight.teacher == "gpt":
             out["teacher_features"] = target
         yield (f"one row down = flat shift {stride}" if len(strides) > 1 else ""), out
 

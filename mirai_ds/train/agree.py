@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.config.deepspeed_file import read
 from mirai_ds.config.errors import shown
-from mirai_ds.foresight import METHODS
+from mirai_ds.foresight import method_of
 from mirai_ds.kernels.build import say_on_stderr
 from mirai_ds.kernels.foresight_cosine import choose
 from mirai_ds.runs.records import flatten
@@ -73,7 +73,7 @@ def agree_on_start(config: RunConfig, world: World, options: dict[str, Any]) -> 
 def agree_on_kernel(config: RunConfig, device: torch.device, world: World) -> str | None:
     """Collective: what computes the cosines (`cpu`, `cuda`, `reference`), compiled if need be; None without any.
     One rank a node speaks.  Raises on every rank what went wrong on any."""
-    method = METHODS.get(config.foresight.method)
+    method = method_of(config.foresight)
     if method is None or not method.cosine:
         return None
     say = say_on_stderr if world.local_rank == 0 else lambda _: None

@@ -9,14 +9,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mirai_ds.checkpoint.format import FP32_COPIES
-from mirai_ds.config import RunConfig, UserError
-from mirai_ds.data.stores import TOKEN_FORMAT, open_token_store, store_format
+from mirai_ds.config import UserError
+from mirai_ds.data import check_files
 from mirai_ds.runs.lock import path_of
 from mirai_ds.runtime.environment import code_version, package_versions
 from mirai_ds.runtime.log import LOG
@@ -90,7 +89,7 @@ def _look(session: Session) -> RankFacts:
         check_device(session.device)
         if rank == 0:
             _check_space(session)
-            _check_data(session.config)
+            check_files(session.config.data)
     except (UserError, OSError, RuntimeError) as error:
         problem = str(error)
     return RankFacts(
@@ -132,15 +131,6 @@ def _check_space(session: Session) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _check_data(config: RunConfig) -> None:
-    """The codes are the ones that were extracted: every digest of the stores."""
-    for path in (config.data.path, config.data.held_out_path):
-        if config.data.source == "store" and path and store_format(Path(path)) == TOKEN_FORMAT:
-            damages = open_token_store(Path(path)).damages()
-            if damages:
-                raise UserError(damages[0])
 
 
 def check_device(device: torch.device, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:

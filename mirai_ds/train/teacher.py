@@ -14,7 +14,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import StateReader
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.foresight import METHODS, EmaTeacher, Teacher
+from mirai_ds.foresight import EmaTeacher, Teacher, method_of
 from mirai_ds.runs.configuration import read_run_config
 
 FIELD = "foresight.teacher_weights"
@@ -23,7 +23,7 @@ FIELD = "foresight.teacher_weights"
 def build_teacher(config: RunConfig, device: torch.device) -> tuple[Teacher | None, str, list[str]]:
     """The teacher of the configured method (mirai-e's own average without weights yet), the digest of a frozen one's
     weights or nothing, and what to tell the user of them."""
-    method = METHODS.get(config.foresight.method)
+    method = method_of(config.foresight)
     if method is None:
         return None, "", []
     ranks = config.foresight.desynchronised_ranks

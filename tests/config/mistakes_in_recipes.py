@@ -38,7 +38,7 @@ UNKNOWN_NAMES = {
         "foresight: {kernel: fast}", "foresight.kernel = 'fast'", "use one of: auto, cpu, cuda, reference"
     ),
     "method": recipe("foresight: {method: mirai_e}", "foresight.method = 'mirai_e'", "did you mean 'mirai-e'?"),
-    "method-null": recipe("foresight: {method: }", "foresight.method = null", "did you mean 'none'?"),
+    "method-null": recipe("foresight: {method: }", "foresight.method = null", "the default, 'none'"),
     "precision": recipe("train: {precision: fp8}", "train.precision = 'fp8'", "use one of: bf16, bf16-autocast, fp32"),
     "convention": recipe("foresight: {convention: papers}", "foresight.convention = 'papers'", "'paper'?"),
     "policy": recipe("train: {recompute: {policy: fulll}}", "train.recompute.policy = 'fulll'", "'full'?"),

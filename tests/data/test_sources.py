@@ -12,8 +12,9 @@ import torch
 
 from mirai_ds.config import ConfigError, DataConfig, ModelConfig
 from mirai_ds.data import Dataset, TokenSource, load_dataset
+from mirai_ds.data.digits import digits
 from mirai_ds.data.npz_file import from_npz
-from mirai_ds.data.sources import check_fits, digits
+from mirai_ds.data.sources import check_fits
 from mirai_ds.data.views import ArrayViews
 from mirai_ds.tokenizer import PatchCodebook
 

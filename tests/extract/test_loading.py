@@ -19,7 +19,7 @@ from mirai_ds.data import Batch, BatchLoader, DataOrder, TokenSource, load_datas
 from mirai_ds.data.crops import ViewGeometry, centre_crop
 from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.loader import auto_workers
-from mirai_ds.data.sources import from_store
+from mirai_ds.data.store_source import from_store
 from mirai_ds.data.stores import open_token_store
 from mirai_ds.extract import extract_codes, extract_images
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
@@ -32,7 +32,7 @@ MODEL = ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, vocab_size=64, nu
 
 def opened(store: Path, images: Path | None = None, **others: Any) -> TokenSource:
     data = DataConfig(source="store", path=str(store), images=None if images is None else str(images), **others)
-    return from_store(data, store)
+    return from_store(data)
 
 
 def batches(source: TokenSource, steps: range, workers: int, images: bool = True, rank: int = 0) -> list[Batch]:

@@ -181,14 +181,14 @@ def test_codes_beyond_the_manifest_stop_training_with_a_reason(store: Path, tmp_
     import torch
 
     from mirai_ds.config import DataConfig
-    from mirai_ds.data.sources import from_store
+    from mirai_ds.data.store_source import from_store
 
     copy = tmp_path / "s"
     shutil.copytree(store, copy)
     codes = np.load(copy / "codes.npy")
     codes[5, 3, 2] = 65_000
     np.save(copy / "codes.npy", codes)
-    source = from_store(DataConfig(source="store", path=str(copy)), copy)
+    source = from_store(DataConfig(source="store", path=str(copy)))
     source.gather(torch.tensor([5]), torch.tensor([2]))
     with pytest.raises(
         UserError, match=r"codes of image 5 go up to 65000, their manifest says 63: the store is damaged"

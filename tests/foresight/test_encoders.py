@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mirai_ds.config import ConfigError, EncoderConfig
-from mirai_ds.config.foresight_config import ENCODERS
+from mirai_ds.config.encoder_config import ENCODERS
 from mirai_ds.foresight import EncoderTeacher
 from mirai_ds.foresight import encoders as module
 from mirai_ds.foresight.encoders import (

@@ -18,7 +18,7 @@ from mirai_ds.foresight import (
     decoded_targets,
     index_table,
     offsets,
-    seam_note,
+    seam_notes,
     slot_counts,
 )
 from mirai_ds.model import GPT, initialise, next_token_loss
@@ -157,14 +157,13 @@ def test_slots_of_both_conventions(method: str) -> None:
 
 def test_what_a_run_says_of_seams() -> None:
     model = ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, block_size=64, par_tokens=4)
-    said = seam_note(paper(), model)
-    assert said is not None
+    (said,) = seam_notes(paper(), model)
     assert "kept (foresight.mask_decoded_targets: true leaves them out)" in said
     assert "down 0 right 1: 8 of 56 (14.3%); down 1 right 0: 8 of 56 (14.3%)" in said
-    assert "left out" in str(seam_note(paper(mask_decoded_targets=True), model))
-    assert seam_note(paper(layout="1d"), model) is None
-    assert seam_note(ForesightConfig(), model) is None
-    assert seam_note(paper(), model.model_copy(update={"par_tokens": None})) is None
+    assert "left out" in str(seam_notes(paper(mask_decoded_targets=True), model))
+    assert seam_notes(paper(layout="1d"), model) == []
+    assert seam_notes(ForesightConfig(), model) == []
+    assert seam_notes(paper(), model.model_copy(update={"par_tokens": None})) == []
 
 
 MODEL = ModelConfig(size="custom", par_tokens=4, **{**plain.TINY, "block_size": 64})

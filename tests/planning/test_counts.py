@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mirai_ds.cli.main import main
 from mirai_ds.config import ForesightConfig, ModelConfig, load
-from mirai_ds.config.foresight_config import ENCODERS, EncoderConfig
+from mirai_ds.config.encoder_config import ENCODERS, EncoderConfig
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.foresight.encoders import encoder_plan
 from mirai_ds.model import GPTTrunk

@@ -66,7 +66,7 @@ def test_full_size(name: str) -> None:
 
 def test_encoders_are_as_wide_as_said() -> None:
     for name, width in WIDTHS.items():
-        from mirai_ds.config.foresight_config import ENCODERS
+        from mirai_ds.config.encoder_config import ENCODERS
 
         with torch.device("meta"):
             encoder = timm.create_model(ENCODERS[name].timm_name, pretrained=False, num_classes=0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mirai_ds.config import dump
-from mirai_ds.foresight import offsets
+from mirai_ds.foresight import method_of, offsets
 from mirai_ds.planning.flops import training_flops
 from mirai_ds.tracking.sinks import JsonLines, TensorBoard
 from mirai_ds.train.hooks.progress import TrainingProgress
@@ -121,9 +121,10 @@ class LogHook(Hook):
         values: dict[str, float] = {"loss/total": means["loss"][0], "loss/ntp": means["ntp"][0]}
         if record.aligned:
             values["loss/alignment"] = means["alignment"][0]
-            kind = "entropy" if "entropy" in means else "cosine"
+            method = method_of(session.config.foresight)
+            assert method is not None
             for k, (down, right) in enumerate(offsets(session.config.foresight)):
-                values[f"{kind}/head{k + 1}_down{down}_right{right}"] = means[kind][k]
+                values[f"{method.metric}/head{k + 1}_down{down}_right{right}"] = means[method.metric][k]
         values |= {
             "foresight/lambda": record.multiplier,
             "optimizer/lr": record.lr,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 from mirai_ds.config import ConfigError
+from mirai_ds.config.own import import_own
 from mirai_ds.train.hooks.checkpoint import CheckpointHook
 from mirai_ds.train.hooks.evaluate import EvaluateHook
 from mirai_ds.train.hooks.log import LogHook, Sinks
@@ -33,12 +33,7 @@ def build_hooks(names: Sequence[str], sinks: Sinks) -> dict[str, Hook]:
 
 
 def _own(name: str) -> Callable[[Sinks], Hook]:
-    module, _, attribute = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        problem = f"cannot be imported ({error}); is its folder on PYTHONPATH?"
-        raise ConfigError("hooks", name, problem) from None
+    made = import_own(name, "hooks")
     if not (isinstance(made, type) and issubclass(made, Hook)):
         raise ConfigError("hooks", name, "is no subclass of mirai_ds.train.loop.Hook")
     return made
