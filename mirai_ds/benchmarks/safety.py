@@ -205,7 +205,7 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     from mirai_ds.train.build import build_session
     from mirai_ds.train.run_folder import open_run_folder
 
-    config = load("digits-mirai-e", ["score.enabled=false", "foresight.warmup_epochs=0", *overrides])
+    config = load("digits-mirai-e", ["eval.classifier.enabled=false", "foresight.warmup_epochs=0", *overrides])
     device = local_device(world)
     start_process_group(world, 5)
     _, run_lock = open_run_folder(config, run, world, None, None, {}, Outcome())

@@ -74,7 +74,7 @@ def on_random_data(config: RunConfig, folder: Path, world: World, steps: int) ->
     wait_for_ranks()
     return build(given | {
         "data": {"source": "npz", "path": str(folder / "data.npz"), "held_out_fraction": 0.0, "workers": 0},
-        "evaluate": {"at_end": False}, "score": {"enabled": False}, "sampling": {"classes": 1},
+        "eval": {"loss": {"at_end": False}, "classifier": {"enabled": False}}, "sampling": {"classes": 1},
     })  # fmt: skip
 
 

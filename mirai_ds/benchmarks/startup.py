@@ -31,10 +31,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "digits-mirai-e": (),
     "GPT-B sized": (  # without the evaluation that the recipe begins with: two minutes at this size on two cores
         "model.dim=768", "model.n_layer=12", "model.n_head=12", "train.global_batch_size=8",
-        "evaluate.every_steps=null",
+        "eval.loss.every_steps=null",
     ),
 }  # fmt: skip
-_DIGITS = ("foresight.warmup_epochs=0", "train.max_steps=1", "score.enabled=false")
+_DIGITS = ("foresight.warmup_epochs=0", "train.max_steps=1", "eval.classifier.enabled=false")
 # Stamp -> what was done before it.
 PHASES = {
     "command": "Python, options, recipe",

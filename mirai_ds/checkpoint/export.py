@@ -13,7 +13,7 @@ from mirai_ds.runs.configuration import read_run_config
 def export_run(run: Path, out: Path, weights: str, step: int | None, with_projectors: bool) -> str:
     """weights: raw, ema (under "model") or both ("model" and "ema"); returns a line that says what was written."""
     config = read_run_config(run)
-    folder, found = checkpoint_of(run, step)
+    folder, steps = checkpoint_of(run, step)
     reader = StateReader(folder)
 
     def read(kind: str) -> dict[str, object]:
@@ -25,5 +25,5 @@ def export_run(run: Path, out: Path, weights: str, step: int | None, with_projec
     model = read("ema" if weights == "ema" else "master")
     ema = read("ema") if weights == "both" else None
     info = {"recipe": config.name, "weights": weights, **config.model.model_dump(mode="json")}
-    write_llamagen(out, model, ema, steps=found, info=info)  # type: ignore[arg-type]
-    return f"{out}: {len(model)} tensors of {weights} weights, step {found}"
+    write_llamagen(out, model, ema, steps=steps, info=info)  # type: ignore[arg-type]
+    return f"{out}: {len(model)} tensors of {weights} weights, step {steps}"

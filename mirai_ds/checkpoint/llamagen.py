@@ -49,8 +49,8 @@ def read_gpt_weights(path: Path, which: Literal["model", "ema", "ema-or-model"] 
         weights = _select(read_torch_file(path), which, path)
     bad = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
     if bad is not None or not weights:
-        found = f"{shown(bad)} is a {type(weights[bad]).__name__}" if weights else "it is empty"
-        raise UserError(f"{path}: is not a state dict of tensors: {found}")
+        reason = f"{shown(bad)} is a {type(weights[bad]).__name__}" if weights else "it is empty"
+        raise UserError(f"{path}: is not a state dict of tensors: {reason}")
     # Copies: the file may be mapped into memory, and its optimizer state must not stay there with it.
     return {str(key): value.detach().clone() for key, value in weights.items() if key != STRAY}
 
@@ -63,13 +63,13 @@ def _select(data: Any, which: str, path: Path) -> dict[Any, Any]:
     if which == "ema" or (which == "ema-or-model" and "ema" in data):
         if "ema" not in data:
             raise UserError(f"{path}: has no 'ema' weights (it holds {held or 'nothing'}); use which = 'model'")
-        found = data["ema"]
+        weights = data["ema"]
     else:
         name = next((name for name in WRAPPERS if name in data), None)
-        found = data if name is None else data[name]
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: the weights are a {type(found).__name__}, not a state dict; the file holds {held}")
-    return found
+        weights = data if name is None else data[name]
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: the weights are a {type(weights).__name__}, not a state dict; the file holds {held}")
+    return weights
 
 
 class _Shape(NamedTuple):
@@ -92,7 +92,7 @@ def _measure(weights: Mapping[str, Tensor]) -> _Shape | None:
     """Sizes by the shapes alone; None when the tables that tell them are not there."""
     tokens, labels = weights.get("tok_embeddings.weight"), weights.get("cls_embedding.embedding_table.weight")
     w1 = weights.get("layers.0.feed_forward.w1.weight")
-    blocks = [int(found[1]) for key in weights if (found := re.match(r"layers\.(\d{1,9})\.", key))]
+    blocks = [int(block[1]) for key in weights if (block := re.match(r"layers\.(\d{1,9})\.", key))]
     if tokens is None or labels is None or w1 is None or not blocks or {tokens.ndim, labels.ndim, w1.ndim} != {2}:
         return None
     learnable = weights.get(LEARNABLE)

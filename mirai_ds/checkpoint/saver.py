@@ -78,18 +78,18 @@ class Saver:
         problem = ""
         if self.rank == 0:
             try:
-                self.run_lock.check()
+                self.run_lock.check()  # first: what lies there may be what a later start is writing
                 for left in target.parent.glob("step-*.partial-*"):  # of a save that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 job.partial.mkdir(parents=True)
             except (UserError, OSError) as error:
                 problem = str(error)
-        problem = self.control.gather(problem)[0]
-        self._job = job
+        problem = self.control.gather(problem)[0]  # a barrier too: no rank writes before the folder is there
+        self._job = job  # with a problem too: ranks hear of failures in `finish`, whichever way a save fails
         if problem:
             job.report = problem
         elif self.config.background:
-            snapshot = take()
+            snapshot = take()  # here and not in the thread, where the next update would change what is being copied
             job.thread = threading.Thread(target=self._write, args=(job, snapshot), name="save")
             job.thread.start()
         else:
@@ -109,7 +109,7 @@ class Saver:
             return
         if job.thread is not None:
             job.thread.join()
-        self._job = None
+        self._job = None  # whatever comes of it: a save that failed is not finished a second time
         reports = self.control.gather(job.report)
         failures = [r for r in reports if isinstance(r, str)]
         if not failures and self.rank == 0:
@@ -118,7 +118,7 @@ class Saver:
                 self._publish(job, [r for r in reports if not isinstance(r, str)])
             except (UserError, OSError) as error:
                 failures = [f"rank 0: {type(error).__name__}: {error}"]
-        failures = self.control.gather(failures)[0]
+        failures = self.control.gather(failures)[0]  # nobody goes on, or ends, before the checkpoint has its name
         self.write_seconds = time.monotonic() - self._began
         if failures:
             if self.rank == 0:
@@ -155,8 +155,10 @@ class Saver:
 
     def _publish(self, job: _Job, files: list[tuple[str, str, int]]) -> None:
         partial, target = job.partial, folder_of(self.run, job.info.step)
+        # Whole before it has its name, its name on disk before it is pointed to, and only then may older ones go: a
+        # machine that dies between any two of these leaves a whole checkpoint.
         _seal(partial, job.info, files)
-        if target.exists():  # the same step was saved before this resume; the new one takes its place
+        if target.exists():  # saved before this start went back to an earlier step; rename replaces empty folders only
             _remove(target)
         os.rename(partial, target)
         sync(target.parent)

@@ -64,8 +64,8 @@ def folder_of(run: Path, step: int) -> Path:
 def list_steps(run: Path) -> list[int]:
     """Steps of the finished checkpoints of a run, oldest first (not yet verified)."""
     folder = run / "checkpoints"
-    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir()] if folder.is_dir() else []
-    return sorted(int(name) for name in found if name.isdigit())
+    suffixes = [p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in suffixes if name.isdigit())
 
 
 def read_info(folder: Path) -> CheckpointInfo:

@@ -40,9 +40,9 @@ def load_weights(source: Path, kind: str, step: int | None, recipe: str | None, 
     """
     if source.is_dir():
         config = read_run_config(source)
-        folder, found = checkpoint_of(source, step)
+        folder, steps = checkpoint_of(source, step)
         weights = StateReader(folder).weights("ema" if kind == "ema" else "master")
-        return LoadedWeights(weights, config, f"{folder} ({kind} weights)", found)
+        return LoadedWeights(weights, config, f"{folder} ({kind} weights)", steps)
     weights = read_gpt_weights(source, "ema" if kind == "ema" else "model")
     if recipe is None:
         try:

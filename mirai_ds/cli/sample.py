@@ -20,14 +20,15 @@ SWITCH = click.Choice(["auto", "on", "off"])
 # Options that mean something in one of the two modes only.
 GRID_ONLY = ("per_class",)
 NUM_ONLY = ("policy", "image_size", "image_size_eval", "precision", "batch", "compile", "cuda_graphs", "png", "ranks",
-            "patience")  # fmt: skip
+            "stall_timeout", "patience")  # fmt: skip
 
 
 def _many(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of --num."""
     for option in (
-        click.option("--patience", type=click.FloatRange(min=1), default=300.0, show_default=True,
-                     help="Seconds that rank 0 waits for others without a sign of life."),
+        click.option("--patience", type=click.FloatRange(min=1), hidden=True),  # what --stall-timeout was called
+        click.option("--stall-timeout", type=click.FloatRange(min=1), default=300.0, show_default=True,
+                     help="Seconds without a heartbeat of the other ranks, after which rank 0 gives up."),
         click.option("--ranks", type=click.IntRange(min=1), help="Local ranks; default one a GPU, else one."),
         click.option("--png", is_flag=True, help="Also one PNG an image, numbered, in a folder."),
         click.option("--cuda-graphs", type=SWITCH, default="auto", show_default=True, help="auto: on GPUs."),
@@ -72,7 +73,7 @@ def _many(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # from the deepspeed command
 @mistakes_in_one_line
-def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> None:
+def sample(source: Path, num: int | None, ranks: int | None, patience: float | None, **options: Any) -> None:
     """Draw images from SOURCE: a run folder, an export, or a released LlamaGen file.
 
     A few, to look at: writes tokens.npz (tokens, labels, and images where the data can decode them) and grid.png.
@@ -98,6 +99,8 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
     if not _given("block_size"):
         options["block_size"] = None
     del options["per_class"]
+    if patience is not None:
+        options["stall_timeout"] = _renamed_patience(patience, world)
     said = draw_archive(SamplingRequest(source, num, **options), world)
     if said is not None:
         click.echo(said)
@@ -125,6 +128,17 @@ def _check_mode(many: bool) -> None:
         if _given(name):
             where = "with --num; --classes and --policy choose labels" if many else "without --num"
             raise UserError(f"--{name.replace('_', '-')}: has no meaning {where}")
+
+
+def _renamed_patience(seconds: float, world: World) -> float:
+    """--patience is --stall-timeout under the name of an earlier version; rank 0 says so."""
+    from mirai_ds.config.errors import UserError
+
+    if _given("stall_timeout"):
+        raise UserError("--patience and --stall-timeout: are the old and the new name of one option; keep the new one")
+    if world.rank == 0:
+        click.echo("mirai-ds: --patience is now --stall-timeout; the old name still works", err=True)
+    return seconds
 
 
 def _world(ranks: int | None) -> World | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -39,11 +39,14 @@ def shown(value: object, limit: int = 60) -> str:
     return f"{text[:keep]}...{text[-keep:]}"
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """A hint with the closest candidate, blind to case and to - or _; without one, the list of what is allowed."""
-    names = sorted(candidates)
-    close = _closest(name, names)
-    return f"did you mean {close!r}?" if close else f"use one of: {', '.join(names)}"
+def nearest(name: str, candidates: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
+    """A hint with the closest candidate, blind to case and to - or _; without one, the list of what is allowed.
+
+    renamed: old names and what they are called today; what is close to the old one is taken for it.
+    """
+    names, renamed = sorted(candidates), renamed or {}
+    close = _closest(name, [*names, *renamed])
+    return f"did you mean {renamed.get(close, close)!r}?" if close else f"use one of: {', '.join(names)}"
 
 
 def _closest(name: str, names: list[str]) -> str | None:
@@ -51,6 +54,10 @@ def _closest(name: str, names: list[str]) -> str | None:
     close = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
+
+# What sections and hooks were called in an earlier version; see `old_names`.
+OLD_SECTIONS = {"evaluate": "eval.loss", "quality": "eval.fid", "score": "eval.classifier"}
+OLD_HOOKS = {"evaluate": "eval-loss", "quality": "eval-fid"}
 
 # What the paper, LlamaGen, the Mirai authors and DeepSpeed call our fields.
 OTHER_NAMES = {
@@ -213,12 +220,14 @@ def _suggest(location: Location, model: type[BaseModel]) -> str:
     name = str(location[-1])
     folded = name.lower().replace("-", "_")
     siblings = _section_fields(location[:-1], model)
+    renamed = {}
     if len(location) == 1:
-        siblings = [*siblings, "base"]
-    if folded in OTHER_NAMES:
-        return f"did you mean {OTHER_NAMES[folded]!r}?"
-    if not _closest(name, siblings):
+        siblings, renamed = [*siblings, "base"], OLD_SECTIONS
+    others = OTHER_NAMES | OLD_SECTIONS
+    if folded in others:
+        return f"did you mean {others[folded]!r}?"
+    if not _closest(name, [*siblings, *renamed]):
         elsewhere = [path for path in _leaves(model) if path.rsplit(".", 1)[-1] == folded]
         if elsewhere:
             return f"did you mean {' or '.join(map(repr, elsewhere))}?"
-    return nearest(name, siblings)
+    return nearest(name, siblings, renamed)

@@ -16,7 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from mirai_ds.config import deepspeed_file
-from mirai_ds.config.errors import ConfigError, UserError, from_validation, nearest
+from mirai_ds.config.errors import OLD_SECTIONS, ConfigError, UserError, from_validation, nearest
+from mirai_ds.config.old_names import current_names, mention_old_names
 from mirai_ds.config.paper_rows import PaperEntry, read_entry
 from mirai_ds.config.run_config import RunConfig
 from mirai_ds.config.yaml_text import parse
@@ -127,6 +128,8 @@ def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] =
     paper = data.pop("paper", None)
     if paper is not None:
         read_entry(paper, label)
+    mention_old_names(data)
+    data = current_names(data, label)  # before the merge: a base and what builds on it may have names of two versions
     base = data.pop("base", None)
     if base is None:
         return data
@@ -159,6 +162,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if parts[0] == "base":
         raise UserError(f"--set {override!r}: base belongs into the recipe file; give that recipe's name instead")
     value = parse(raw, f"--set {override!r}")
+    mention_old_names({parts[0]: value})
+    parts = [*OLD_SECTIONS.get(parts[0], parts[0]).split("."), *parts[1:]]
     if parts[0] == "deepspeed" and len(parts) > 1 and isinstance(data.setdefault("deepspeed", _default_file()), str):
         data["deepspeed"] = deepspeed_file.read(data["deepspeed"])
     here = data
@@ -179,9 +184,9 @@ def _default_file() -> str:
 
 
 def build(data: dict[str, Any], where: str = "") -> RunConfig:
-    """Validate a mapping into a `RunConfig`; raises `UserError` with one line an error."""
+    """Validate a mapping, of an earlier version too, into a `RunConfig`; raises `UserError` with one line an error."""
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(current_names(data, where))
     except ValidationError as error:
         raise from_validation(error, RunConfig, where) from None
 

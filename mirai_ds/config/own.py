@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mirai_ds.config.errors import ConfigError, nearest
@@ -17,10 +17,10 @@ def is_own(name: str) -> bool:
     return _OWN.fullmatch(name) is not None
 
 
-def check_name(name: str, known: Iterable[str], field: str) -> None:
-    """Raises ConfigError unless `name` is one of `known` or has the form of an object's."""
+def check_name(name: str, known: Iterable[str], field: str, renamed: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError unless `name` is one of `known` or has the form of an object's; renamed: old names -> new."""
     if name not in (known := list(known)) and not is_own(name):
-        raise ConfigError(field, name, f"{nearest(name, known)}; your own is package.module:name")
+        raise ConfigError(field, name, f"{nearest(name, known, renamed)}; your own is package.module:name")
 
 
 def import_own(name: str, field: str) -> Any:

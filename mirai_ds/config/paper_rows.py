@@ -54,8 +54,8 @@ class PaperNumbers(Section):
 
     def values(self) -> dict[str, float]:
         """The numbers that are at hand, by name."""
-        found = {name: getattr(self, name) for name in METRICS}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: getattr(self, name) for name in METRICS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @model_validator(mode="before")
     @classmethod

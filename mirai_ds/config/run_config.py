@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mirai_ds.config.data_config import SOURCES, DataConfig
-from mirai_ds.config.errors import ConfigError, nearest
+from mirai_ds.config.errors import OLD_HOOKS, ConfigError, nearest
 from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig, Section
 from mirai_ds.config.own import check_name
@@ -163,16 +163,6 @@ class LoggingConfig(Section):
     progress: bool = True
 
 
-class EvaluateConfig(Section):
-    """Held-out next-token loss during training."""
-
-    every_steps: int | None = Field(None, ge=1)
-    at_end: bool = True
-    batch_size: int = Field(64, ge=1)
-    max_samples: int | None = Field(None, ge=1)
-    weights: list[Weights] = Field(["raw", "ema"])
-
-
 class SamplingConfig(Section):
     """Sampling of image grids: LlamaGen's rules."""
 
@@ -188,14 +178,17 @@ class SamplingConfig(Section):
     at_end: bool = False
 
 
-class ScoreConfig(Section):
-    """At the end, let a classifier trained on real training images judge generated ones (small images only)."""
+class LossEvalConfig(Section):
+    """Held-out next-token loss during training."""
 
-    enabled: bool = False
-    per_class: int = Field(50, ge=1)
+    every_steps: int | None = Field(None, ge=1)
+    at_end: bool = True
+    batch_size: int = Field(64, ge=1)
+    max_samples: int | None = Field(None, ge=1)
+    weights: list[Weights] = Field(["raw", "ema"])
 
 
-class QualityConfig(Section):
+class FidConfig(Section):
     """During training, images from the weights (by `sampling`'s rules) are compared with real ones."""
 
     every_epochs: float | None = Field(None, gt=0)
@@ -218,11 +211,26 @@ class QualityConfig(Section):
         return self.at_end or self.every_epochs is not None
 
     @model_validator(mode="after")
-    def _check(self) -> QualityConfig:
+    def _check(self) -> FidConfig:
         if self.active and self.features_weights is None:
-            problem = f"give the file with the weights of quality.features = {self.features!r}"
-            raise ConfigError("quality.features_weights", None, problem)
+            problem = f"give the file with the weights of eval.fid.features = {self.features!r}"
+            raise ConfigError("eval.fid.features_weights", None, problem)
         return self
+
+
+class ClassifierConfig(Section):
+    """At the end, let a classifier trained on real training images judge generated ones (small images only)."""
+
+    enabled: bool = False
+    per_class: int = Field(50, ge=1)
+
+
+class EvalConfig(Section):
+    """What is measured beside the training loss.  Nothing of it changes what is learned."""
+
+    loss: LossEvalConfig = LossEvalConfig()
+    fid: FidConfig = FidConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
 
 
 class LaunchConfig(Section):
@@ -232,7 +240,7 @@ class LaunchConfig(Section):
     timeout_minutes: float = Field(30, gt=0, description="of a collective; a dead rank is noticed after this")
 
 
-HOOK_NAMES = ("log", "spike", "evaluate", "sample", "quality", "checkpoint", "stop", "report")
+HOOK_NAMES = ("log", "spike", "eval-loss", "sample", "eval-fid", "checkpoint", "stop", "report")
 
 
 class RunConfig(Section):
@@ -250,10 +258,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    eval: EvalConfig = EvalConfig()
     sampling: SamplingConfig = SamplingConfig()
-    score: ScoreConfig = ScoreConfig()
-    quality: QualityConfig = QualityConfig()
     launch: LaunchConfig = LaunchConfig()
     hooks: list[str] = Field(
         list(HOOK_NAMES), description="what runs around a step, in this order; `package.module:Class` is your own"
@@ -281,7 +287,7 @@ class RunConfig(Section):
     @classmethod
     def _known_hooks(cls, value: list[str]) -> list[str]:
         for name in value:
-            check_name(name, HOOK_NAMES, "hooks")
+            check_name(name, HOOK_NAMES, "hooks", OLD_HOOKS)
         if len(set(value)) < len(value):
             raise ConfigError("hooks", value, "names a hook twice; keep one")
         if value[:1] != ["log"] or "stop" not in value:
@@ -314,14 +320,14 @@ class RunConfig(Section):
         return self
 
     def _check_guards(self) -> None:
-        c, e = self.checkpoint, self.evaluate
+        c, e = self.checkpoint, self.eval.loss
         if self.guard.spike.action == "rollback" and c.every_steps is None:
             problem = "'rollback' goes back to a checkpoint; give checkpoint.every_steps"
             raise ConfigError("guard.spike.action", "rollback", problem)
         if c.keep_best and (c.every_steps is None or not e.every_steps or c.every_steps % e.every_steps):
             problem = (
                 f"needs a measurement at each checkpoint: checkpoint.every_steps = {c.every_steps} must be a multiple "
-                f"of evaluate.every_steps = {e.every_steps}"
+                f"of eval.loss.every_steps = {e.every_steps}"
             )
             raise ConfigError("checkpoint.keep_best", c.keep_best, problem)
         measured = [f"held_out/ntp_{kind}" for kind in e.weights]

@@ -52,11 +52,11 @@ class Shard:
         size = self.master.numel()
         for name, shape, offset, per_rank in self.parameters:
             numel = math.prod(shape)
-            if per_rank:
+            if per_rank:  # ZeRO-3 cuts each parameter into equal parts; what pads the last ones is nobody's
                 start = rank * per_rank
                 length = min(per_rank, numel - start)
                 local = offset
-            else:
+            else:  # one buffer of all parameters, cut without regard to where they begin and end
                 low, high = max(rank * size, offset), min((rank + 1) * size, offset + numel)
                 start, length, local = low - offset, high - low, low - rank * size
             if length > 0:
@@ -85,17 +85,18 @@ class StateLayout:
 
     def moments(self, key: str) -> list[Tensor]:
         """AdamW's `exp_avg` or `exp_avg_sq` (zeros before the first step), shard by shard."""
-        found = []
+        moments = []
         for shard in self.shards:
             state = self.base_optimizer.state[shard.master]
             if key not in state:
                 state[key] = torch.zeros_like(shard.master.data)
                 state.setdefault("step", torch.zeros((), dtype=torch.float32, device=shard.master.device))
-            found.append(state[key])
-        return found
+            moments.append(state[key])
+        return moments
 
     def steps(self) -> list[Tensor]:
         """AdamW's step counters, one tensor a shard."""
+        # AdamW makes its state only where there is none at all: with a step counter but no moments it would fail.
         self.moments("exp_avg"), self.moments("exp_avg_sq")
         return [self.base_optimizer.state[shard.master]["step"] for shard in self.shards]
 
@@ -125,6 +126,8 @@ class StateLayout:
                 for cut, new in zip(cuts, z.unflatten(flat, cuts), strict=True):
                     cut.data = new.data
             z.invalidate_secondary_tensor()  # hpZ: the backward pass would read each node's copy of the old weights
+            # Small parameters stay whole on every rank and are not gathered in the forward pass, so these copies would
+            # stay old; they are gathered only when they are partitioned, hence `partition` first.
             if len(z.persistent_parameters) > 0:
                 z.persistent_parameters[0].partition(z.persistent_parameters)
                 z.persistent_parameters[0].all_gather(z.persistent_parameters)
@@ -132,7 +135,10 @@ class StateLayout:
             z.update_lp_params()
 
     def _assert_masters_are_the_weights(self) -> None:
-        """Each piece of each master must equal the model's own weight there, and all must be covered."""
+        """Each piece of each master must equal the model's own weight there, and all must be covered.
+
+        Called before the first update: until then low-precision weights are their masters, rounded.
+        """
         parameters = dict(self.engine.module.named_parameters())
         held: dict[str, int] = {}
         for shard in self.shards:
@@ -145,7 +151,7 @@ class StateLayout:
                 master = shard.master.detach().flatten()[piece.local : piece.local + piece.length]
                 if not torch.equal(master.to(own.device, own.dtype), own):
                     raise unexpected(self.kind, f"the master weights of {piece.name} are not where they should be")
-            for rank in range(shard.world):
+            for rank in range(shard.world):  # what the others hold follows from the layout: nobody is asked
                 for piece in shard.pieces(rank):
                     held[piece.name] = held.get(piece.name, 0) + piece.length
         for name, parameter in parameters.items():
@@ -242,6 +248,7 @@ def _find_shards(kind: str, z: Any, names: dict[Any, str]) -> Iterator[Shard]:
                 dist.get_rank(process_group), process_group,
             )  # fmt: skip
     elif kind == "DeepSpeedZeroOptimizer":
+        # The order in the flat buffer; `bit16_groups` is the user's, which `round_robin_gradients` departs from.
         for i, group in enumerate(z.round_robin_bit16_groups):
             yield _flat(
                 z.single_partition_of_fp32_groups[i], group, z.round_robin_bit16_offsets[i], names,

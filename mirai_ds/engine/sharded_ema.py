@@ -49,8 +49,8 @@ def gather(
                     parts.setdefault(piece.name, []).append(rows[rank, piece.local : piece.local + piece.length])
         for parameter in shard.parameters:
             if parameter.name in parts:
-                found = parts[parameter.name]
-                whole = found[0] if len(found) == 1 else torch.cat(found)
+                flat = parts[parameter.name]
+                whole = flat[0] if len(flat) == 1 else torch.cat(flat)
                 assert whole.numel() == math.prod(parameter.shape)
                 yield parameter.name, whole.view(parameter.shape)
 

@@ -30,7 +30,7 @@ class Update:
         self.offloaded = bool(
             getattr(self.zero, "cpu_offload", False) or getattr(self.zero, "offload_optimizer", False)
         )
-        self._clip = float(ds.gradient_clipping())
+        self._clip = float(ds.gradient_clipping())  # read before `_take_over` sets DeepSpeed's own to zero
         self._since = 0  # updates since the host looked
         self._judged = -1  # the last of them whose norm was looked into
         self._told = False  # by DeepSpeed, offloaded, that the last one was refused
@@ -43,12 +43,14 @@ class Update:
     def _take_over(self) -> None:
         if not getattr(self.base, "_step_supports_amp_scaling", False):
             raise TypeError(f"{type(self.base).__name__}: needs found_inf and grad_scale; give fused=True")
+        # Every branch turns DeepSpeed's clipping off: AdamW clips by `grad_scale` in its own pass over the gradients.
         if self.stage == 0:
             self.ds._config.gradient_clipping = 0.0
         elif self._keeps_whole_gradients:
             self._replace("clip_grad", 0.0)
         else:
-            assert self.zero.loss_scale == 1.0
+            assert self.zero.loss_scale == 1.0  # what is replaced below would also have undone the scale
+            # The check of every gradient ends with a read by the host; where it asks for the norm, we answer.
             self.zero.check_grad_overflow, self.zero.compute_grad_norm = False, True
             self._replace("unscale_and_clip_grads", lambda *_: None)
             if self.stage == 3:
@@ -70,6 +72,7 @@ class Update:
     def step(self) -> None:
         """`ds.step` at an accumulation boundary; `norm` is then the gradients' norm before clipping."""
         if self.offloaded:
+            # Here a refusal does not stick: DeepSpeed would apply this update although it left out the one before.
             if self._told:
                 raise RuntimeError(
                     "the optimizer on the host skipped a step, and another came without `confirm_updates` between"
@@ -79,10 +82,11 @@ class Update:
             self._told = not self.ds.was_step_applied()
             self._refuse(torch.full_like(self._first, self._told, dtype=torch.bool))
         else:
-            if self.stage == 0:
+            if self.stage == 0:  # no ZeRO step that would ask for the norm; AdamW needs the verdict before it runs
                 self._judge_whole([p.grad for p in self.ds.module.parameters() if p.grad is not None])
             with self._without_questions():
                 self.ds.step()
+            # A DeepSpeed that took the norm elsewhere would have applied gradients that nobody judged or clipped.
             if self._judged != self._since:
                 raise unexpected(type(self.zero).__name__, "its step did not ask for the gradients' norm")
         self._since += 1
@@ -107,6 +111,7 @@ class Update:
         """Of what this rank holds of the averaged gradients, summed over ranks: one collective."""
         parts = [g for group in self.zero.averaged_gradients.values() if group is not None for g in group]
         total = self._norm_of(parts).square()
+        # NaN or infinity on one rank makes the sum so on all: every rank refuses alike without asking again.
         dist.all_reduce(total, group=self.zero.dp_process_group)
         norm = total.sqrt()
         return self._judge(norm, ~torch.isfinite(norm))
@@ -128,17 +133,21 @@ class Update:
         self.norm, self._judged = norm, self._since
         self._refuse(bad)
         self.base.found_inf = self.refusing  # type: ignore[attr-defined]
-        if self._clip > 0:  # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
+        # AdamW divides by it: one over clip_grad_norm_'s coefficient, which is max_norm / (norm + 1e-6), at most 1.
+        if self._clip > 0:
             self.base.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
         return norm
 
     def _refuse(self, bad: Tensor) -> None:
+        # `torch.where` and not `if`, which would wait for the device to know `bad`.
         self._first = torch.where((self._first < 0) & bad, self._since, self._first)
         self.refusing = (self._first >= 0).float()
 
     @contextmanager
     def _without_questions(self) -> Iterator[None]:
         """ZeRO's step meanwhile takes the norm for a valid one without reading it."""
+        # ZeRO's files import these functions by name, so they are replaced where they were imported to; for the step
+        # only, since all engines of a process share the module.
         module = sys.modules[type(self.zero).__module__]
         answers: dict[str, Any] = {
             "is_invalid_grad_norm": lambda norm: False, "combine_grad_norm_groups": lambda norms: norms[0],

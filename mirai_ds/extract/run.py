@@ -48,7 +48,7 @@ LISTING_SECONDS = 3600.0  # millions of files on a slow file system
 @dataclass(frozen=True)
 class Options:
     """What every extraction is told.  block: images done whole or not at all,
-    by default 256 (codes) or 1024 (images), fewer of small sets.  patience: seconds without a sign of life."""
+    by default 256 (codes) or 1024 (images), fewer of small sets.  stall_timeout: seconds without a heartbeat."""
 
     images: Path
     out: Path
@@ -59,7 +59,7 @@ class Options:
     block: int | None = None
     workers: int = 1
     strict: bool = False
-    patience: float = 300.0
+    stall_timeout: float = 300.0
 
     @property
     def geometry(self) -> GeometryFacts:
@@ -132,7 +132,7 @@ def _run(
         with heartbeat(options.out, world.rank):
             run_blocks(job, plan, options.out, world.rank, world.size, options.strict, progress.tell)
         if world.rank == 0:
-            wait_for_parts(options.out, plan, options.patience, progress.tell)
+            wait_for_parts(options.out, plan, options.stall_timeout, progress.tell)
             progress.close()
             assemble_all()
     finally:

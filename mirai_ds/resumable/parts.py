@@ -144,27 +144,27 @@ def heartbeat(folder: Path, rank: int) -> Iterator[None]:
         thread.join()
 
 
-def wait_for_parts(folder: Path, plan: WorkPlan, patience: float, tell: Callable[[], None]) -> None:
-    """Wait for the blocks of other ranks.  Raises UserError when they show no sign of life for `patience` seconds."""
-    signs, since = _signs_of_others(folder), time.monotonic()
+def wait_for_parts(folder: Path, plan: WorkPlan, stall_timeout: float, tell: Callable[[], None]) -> None:
+    """Wait for the blocks of other ranks.  Raises UserError when none has a heartbeat for `stall_timeout` seconds."""
+    beats, since = _heartbeats_of_others(folder), time.monotonic()
     while (missing := missing_blocks(folder, plan)) and not (folder / MANIFEST).is_file():
-        if time.monotonic() - since > patience:
+        if time.monotonic() - since > stall_timeout:
             raise UserError(
                 f"--out {folder}: {len(missing)} of {plan.blocks} blocks are missing and nobody has worked on them for "
-                f"{patience:.0f} seconds; give the same command again to go on"
+                f"{stall_timeout:.0f} seconds; give the same command again to go on"
             )
         time.sleep(0.5)
         tell()
-        now = _signs_of_others(folder)
-        if now != signs:
-            signs, since = now, time.monotonic()
+        now = _heartbeats_of_others(folder)
+        if now != beats:
+            beats, since = now, time.monotonic()
 
 
-def _signs_of_others(folder: Path) -> dict[str, float]:
+def _heartbeats_of_others(folder: Path) -> dict[str, float]:
     """When each rank but 0 last touched its file: only changes mean anything, clocks of machines differ."""
-    found = {}
+    touched = {}
     for path in (folder / PARTS).glob("rank-*.alive"):
         with suppress(FileNotFoundError):
-            found[path.name] = path.stat().st_mtime
-    found.pop("rank-0.alive", None)
-    return found
+            touched[path.name] = path.stat().st_mtime
+    touched.pop("rank-0.alive", None)
+    return touched

@@ -132,6 +132,7 @@ def _is_alive(holder: Attempt, run: Path, me: Attempt, patience: float) -> bool:
         return False
     if holder.job and holder.job == me.job and holder.restart < me.restart:
         return False  # the scheduler requeued it: whatever is left of it must not write
+    # Certain at once, unlike the heartbeat; a process that took the holder's pid later has another start time.
     if holder.space and holder.space == me.space:
         return _pid_started(holder.pid) == holder.pid_started
     before, until = _heartbeat(run), time.monotonic() + patience
@@ -155,6 +156,8 @@ def check_free(run: Path, patience: float = SILENCE_SECONDS) -> None:
 def _create(run: Path, mine: Attempt) -> bool:
     path = path_of(run, mine.number)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not `write_whole`: a rename replaces what is there, and of two that start at once both would have won.  The price
+    # is a torn file where a process dies in the next three lines; `read_all` counts it as a start that did nothing.
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -182,6 +185,7 @@ class RunLock:
         check_free(run, patience)
         known = read_all(run)
         mine = _myself(known[-1].number + 1 if known else 1)
+        # Not tried again with the next number: that would take the run from the one who has just won.
         if not _create(run, mine):
             raise UserError(f"{run}: another job is starting in it at this moment; start one of them only")
         return cls(run, mine)
@@ -189,6 +193,8 @@ class RunLock:
     def check(self) -> None:
         """Raises RunTakenOverError when a later start holds the run, or the folder is another's."""
         with self._lock:
+            # Two look-ups and no listing, every two seconds on a shared file system: numbers have no gaps, so a later
+            # start has made the next one.  The own file is another's where the folder was set aside and begun anew.
             there = read_one(path_of(self.run, self.mine.number))
             taken = path_of(self.run, self.mine.number + 1)
             if there is not None and there.id == self.mine.id and not taken.exists():
@@ -210,6 +216,7 @@ class RunLock:
                 self.check()
                 if self._main:
                     count += 1
+                    # Not `write_whole`, which flushes: a torn heartbeat differs from the one before as well.
                     (self.run / FOLDER / HEARTBEAT).write_text(f"{self.mine.number} {count}", encoding="ascii")
             except RunTakenOverError:
                 if on_lost is not None:
@@ -225,6 +232,7 @@ class RunLock:
     def renew(self, resumed_after: int, resumed_from: int | None) -> None:
         """Go back to an earlier step within this start: take the next number."""
         self.check()
+        # The old number's end first: a process that dies before it has the new one leaves a run that nobody holds.
         self._rewrite(ended=f"rolled back to step {resumed_after}")
         mine = replace(
             self.mine, number=self.mine.number + 1, id=uuid.uuid4().hex, resumed_after=resumed_after,
@@ -237,7 +245,7 @@ class RunLock:
 
     def release(self, ended: str) -> None:
         """Note how this start ended; the next need not wait."""
-        self._stop.set()
+        self._stop.set()  # no heartbeat after the end was noted
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         if not self.lost:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import UserError
+from mirai_ds.config.old_names import current_names
 from mirai_ds.config.run_config import HOOK_NAMES
 from mirai_ds.config.yaml_text import parse
 
@@ -99,12 +100,12 @@ def read_run(path: Path) -> RunRecords:
 
 
 def read_config(run: Path) -> tuple[Json | None, str]:
-    """The mapping in a run's config.yaml, not validated; or None and why."""
+    """The mapping in a run's config.yaml, not validated, under today's names; or None and why."""
     path = run / "config.yaml"
     if not path.is_file():
         return None, "there is no config.yaml"
     try:
-        data = parse(path.read_text(encoding="utf-8"), str(path))
+        data = current_names(parse(path.read_text(encoding="utf-8"), str(path)), str(path))
     except (OSError, UnicodeDecodeError, UserError) as error:
         return None, " ".join(str(error).split())
     if not isinstance(data, dict):

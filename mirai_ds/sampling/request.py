@@ -56,7 +56,7 @@ class SamplingRequest:
     compile: Switch = "auto"
     cuda_graphs: Switch = "auto"
     png: bool = False
-    patience: float = 300.0
+    stall_timeout: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _work(job: DrawJob, files: Files, plan: WorkPlan, request: SamplingRequest, 
         with heartbeat(files.work, world.rank):
             run_blocks(job, plan, files.work, world.rank, world.size, False, progress.tell)
         if world.rank == 0:
-            wait_for_parts(files.work, plan, request.patience, progress.tell)
+            wait_for_parts(files.work, plan, request.stall_timeout, progress.tell)
             progress.close()
             _assemble(job, files, plan)
     finally:

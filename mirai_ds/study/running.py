@@ -73,8 +73,8 @@ def make_plan(
     """Runs in order until the budget is spent; on a CPU seconds are its time, and a shared machine takes longer."""
     config = run_config(study, arms[0], 0, folder)
     steps, held_out = length(config)
-    points, batch = steps // (config.evaluate.every_steps or steps) + 1, config.train.global_batch_size
-    looked = points * min(held_out, config.evaluate.max_samples or held_out) * 2
+    points, batch = steps // (config.eval.loss.every_steps or steps) + 1, config.train.global_batch_size
+    looked = points * min(held_out, config.eval.loss.max_samples or held_out) * 2
     overhead = START_SECONDS + FORWARD_SHARE * looked / batch * costs[arms[0].name]["step_ms"] / 1000
     plan, spent = StudyPlan([], [], []), 0.0
     for planned in planned_runs(study, arms, seeds):

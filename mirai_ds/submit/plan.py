@@ -18,8 +18,8 @@ from mirai_ds.submit.job import SlurmJob, SlurmTask, Template
 from mirai_ds.submit.values import one_line
 
 SMOKE = ("train.max_steps=20", "checkpoint.every_steps=5", "logging.every_steps=1", "foresight.warmup_epochs=0.1",
-         "evaluate.every_steps=null", "evaluate.at_end=false", "sampling.at_end=false",
-         "score.enabled=false")  # fmt: skip
+         "eval.loss.every_steps=null", "eval.loss.at_end=false", "sampling.at_end=false",
+         "eval.classifier.enabled=false")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def build_session(
     checkpoints = Checkpoints(config, saver, control, run_lock, engine, world, origin)
     stop.is_saving = lambda: saver.in_flight >= 0
     stop.unsaved_steps = lambda: checkpoints.progress.step - max(checkpoints.saved_step, 0)
-    if not len(dataset.held_out) and (config.evaluate.at_end or config.evaluate.every_steps):
+    if not len(dataset.held_out) and (config.eval.loss.at_end or config.eval.loss.every_steps):
         notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     for note in [*notes, *seam_notes(config.foresight, config.model)]:
         LOG.info("%s", note)
@@ -94,19 +94,21 @@ def seed_everything(seed: int) -> None:
 
 def check_score(config: RunConfig, dataset: Dataset) -> None:
     """Whether a classifier can judge generated images of this data; raises ConfigError."""
-    if not config.score.enabled:
+    if not config.eval.classifier.enabled:
         return
     decoder = dataset.train.decoder
     if decoder is None:
         raise ConfigError(
-            "score.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
+            "eval.classifier.enabled", True, "the data has no `codebook` to turn tokens into images; set it to false"
         )
     side = decoder.downsampling * config.model.grid
     if side > MAX_SCORED_SIDE:
         problem = f"is for images up to {MAX_SCORED_SIDE} pixels, these have {side}; set it to false"
-        raise ConfigError("score.enabled", True, problem)
+        raise ConfigError("eval.classifier.enabled", True, problem)
     if len(dataset.held_out) == 0:
-        raise ConfigError("score.enabled", True, "needs held-out images; set data.held_out_fraction or turn it off")
+        raise ConfigError(
+            "eval.classifier.enabled", True, "needs held-out images; set data.held_out_fraction or turn it off"
+        )
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:

@@ -199,8 +199,8 @@ def test_a_run_and_its_export(tmp_path: Path) -> None:
     """Held-out digits through a trained run; its export gives the same number."""
     run = tmp_path / "run"
     tiny = ["model.dim=32", "model.n_layer=3", "model.n_head=2", "train.max_steps=8", "foresight.warmup_epochs=0",
-            "foresight.projector_dim=32", "checkpoint.at_end=true", "score.enabled=false", "sampling.at_end=false",
-            "launch.cpu_ranks=1"]  # fmt: skip
+            "foresight.projector_dim=32", "checkpoint.at_end=true", "eval.classifier.enabled=false",
+            "sampling.at_end=false", "launch.cpu_ranks=1"]  # fmt: skip
     assert small_train(run, overrides=tiny).code == 0
     done = cli(run, "--image", 0, "--image", 7, "--num", 40, "--json")
     assert done.exit_code == 0, done.output

@@ -16,8 +16,8 @@ from tests.train.conftest import small_train
 
 TINY = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.max_steps=8", "foresight.warmup_epochs=0",
-    "foresight.projector_dim=32", "logging.every_steps=1", "checkpoint.every_steps=4", "evaluate.every_steps=4",
-    "score.enabled=false", "sampling.at_end=false", "launch.cpu_ranks=1",
+    "foresight.projector_dim=32", "logging.every_steps=1", "checkpoint.every_steps=4", "eval.loss.every_steps=4",
+    "eval.classifier.enabled=false", "sampling.at_end=false", "launch.cpu_ranks=1",
 ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from tests.benchmarks.pages import check_page
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "resid_dropout", "ffn_dropout", "class_dropout")]
 TINY = [*NO_DROPOUT, "foresight.warmup_epochs=0", "train.global_batch_size=8", "train.grad_accum_steps=1",
         "train.recompute.policy=none", "train.precision=fp32", "deepspeed=zero2", "optimizer.warmup_steps=0",
-        "optimizer.schedule=constant", "optimizer.final_lr=0", "ema.decay=0.9", "score.enabled=false"]  # fmt: skip
+        "optimizer.schedule=constant", "optimizer.final_lr=0", "ema.decay=0.9",
+        "eval.classifier.enabled=false"]  # fmt: skip
 
 PARTS = {"data", "teacher forward", "teacher refresh", "forward", "heads and alignment", "backward", "optimizer", "EMA"}
 

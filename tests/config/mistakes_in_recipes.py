@@ -45,7 +45,18 @@ UNKNOWN_NAMES = {
     "encoder-weights-misspelt": recipe(
         "foresight: {encoder: {pre_trained: true}}", "foresight.encoder.pre_trained: unknown key", "'pretrained'?"
     ),
-    "weights-kind": recipe("evaluate: {weights: [raw, avg]}", "evaluate.weights[1] = 'avg'", "use one of: ema, raw"),
+    "weights-kind": recipe("eval: {loss: {weights: [raw, avg]}}", "eval.loss.weights[1] = 'avg'", "one of: ema, raw"),
+    "weights-kind-under-the-old-name": recipe(
+        "evaluate: {weights: [raw, avg]}", "eval.loss.weights[1] = 'avg'", "use one of: ema, raw"
+    ),
+    "old-name-misspelt": recipe("evalute: {every_steps: 1}", "evalute: unknown key", "did you mean 'eval.loss'?"),
+    "old-name-in-upper-case": recipe("Quality: {at_end: true}", "Quality: unknown key", "did you mean 'eval.fid'?"),
+    "old-name-in-plural": given("scores.enabled=true", "scores: unknown key", "did you mean 'eval.classifier'?"),
+    "old-name-in-the-new-section": recipe("eval: {score: {}}", "eval.score: unknown key", "'eval.classifier'?"),
+    "near-the-new-section": recipe("evl: {}", "evl: unknown key", "did you mean 'eval'?"),
+    "near-a-new-subsection": recipe("eval: {los: {}}", "eval.los: unknown key", "did you mean 'loss'?"),
+    "without-the-subsection": recipe("eval: {num_samples: 9}", "eval.num_samples: unknown", "'eval.fid.num_samples'?"),
+    "old-hook-misspelt": given("hooks=[log, evalate, stop]", "hooks = 'evalate'", "did you mean 'eval-loss'?"),
 }
 
 TYPES = {

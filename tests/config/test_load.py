@@ -216,7 +216,7 @@ def test_runs_share_no_section_and_no_list() -> None:
         if hasattr(value, "model_fields_set"):
             assert value is not getattr(second, name), name
             assert value is not field.default, name
-    assert first.evaluate.weights is not second.evaluate.weights
+    assert first.eval.loss.weights is not second.eval.loss.weights
     assert first.train.recompute is not second.train.recompute
     assert first.foresight.schedule is not second.foresight.schedule
 
@@ -226,7 +226,7 @@ def test_what_validation_fills_in_does_not_reach_the_defaults() -> None:
     few = build({"model": {"num_classes": 3}, "foresight": {"method": "mirai-i"}, "train": {"epochs": 1}})
     assert (few.sampling.classes, few.foresight.layer, few.foresight.num_heads) == (3, 8, 1)
     few.train.recompute.policy = "full"
-    few.evaluate.weights.append("raw")
+    few.eval.loss.weights.append("raw")
     assert dump(RunConfig()) == before
     assert RunConfig().sampling.classes == 10
 

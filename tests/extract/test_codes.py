@@ -60,7 +60,7 @@ def test_blocks_threads_and_ranks_do_not_change_the_content(
         assert np.array_equal(open_token_store(out).codes, wanted.codes)
     out = tmp_path / "ranks"
     with pytest.raises(UserError, match="3 of 5 blocks are missing"):  # blocks 0 and 3 are its own
-        extract_codes(options(photos, out, patience=0.0), World(0, 0, 3, 3), codebook, batch=7)
+        extract_codes(options(photos, out, stall_timeout=0.0), World(0, 0, 3, 3), codebook, batch=7)
     for rank in (2, 1):
         assert extract_codes(options(photos, out), World(rank, rank, 3, 3), codebook, batch=7) is None
     assert not (out / "manifest.json").is_file()
@@ -90,7 +90,7 @@ def refused(pattern: str, photos: Path, out: Path, codebook: Path, batch: int = 
 def test_other_settings_do_not_go_on_with_an_unfinished_store(photos: Path, codebook: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     with pytest.raises(UserError, match="blocks are missing"):
-        extract_codes(options(photos, out, patience=0.0), World(0, 0, 2, 2), codebook, batch=7)
+        extract_codes(options(photos, out, stall_timeout=0.0), World(0, 0, 2, 2), codebook, batch=7)
     refused(r"batch = '7', this is '9'", photos, out, codebook, batch=9)
     refused(r"block = '4', this is '8'", photos, out, codebook, block=8)
     refused(r"crop_range = '1.1', this is '1.3'", photos, out, codebook, crop_range=1.3)
@@ -169,7 +169,7 @@ def test_a_vanished_file_stops_instead_of_leaving_a_hole(photos: Path, codebook:
     shutil.copytree(photos, root)
     out = tmp_path / "s"
     with pytest.raises(UserError, match="blocks are missing"):
-        extract_codes(options(root, out, patience=0.0), World(0, 0, 2, 2), codebook)
+        extract_codes(options(root, out, stall_timeout=0.0), World(0, 0, 2, 2), codebook)
     moved = root / open_image_set(root).names[12]  # in a block that is still to do
     moved.rename(tmp_path / "aside")
     with pytest.raises(UserError, match=r"flower.*cannot be opened \(No such file"):
@@ -184,7 +184,7 @@ def test_a_vanished_file_stops_instead_of_leaving_a_hole(photos: Path, codebook:
 def test_a_torn_part_is_done_anew(store: Path, photos: Path, codebook: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     with pytest.raises(UserError, match="blocks are missing"):
-        extract_codes(options(photos, out, patience=0.0), World(0, 0, 2, 2), codebook, batch=7)
+        extract_codes(options(photos, out, stall_timeout=0.0), World(0, 0, 2, 2), codebook, batch=7)
     parts = sorted((out / "parts").glob("*.npz"))
     assert len(parts) == 3
     parts[0].write_bytes(parts[0].read_bytes()[:100])
@@ -212,12 +212,12 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(
 
     monkeypatch.setattr(parts, "write_part", slow)
     with pytest.raises(UserError, match="2 of 5 blocks are missing and nobody has worked on them for 1 seconds"):
-        extract_codes(options(photos, out, patience=1.0), World(0, 0, 2, 2), codebook)
+        extract_codes(options(photos, out, stall_timeout=1.0), World(0, 0, 2, 2), codebook)
     other = threading.Thread(target=extract_codes, args=(options(photos, out), World(1, 1, 2, 2), codebook))
     other.start()
     assert reached.wait(30)
-    threading.Timer(3.0, go.set).start()  # three times rank 0's patience
-    made = extract_codes(options(photos, out, patience=1.0), World(0, 0, 2, 2), codebook)
+    threading.Timer(3.0, go.set).start()  # three times rank 0's stall timeout
+    made = extract_codes(options(photos, out, stall_timeout=1.0), World(0, 0, 2, 2), codebook)
     other.join()
     assert made is not None
     assert made.num_images == 18

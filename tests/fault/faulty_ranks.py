@@ -23,9 +23,9 @@ SETTINGS = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "train.max_steps=24",
     "train.global_batch_size=32", "foresight.warmup_epochs=0.18", "foresight.projector_dim=32",
     "foresight.kernel=reference", "logging.every_steps=1", "logging.progress=false", "checkpoint.every_steps=4",
-    "checkpoint.keep_last=3", "evaluate.every_steps=8", "evaluate.max_samples=32",
+    "checkpoint.keep_last=3", "eval.loss.every_steps=8", "eval.loss.max_samples=32",
     "sampling.per_class=1", "sampling.classes=4",
-    "sampling.every_steps=12", "score.enabled=false", "optimizer.warmup_steps=5", "ema.decay=0.9",
+    "sampling.every_steps=12", "eval.classifier.enabled=false", "optimizer.warmup_steps=5", "ema.decay=0.9",
     "model.token_dropout=0.05", "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
 PRELOAD = [

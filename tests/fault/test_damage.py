@@ -301,7 +301,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
 def test_best_and_permanent_ones_stay_in_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     rules = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=12", "checkpoint.keep_best=1",
-             "evaluate.every_steps=4"]  # fmt: skip
+             "eval.loss.every_steps=4"]  # fmt: skip
     ended = run_ranks(run, *IF_PRESENT, settings=rules)
     assert ended.codes == [0, 0], ended.out[-2000:]
     measured = {r["step"]: r["held_out/ntp_ema"] for r in curve(run) if "held_out/ntp_ema" in r and r["step"]}

@@ -135,7 +135,7 @@ def test_what_is_found_out_later_ends_the_same(tmp_path: Path, times: int) -> No
     """Nobody looks for twelve steps: the refused step, the ones after it and the heads' awakening (after step 8) are
     done again, and weights, moments, average, curve and report are to the last digit those of a run that looks at each
     step."""
-    rare = ["checkpoint.every_steps=12", "evaluate.every_steps=null", "sampling.every_steps=null"]
+    rare = ["checkpoint.every_steps=12", "eval.loss.every_steps=null", "sampling.every_steps=null"]
     runs = {every: tmp_path / str(every) for every in (1, 12)}
     said = {}
     for every, run in runs.items():

@@ -262,5 +262,5 @@ def test_a_slow_machine_is_not_taken_for_a_hung_one(tmp_path: Path, monkeypatch:
 
 
 def test_the_settings_are_what_the_names_here_assume() -> None:
-    assert "evaluate.every_steps=8" in SETTINGS
+    assert "eval.loss.every_steps=8" in SETTINGS
     assert IF_PRESENT == ("--resume", "if-present")

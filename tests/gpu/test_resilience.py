@@ -19,8 +19,8 @@ pytestmark = [
 ]
 SETTINGS = [
     "train.max_steps=16", "train.global_batch_size=32", "foresight.warmup_epochs=0.1", "logging.every_steps=1",
-    "checkpoint.every_steps=4", "checkpoint.keep_last=9", "evaluate.every_steps=8", "sampling.at_end=false",
-    "score.enabled=false", "train.precision=bf16-autocast",
+    "checkpoint.every_steps=4", "checkpoint.keep_last=9", "eval.loss.every_steps=8", "sampling.at_end=false",
+    "eval.classifier.enabled=false", "train.precision=bf16-autocast",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ SAVED, STEPS = 4, 2
 SETTINGS = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "train.global_batch_size=16",
     "foresight.warmup_epochs=0.025", "foresight.projector_dim=32", "foresight.kernel=reference",
-    "score.enabled=false", "ema.decay=0.9", "model.token_dropout=0.05", "model.resid_dropout=0.1",
+    "eval.classifier.enabled=false", "ema.decay=0.9", "model.token_dropout=0.05", "model.resid_dropout=0.1",
     "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
 

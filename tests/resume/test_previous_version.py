@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from mirai_ds.analysis.differences import of_configurations
+from mirai_ds.analysis.inspect_run import inspect_run
 from mirai_ds.checkpoint.store import verify
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runs.records import read_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
+RENAMED = (("evaluate", "eval.loss"), ("quality", "eval.fid"), ("score", "eval.classifier"))
 
 
 def curve(run: Path) -> dict[int, dict[str, Any]]:
@@ -45,6 +47,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after step 3" in done.stdout
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "is now" in line]
+    assert said == [f"mirai-ds: config: `{old}` is now `{new}`; the old name still works" for old, new in RENAMED]
     return run
 
 
@@ -60,9 +64,19 @@ def test_it_goes_on_where_it_was(resumed: Path) -> None:
 
 def test_its_attempts_are_counted_on(resumed: Path) -> None:
     assert sorted(path.name for path in (resumed / "incarnations").glob("*.json")) == ["00001.json", "00002.json"]
-    assert read_run_config(resumed) == read_run_config(FIXTURE)
+    now, then = read_run_config(resumed), read_run_config(FIXTURE)
+    assert now == then
+    assert (then.eval.fid.num_samples, then.eval.loss.at_end, then.eval.classifier.per_class) == (5000, True, 50)
 
 
 def test_compare_finds_no_other_settings(resumed: Path) -> None:
     """A setting that came later has had one value all along: it must not be told as what explains two curves."""
     assert of_configurations(read_run(FIXTURE), read_run(resumed)) == []
+
+
+def test_inspect_shows_it_under_the_names_of_today(capfd: pytest.CaptureFixture[str]) -> None:
+    report = inspect_run(FIXTURE)
+    assert report.config is not None
+    assert report.raw["eval"]["classifier"] == {"enabled": False, "per_class": 50}
+    assert not {old for old, _ in RENAMED} & report.raw.keys()
+    assert capfd.readouterr() == ("", "")  # nobody wrote that file: there is nothing to mend

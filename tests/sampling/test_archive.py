@@ -83,7 +83,7 @@ def test_the_record_says_the_protocol(tiny: Path, drawn: Path) -> None:
 @pytest.mark.parametrize(("world", "batch"), [(1, 3), (1, 32), (3, 4), (2, 5)])
 def test_neither_ranks_nor_batch_decide(world: int, batch: int, tiny: Path, drawn: Path, tmp_path: Path) -> None:
     """Ranks one after the other, the main one last: it would wait for the others."""
-    request = request_of(tiny, tmp_path / "x.npz", batch=batch, png=True, patience=1)
+    request = request_of(tiny, tmp_path / "x.npz", batch=batch, png=True, stall_timeout=1)
     if world > 1:
         with pytest.raises(Exception, match="blocks are missing and nobody has worked on them"):
             draw_archive(request, World(0, 0, world, 2))
@@ -226,10 +226,28 @@ def test_the_command_line(tiny: Path, drawn: Path, tmp_path: Path, monkeypatch: 
         (["--png"], "--png: has no meaning without --num"),
         (["--num", "3", "--per-class", "2"], "--per-class: has no meaning with --num"),
         (["--num", "3", "--ranks", "4"], "--ranks 4: 1 were started"),
+        (["--patience", "9"], "--patience: has no meaning without --num"),
+        (["--num", "3", "--patience", "9", "--stall-timeout", "9"], "--patience and --stall-timeout: are the old and"),
     ):
         wrong = CliRunner().invoke(main, [*call, *more])
         assert wrong.exit_code == 2
         assert said in wrong.output
+
+
+def test_patience_is_the_old_name_of_stall_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, int]] = []
+    monkeypatch.setattr("mirai_ds.sampling.draw_archive", lambda r, world: asked.append((r.stall_timeout, world.rank)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    note = "mirai-ds: --patience is now --stall-timeout; the old name still works\n"
+    for rank, option, said in (
+        ("0", ["--patience", "9"], note), ("1", ["--patience", "9"], ""), ("0", ["--stall-timeout", "8"], ""),
+        ("0", [], ""),
+    ):  # fmt: skip
+        monkeypatch.setenv("RANK", rank)
+        done = CliRunner().invoke(main, ["sample", str(tmp_path), "--num", "3", *option], catch_exceptions=False)
+        assert (done.exit_code, done.output) == (0, said)
+    assert asked == [(9.0, 0), (9.0, 1), (8.0, 0), (300.0, 0)]
+    assert "--patience" not in CliRunner().invoke(main, ["sample", "--help"]).output
 
 
 def test_an_archive_is_what_numpy_would_write(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_random_kills_of_several_ranks(tiny: Path, wanted: dict[str, bytes], tmp
     generator, kills, rounds = random.Random(1), 0, 0
 
     def work(rank: int = 0, world: int = 1) -> None:
-        draw_archive(request_of(tiny, folder / "x.npz", num=9, png=True, patience=30), World(rank, rank, world, 2))
+        draw_archive(request_of(tiny, folder / "x.npz", num=9, png=True, stall_timeout=30), World(rank, rank, world, 2))
 
     while kills < 10:
         folder, longest = tmp_path / str(rounds), 0.1

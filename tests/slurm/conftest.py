@@ -21,8 +21,8 @@ PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip
 SETTINGS = [
     "model.dim=48", "model.n_layer=3", "model.n_head=2", "train.epochs=4", "train.global_batch_size=32",
     "foresight.warmup_epochs=0.1", "foresight.projector_dim=32", "logging.every_steps=1", "logging.progress=false",
-    "checkpoint.every_steps=6", "evaluate.every_steps=null", "evaluate.at_end=false", "sampling.every_steps=null",
-    "sampling.at_end=false", "score.enabled=false", "ema.decay=0.9",
+    "checkpoint.every_steps=6", "eval.loss.every_steps=null", "eval.loss.at_end=false", "sampling.every_steps=null",
+    "sampling.at_end=false", "eval.classifier.enabled=false", "ema.decay=0.9",
     "model.token_dropout=0.05", "model.resid_dropout=0.1", "model.ffn_dropout=0.1",
 ]  # fmt: skip
 CLUSTER = """

@@ -94,7 +94,7 @@ TINY = """
 base: study-digits
 model: {dim: 16, n_layer: 2, n_head: 2}
 train: {epochs: 0.1}
-evaluate: {every_steps: 2, max_samples: 20}
+eval: {loss: {every_steps: 2, max_samples: 20}}
 checkpoint: {every_steps: 2}
 ema: {decay: 0.5}
 """

@@ -20,7 +20,7 @@ SEEDS = 3
 SHORT = """
 base: study-digits
 train: {epochs: 4}        # 176 steps
-evaluate: {every_steps: 88}
+eval: {loss: {every_steps: 88}}
 ema: {decay: 0.77}        # 1/40 of the run, as in the study
 """
 

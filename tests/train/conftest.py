@@ -14,7 +14,7 @@ import pytest
 SMALL = [
     "model.dim=64", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "foresight.warmup_epochs=0.5",
     "foresight.projector_dim=64", "logging.every_steps=1", "checkpoint.every_steps=11", "checkpoint.keep_last=6",
-    "evaluate.every_steps=33", "sampling.per_class=2", "sampling.every_steps=33", "score.per_class=3",
+    "eval.loss.every_steps=33", "sampling.per_class=2", "sampling.every_steps=33", "eval.classifier.per_class=3",
     "optimizer.warmup_steps=5", "ema.decay=0.9", "train.global_batch_size=64", "model.token_dropout=0.05",
     "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip

@@ -23,7 +23,13 @@ from mirai_ds.train.teacher import build_teacher
 from tests.one_line import one_line
 from tests.train.conftest import SMALL, numbers, small_train
 
-TINY = ["model.dim=16", "model.n_layer=3", "model.n_head=2", "foresight.projector_dim=16", "score.enabled=false"]
+TINY = [
+    "model.dim=16",
+    "model.n_layer=3",
+    "model.n_head=2",
+    "foresight.projector_dim=16",
+    "eval.classifier.enabled=false",
+]
 FIELD = "foresight.teacher_weights"
 
 
@@ -147,10 +153,10 @@ def test_a_run_is_a_teacher(finished: Path, tmp_path: Path) -> None:
 
 def settings(*changes: str) -> dict[str, Any]:
     """12 aligned steps, a checkpoint every 4."""
-    dropped = ("checkpoint.", "foresight.warmup", "sampling.", "score.", "evaluate.")
+    dropped = ("checkpoint.", "foresight.warmup", "sampling.", "eval.")
     kept = [o for o in SMALL if not o.startswith(dropped)]
-    more = ["checkpoint.every_steps=4", "checkpoint.keep_last=6", "train.max_steps=12", "score.enabled=false",
-            "evaluate.at_end=false", "sampling.at_end=false", "evaluate.every_steps=null",
+    more = ["checkpoint.every_steps=4", "checkpoint.keep_last=6", "train.max_steps=12", "eval.classifier.enabled=false",
+            "eval.loss.at_end=false", "sampling.at_end=false", "eval.loss.every_steps=null",
             "foresight.warmup_epochs=0"]  # fmt: skip
     return {"overrides": [*kept, *more, *changes]}
 

@@ -17,8 +17,9 @@ from mirai_ds.checkpoint import store
 from tests.train.conftest import SMALL, numbers, small_train
 
 pytestmark = pytest.mark.matrix
-SHORT = [*SMALL, "train.max_steps=2", "checkpoint.at_end=false", "score.enabled=false", "evaluate.at_end=false",
-         "evaluate.every_steps=null", "sampling.every_steps=null", "sampling.at_end=false"]  # fmt: skip
+SHORT = [*SMALL, "train.max_steps=2", "checkpoint.at_end=false", "eval.classifier.enabled=false",
+         "eval.loss.at_end=false", "eval.loss.every_steps=null", "sampling.every_steps=null",
+         "sampling.at_end=false"]  # fmt: skip
 
 
 def rank_arguments(run: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from tests.train.conftest import SMALL, numbers, small_train
 
-ARMS = [o for o in SMALL if not o.startswith(("foresight.warmup", "evaluate", "sampling", "score"))]
+ARMS = [o for o in SMALL if not o.startswith(("foresight.warmup", "eval", "sampling"))]
 
 
 def test_mirai_i_trains_against_a_timm_encoder(tmp_path: Path) -> None:
@@ -18,8 +18,8 @@ def test_mirai_i_trains_against_a_timm_encoder(tmp_path: Path) -> None:
     weights = tmp_path / "encoder.pth"
     torch.save(timm.create_model("test_vit", num_classes=0, img_size=128).state_dict(), weights)  # 8 x 8 patches of 16
     encoder = f"foresight={{method: mirai-i, projector_dim: 64, encoder: {{name: test_vit, weights: {weights}}}}}"
-    steps = ["train.max_steps=12", "checkpoint.every_steps=null", "score.enabled=false", "evaluate.at_end=false",
-             "evaluate.every_steps=null", "sampling.at_end=false"]  # fmt: skip
+    steps = ["train.max_steps=12", "checkpoint.every_steps=null", "eval.classifier.enabled=false",
+             "eval.loss.at_end=false", "eval.loss.every_steps=null", "sampling.at_end=false"]  # fmt: skip
     arms = [o for o in ARMS if not o.startswith("foresight")]
     done = small_train(tmp_path / "run", recipe="digits-baseline", overrides=[*arms, encoder, *steps])
     assert done.code == 0, done.out[-2000:] + done.err[-2000:]

@@ -14,11 +14,11 @@ from tests.train.conftest import SMALL, numbers, small_train
 
 @pytest.mark.exhaustive
 def test_a_run(tmp_path: Path) -> None:
-    kept = [o for o in SMALL if not o.startswith(("checkpoint.", "sampling.", "score.", "foresight.warmup"))]
+    kept = [o for o in SMALL if not o.startswith(("checkpoint.", "sampling.", "eval.classifier.", "foresight.warmup"))]
     overrides = [
         *kept, "foresight={method: mtp, num_heads: 3, warmup_epochs: 0.2}", "train.max_steps=10", "train.epochs=3",
-        "checkpoint.every_steps=3", "checkpoint.keep_last=6", "score.enabled=false", "sampling.at_end=false",
-        "evaluate.at_end=false",
+        "checkpoint.every_steps=3", "checkpoint.keep_last=6", "eval.classifier.enabled=false", "sampling.at_end=false",
+        "eval.loss.at_end=false",
     ]  # fmt: skip
     run, again = tmp_path / "run", tmp_path / "again"
     done = small_train(run, overrides=overrides)

@@ -246,7 +246,7 @@ def test_a_kernel_of_another_device_is_refused(tmp_path: Path) -> None:
 def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> None:
     """`auto` on a machine that cannot compile and has nothing built."""
     env = {"CXX": "no-such-compiler", "MIRAI_DS_CACHE": str(tmp_path / "cache")}
-    settings = ["train.epochs=0.2", "foresight.warmup_epochs=0", "score.enabled=false"]
+    settings = ["train.epochs=0.2", "foresight.warmup_epochs=0", "eval.classifier.enabled=false"]
     overrides = [part for o in settings for part in ("--set", o)]
     done = mirai_ds("train", "digits-mirai-e", *overrides, "--run-dir", str(tmp_path / "run"), env=env)
     assert done.code == 0, done.err

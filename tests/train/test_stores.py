@@ -56,8 +56,8 @@ def train(shop: Shop, run: Path, foresight: str, *more: str) -> Done:
     settings = [
         "model={size: custom, dim: 32, n_layer: 3, n_head: 2, vocab_size: 64, num_classes: 2, block_size: 64}",
         f"data={{source: store, path: {shop.codes}}}", f"foresight={{{foresight}}}", "train.global_batch_size=16",
-        "train.max_steps=8", "logging.every_steps=1", "checkpoint.at_end=false", "score.enabled=false",
-        "evaluate.at_end=false", "evaluate.every_steps=null", *more,
+        "train.max_steps=8", "logging.every_steps=1", "checkpoint.at_end=false", "eval.classifier.enabled=false",
+        "eval.loss.at_end=false", "eval.loss.every_steps=null", *more,
     ]  # fmt: skip
     return small_train(run, recipe="digits-baseline", overrides=settings)
 
@@ -124,7 +124,7 @@ def test_a_file_lost_during_training_stops_every_rank_with_one_line(shop: Shop, 
 def test_mirai_e_trains_from_a_store_and_samples_are_shown(shop: Shop, tmp_path: Path) -> None:
     run = tmp_path / "run"
     method = "method: mirai-e, projector_dim: 32, warmup_epochs: 0.5"
-    done = train(shop, run, method, "data.held_out_fraction=0.2", "evaluate.at_end=true", "checkpoint.at_end=true")
+    done = train(shop, run, method, "data.held_out_fraction=0.2", "eval.loss.at_end=true", "checkpoint.at_end=true")
     assert done.code == 0, done.err[-3000:]
     found = numbers(run)
     assert found[-1]["held_out/ntp_raw"] < 4.2  # ln 64 = 4.16 untrained; with 8 steps hardly less

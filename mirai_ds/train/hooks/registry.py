@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from mirai_ds.config import ConfigError
 from mirai_ds.config.own import import_own
 from mirai_ds.train.hooks.checkpoint import CheckpointHook
-from mirai_ds.train.hooks.evaluate import EvaluateHook
+from mirai_ds.train.hooks.eval_fid import EvalFidHook
+from mirai_ds.train.hooks.eval_loss import EvalLossHook
 from mirai_ds.train.hooks.log import LogHook, Sinks
-from mirai_ds.train.hooks.quality import QualityHook
 from mirai_ds.train.hooks.report import ReportHook
 from mirai_ds.train.hooks.sample import SampleHook
 from mirai_ds.train.hooks.spike import SpikeHook
@@ -19,7 +19,7 @@ from mirai_ds.train.loop import Hook
 # The default order: log opens the sinks; a spike is judged before its state is measured or saved; of the measuring
 # ones save comes last, then the request to stop; the report is the very end.
 HOOKS: dict[str, Callable[[Sinks], Hook]] = {
-    "log": LogHook, "spike": SpikeHook, "evaluate": EvaluateHook, "sample": SampleHook, "quality": QualityHook,
+    "log": LogHook, "spike": SpikeHook, "eval-loss": EvalLossHook, "sample": SampleHook, "eval-fid": EvalFidHook,
     "checkpoint": CheckpointHook, "stop": StopHook, "report": ReportHook,
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ class ReportHook(Hook):
 
     def on_end(self, session: Session) -> None:
         """Judge, draw, print."""
-        score = self._score(session) if session.config.score.enabled else None
+        score = self._score(session) if session.config.eval.classifier.enabled else None
         if score is not None:
             values = {"score/accuracy_generated": score.generated, "score/accuracy_real": score.real}
             self.sinks.scalars(values, session)
@@ -58,7 +58,9 @@ class ReportHook(Hook):
         print_table(report, session.run)
 
     def _score(self, session: Session) -> ClassifierScore | None:
-        labels = torch.arange(session.config.model.num_classes).repeat_interleave(session.config.score.per_class)
+        labels = torch.arange(session.config.model.num_classes).repeat_interleave(
+            session.config.eval.classifier.per_class
+        )
         config = session.config.sampling
         tokens = draw_samples(session, labels, config.weights, session.config.seed + _SCORE_SEED_OFFSET)
         train, held_out = session.dataset.train, session.dataset.held_out

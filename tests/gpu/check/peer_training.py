@@ -79,7 +79,7 @@ def ours(store: Path, run: Path, count: int, epochs: int, more: tuple[str, ...])
     """Images a second of the last metrics of a run."""
     settings = (
         "data.source=store", f"data.path={store}", f"train.global_batch_size={BATCH}", "foresight.warmup_epochs=0",
-        f"train.max_steps={epochs * (count // BATCH)}", f"logging.every_steps={LOGGED}", "evaluate.at_end=false",
+        f"train.max_steps={epochs * (count // BATCH)}", f"logging.every_steps={LOGGED}", "eval.loss.at_end=false",
         "sampling.at_end=false",
     )  # fmt: skip
     command = [sys.executable, "-m", "mirai_ds", "train", "mirai-e-b-80", "--run-dir", str(run), *more]

@@ -96,8 +96,8 @@ def peer_sampling(size: str, batch: int, estimate: float) -> Step:
     return Step(f"peer sampling {size} {batch}", command, estimate, 240, "lines", variable="PEERS")
 
 
-DEMO = ("train.max_steps=40", "logging.every_steps=5", "evaluate.at_end=false", "sampling.at_end=false",
-        "score.enabled=false")  # fmt: skip
+DEMO = ("train.max_steps=40", "logging.every_steps=5", "eval.loss.at_end=false", "sampling.at_end=false",
+        "eval.classifier.enabled=false")  # fmt: skip
 DEMO_WORDS = tuple(word for setting in DEMO for word in ("--set", setting))
 
 SLICES = (

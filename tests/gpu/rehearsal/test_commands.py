@@ -18,7 +18,7 @@ from tests.gpu.rehearsal.environment import ROOT, fake_environment
 pytestmark = pytest.mark.rehearsal
 SETTINGS = [
     "train.max_steps=4", "foresight.warmup_epochs=0.05", "logging.every_steps=1", "checkpoint.every_steps=2",
-    "score.enabled=false", "sampling.at_end=false", "evaluate.at_end=false",
+    "eval.classifier.enabled=false", "sampling.at_end=false", "eval.loss.at_end=false",
 ]  # fmt: skip
 SETS = [part for setting in SETTINGS for part in ("--set", setting)]
 # What torch tells users who can do nothing about it.

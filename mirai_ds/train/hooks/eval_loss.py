@@ -16,7 +16,7 @@ from mirai_ds.train.step import StepRecord
 @torch.inference_mode()
 def held_out_loss(session: Session, kind: Weights) -> float:
     """Mean next-token loss (nats a token) over the held-out images, first stored view, no dropout.  Collective."""
-    source, config = session.dataset.held_out, session.config.evaluate
+    source, config = session.dataset.held_out, session.config.eval.loss
     count = min(len(source), config.max_samples or len(source))
     mine = torch.arange(session.world.rank, count, session.world.size)
     total = torch.zeros(2, dtype=torch.float64, device=session.device)
@@ -31,7 +31,7 @@ def held_out_loss(session: Session, kind: Weights) -> float:
     return float(total[0] / total[1])
 
 
-class EvaluateHook(Hook):
+class EvalLossHook(Hook):
     """Writes held_out/ntp_raw and held_out/ntp_ema; numerics of training are not touched."""
 
     def __init__(self, sinks: Sinks) -> None:
@@ -39,12 +39,12 @@ class EvaluateHook(Hook):
 
     def on_start(self, session: Session) -> None:
         """Measure the untrained model, so that a curve has its start."""
-        if session.step == 0 and session.config.evaluate.every_steps:
+        if session.step == 0 and session.config.eval.loss.every_steps:
             self._evaluate(session)
 
     def needs_sync(self, session: Session) -> bool:
         """At the interval."""
-        every = session.config.evaluate.every_steps
+        every = session.config.eval.loss.every_steps
         return every is not None and session.step % every == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
@@ -54,14 +54,14 @@ class EvaluateHook(Hook):
 
     def on_end(self, session: Session) -> None:
         """Measure the final weights unless that was just done."""
-        known = all(f"held_out/ntp_{kind}" in session.progress.measured for kind in session.config.evaluate.weights)
-        if session.config.evaluate.at_end and not known:  # a start that resumed at the end finds it in the checkpoint
+        known = all(f"held_out/ntp_{kind}" in session.progress.measured for kind in session.config.eval.loss.weights)
+        if session.config.eval.loss.at_end and not known:  # a start that resumed at the end finds it in the checkpoint
             self._evaluate(session)
 
     def _evaluate(self, session: Session) -> None:
         if len(session.dataset.held_out) == 0:
             return  # a store is trained on whole unless the configuration says otherwise
-        kinds = session.config.evaluate.weights
+        kinds = session.config.eval.loss.weights
         values = {f"held_out/ntp_{kind}": held_out_loss(session, kind) for kind in kinds}
         session.progress.measured |= values
         self.sinks.scalars(values, session)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mirai_ds.config import ConfigError, QualityConfig, UserError
+from mirai_ds.config import ConfigError, FidConfig, UserError
 from mirai_ds.data import TokenSource
 from mirai_ds.eval.features import (
     FeatureNetwork,
@@ -41,8 +41,8 @@ BATCH = 64
 SHOWN = 64  # images of the picture
 
 
-class QualityHook(Hook):
-    """`quality`: quality/fid and the other metrics in TensorBoard and metrics.jsonl, a grid of the first images.
+class EvalFidHook(Hook):
+    """`eval-fid`: quality/fid and the other metrics in TensorBoard and metrics.jsonl, a grid of the first images.
 
     Labels and random numbers are those of `mirai-ds sample --num` with the same seed and policy.  The ranks share the
     images, and training is not touched: no random number is drawn, no weight changed, no precision switch left turned.
@@ -56,7 +56,7 @@ class QualityHook(Hook):
 
     def on_start(self, session: Session) -> None:
         """Load the network and see the real images once, so that a mistake is heard of before hours of training."""
-        config = session.config.quality
+        config = session.config.eval.fid
         if not config.active:
             return
         network = on_every_rank(lambda: _network(config, session.device))
@@ -66,7 +66,7 @@ class QualityHook(Hook):
 
     def needs_sync(self, session: Session) -> bool:
         """At the interval."""
-        epochs = session.config.quality.every_epochs
+        epochs = session.config.eval.fid.every_epochs
         return epochs is not None and session.step % max(1, round(epochs * session.order.steps_per_epoch)) == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
@@ -80,12 +80,12 @@ class QualityHook(Hook):
 
     def on_end(self, session: Session) -> None:
         """Measure the final weights unless that was just done."""
-        if session.config.quality.at_end and self._done != session.step:
+        if session.config.eval.fid.at_end and self._done != session.step:
             self._measure(session)
 
     def _measure(self, session: Session) -> None:
         self._done = session.step
-        config, source = session.config.quality, session.dataset.train
+        config, source = session.config.eval.fid, session.dataset.train
         classes = range(session.config.model.num_classes)
         labels = image_labels(config.policy, classes, config.seed, torch.arange(config.num_samples))
         tokens = draw_samples(session, labels, config.weights, config.seed)
@@ -145,19 +145,19 @@ def _spread(batches: Iterable[Array], mine: Tensor, count: int, session: Session
     return Features(pooled, whole(found and found.spatial, widths[1]) if widths[1] else None)
 
 
-def _network(config: QualityConfig, device: torch.device) -> FeatureNetwork:
+def _network(config: FidConfig, device: torch.device) -> FeatureNetwork:
     path = Path(config.features_weights or "")
     if config.features == "inception":
         return InceptionFeatures(path, device)
     return PooledFeatures(config.features.removeprefix("timm:"), path, device)
 
 
-def _reference(config: QualityConfig, session: Session, network: FeatureNetwork) -> Reference:
+def _reference(config: FidConfig, session: Session, network: FeatureNetwork) -> Reference:
     """The statistics stored in a file, for Inception, and else those of its images, or of training images."""
     source = session.dataset.train
     if source.decoder is None:
         problem = "the data has no codebook or tokenizer to turn tokens into images; set data.tokenizer"
-        raise ConfigError("quality.every_epochs", config.every_epochs, problem)
+        raise ConfigError("eval.fid.every_epochs", config.every_epochs, problem)
     if config.reference is None:
         return reference_of(_training_features(config, session, source, network))
     file = on_every_rank(lambda: open_reference(Path(config.reference or "")))
@@ -168,17 +168,17 @@ def _reference(config: QualityConfig, session: Session, network: FeatureNetwork)
     return Reference(file.pooled or computed.pooled, file.spatial or computed.spatial, computed.images)
 
 
-def _training_features(
-    config: QualityConfig, session: Session, source: TokenSource, network: FeatureNetwork
-) -> Features:
+def _training_features(config: FidConfig, session: Session, source: TokenSource, network: FeatureNetwork) -> Features:
     """As the tokens show them, so that the distance is the model's and not the tokenizer's."""
     count = min(config.reference_images, len(source))
     chosen = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
     return shared_features(session, count, lambda part: source.decode(source.first_view(chosen[part])), network)
 
 
-def _check(config: QualityConfig, network: FeatureNetwork, reference: Reference) -> None:
+def _check(config: FidConfig, network: FeatureNetwork, reference: Reference) -> None:
     check_metrics(config.metrics or ["fid"], network)
     for metric in config.metrics or []:
         if metric not in allowed_metrics(reference, network):
-            raise UserError(f"quality.metrics: {metric!r} needs more than quality.reference = {config.reference!r} has")
+            raise UserError(
+                f"eval.fid.metrics: {metric!r} needs more than eval.fid.reference = {config.reference!r} has"
+            )

@@ -20,7 +20,7 @@ from mirai_ds.model import gpt_from_weights, sample_tokens
 from mirai_ds.model.rules import image_labels, rules_of
 from tests.fault.faulty_ranks import curve, run_ranks, tensors
 
-SETTINGS = ["train.max_steps=8", "evaluate.every_steps=null", "evaluate.at_end=false", "sampling.every_steps=null",
+SETTINGS = ["train.max_steps=8", "eval.loss.every_steps=null", "eval.loss.at_end=false", "sampling.every_steps=null",
             "sampling.at_end=false"]  # fmt: skip
 IMAGES = 130  # three batches of features, the last one not full
 
@@ -33,17 +33,17 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def quality(network: Path, **more: Any) -> list[str]:
+def fid(network: Path, **more: Any) -> list[str]:
     given = {"at_end": "true", "num_samples": IMAGES, "features": "timm:resnet10t", "features_weights": network,
              "reference_images": 140, **more}  # fmt: skip
-    return [f"quality.{name}={value}" for name, value in given.items()]
+    return [f"eval.fid.{name}={value}" for name, value in given.items()]
 
 
 def test_values_are_the_tools_and_training_does_not_notice(network: Path, tmp_path: Path) -> None:
     plain = run_ranks(tmp_path / "plain", settings=SETTINGS)
     assert plain.codes == [0, 0], plain.out[-3000:]
     # 1437 images, batches of 32: four steps are 4 / 44 of an epoch
-    measured = run_ranks(tmp_path / "run", settings=[*SETTINGS, *quality(network, every_epochs=4 / 44)])
+    measured = run_ranks(tmp_path / "run", settings=[*SETTINGS, *fid(network, every_epochs=4 / 44)])
     assert measured.codes == [0, 0], measured.out[-3000:]
     records = curve(tmp_path / "run")
     assert [r for r in records if "loss/total" in r] == curve(tmp_path / "plain")
@@ -79,7 +79,7 @@ def test_a_reference_of_ones_own_and_fewer_images_than_ranks(network: Path, tmp_
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "real.npz", arr_0=rng.integers(0, 256, (66, 8, 8, 3), dtype=np.uint8))
     settings = [*SETTINGS, "train.max_steps=1", "train.global_batch_size=30",
-                *quality(network, num_samples=2, reference=tmp_path / "real.npz", metrics="[fid]")]  # fmt: skip
+                *fid(network, num_samples=2, reference=tmp_path / "real.npz", metrics="[fid]")]  # fmt: skip
     values = []
     for world in (1, 3):
         ended = run_ranks(tmp_path / f"run{world}", settings=settings, world=world)
@@ -96,10 +96,10 @@ def test_a_reference_of_ones_own_and_fewer_images_than_ranks(network: Path, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features_weights": "null"}, "quality.features_weights = null: give the file with the weights of"),
+        ({"features_weights": "null"}, "eval.fid.features_weights = null: give the file with the weights of"),
         ({"features_weights": "/no/such.pth"}, "no such file"),
         ({"features": "timm:no_such_network"}, "no_such_network"),
-        ({"features": "clip"}, "quality.features = 'clip'"),
+        ({"features": "clip"}, "eval.fid.features = 'clip'"),
         ({"metrics": "[fid, sfid]"}, "'sfid' is not defined with timm:resnet10t"),
         ({"reference": "/no/such.npz"}, "/no/such.npz"),
     ],
@@ -107,7 +107,7 @@ def test_a_reference_of_ones_own_and_fewer_images_than_ranks(network: Path, tmp_
 def test_mistakes_are_heard_of_before_the_first_step(
     change: dict[str, str], message: str, network: Path, tmp_path: Path
 ) -> None:
-    ended = run_ranks(tmp_path / "run", settings=[*SETTINGS, *quality(network, **change)])
+    ended = run_ranks(tmp_path / "run", settings=[*SETTINGS, *fid(network, **change)])
     assert 2 in ended.codes
     said = [line for line in ended.out.splitlines() if line.startswith("mirai-ds: error: ")]
     assert any(message in line for line in said), ended.out
