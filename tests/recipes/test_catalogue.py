@@ -178,7 +178,7 @@ def test_the_documentation_is_the_catalogue() -> None:
     assert document.count("| `mirai-e-b-80` |") == 7
 
 
-def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_recipe_and_the_reports_template(tmp_path: Path) -> None:
     """By the build script alone: an older list of sources in the tree (egg-info) would hide what it leaves out."""
     (tmp_path / "info").mkdir()
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path / "info")]
@@ -187,6 +187,7 @@ def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
     shipped = tmp_path / "lib" / "mirai_ds" / "config" / "recipes"
     wanted = {file.relative_to(FOLDER): file.read_bytes() for file in FOLDER.rglob("*.yaml")}
     assert {file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.yaml")} == wanted
+    assert (tmp_path / "lib" / "mirai_ds" / "analysis" / "report.html.j2").is_file()
 
 
 # --- twins ---------------------------------------------------------------------------------------------------------
