@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
-
-if TYPE_CHECKING:
-    from mirai_ds.runtime.distributed import World
+from mirai_ds.cli.output import world_or_launch
 
 FILE = click.Path(path_type=Path)
 SWITCH = click.Choice(["auto", "on", "off"])
@@ -90,11 +87,12 @@ def sample(source: Path, num: int | None, ranks: int | None, **options: Any) -> 
     if num is None:
         _grid(source, options)
         return
-    world = _world(ranks)
-    if world is None:
-        return
+    world = world_or_launch("sample", ranks)
+    from mirai_ds.config.errors import UserError
     from mirai_ds.sampling import SamplingRequest, draw_archive
 
+    if ranks not in (None, world.size):
+        raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
     if not _given("block_size"):
         options["block_size"] = None
     del options["per_class"]
@@ -125,25 +123,6 @@ def _check_mode(many: bool) -> None:
         if _given(name):
             where = "with --num; --classes and --policy choose labels" if many else "without --num"
             raise UserError(f"--{name.replace('_', '-')}: has no meaning {where}")
-
-
-def _world(ranks: int | None) -> World | None:
-    """This process's place; None when it was only the one that started the others."""
-    from mirai_ds.config.errors import UserError
-    from mirai_ds.runtime.distributed import World, read_world
-    from mirai_ds.runtime.launch import launch, visible_gpus
-
-    world = read_world()
-    if world is not None:
-        if ranks not in (None, world.size):
-            raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
-        return world
-    gpus = visible_gpus()
-    count = ranks or max(gpus, 1)
-    if count == 1:
-        return World(0, 0, 1, 1)
-    arguments = sys.argv[1:]
-    sys.exit(launch("mirai_ds.cli.sample", arguments[arguments[:1] == ["sample"] :], count, gpus))
 
 
 # One rank, under any launcher: the deepspeed command puts --local_rank right after the module.
