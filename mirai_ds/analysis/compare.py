@@ -108,17 +108,17 @@ class Comparison:
     @property
     def worst(self) -> tuple[str, Point] | None:
         """Metric and point with the largest relative difference; None for identical curves."""
-        found = [(m.name, m.largest_relative) for m in self.metrics if m.largest_relative is not None]
-        return max(found, key=lambda item: item[1].relative, default=None)
+        points = [(m.name, m.largest_relative) for m in self.metrics if m.largest_relative is not None]
+        return max(points, key=lambda item: item[1].relative, default=None)
 
     @property
     def first_beyond(self) -> tuple[str, Point, int] | None:
         """Metric, point, and how many metrics differ at that step: where the curves part."""
-        found = [(m.name, m.beyond) for m in self.metrics if m.beyond is not None]
-        if not found:
+        points = [(m.name, m.beyond) for m in self.metrics if m.beyond is not None]
+        if not points:
             return None
-        name, point = min(found, key=lambda item: item[1].step)
-        return name, point, sum(other.step == point.step for _, other in found)
+        name, point = min(points, key=lambda item: item[1].step)
+        return name, point, sum(other.step == point.step for _, other in points)
 
     @property
     def verdict(self) -> Verdict:

@@ -131,7 +131,7 @@ def steps_text(steps: Sequence[int], most: int = 6) -> str:
 def as_json(result: Comparison) -> Json:
     """Stable keys; numbers that are not finite are the texts nan, inf and -inf, a setting that is not there is left
     out of its pair."""
-    everything = {
+    everything: Json = plain({
         "verdict": result.verdict, "text": verdict_text(result), "tolerance": result.tolerance,
         "a": _run_json(result.a), "b": _run_json(result.b),
         "steps_compared": len(result.steps),
@@ -142,9 +142,8 @@ def as_json(result: Comparison) -> Json:
         "configuration": _differences_json(result.configuration),
         "environment": _differences_json(result.environment),
         "notes": result.notes,
-    }  # fmt: skip
-    found: Json = plain(everything)
-    return found
+    })  # fmt: skip
+    return everything
 
 
 def _run_json(run: RunRecords) -> Json:

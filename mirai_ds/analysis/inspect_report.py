@@ -97,26 +97,26 @@ def _numbers(report: RunReport) -> list[Line]:
     epochs = f" of {_number(report.value('train.epochs'))}" if report.value("train.epochs") else ""
     lines = [("progress", f"step {steps[-1]}, epoch {report.curve.epochs[steps[-1]]:g}{epochs}")]
     apart = ("held_out/", "score/")
-    training = {name: found for name, found in last.items() if not name.startswith((*apart, *CLOCK))}
+    training = {name: pair for name, pair in last.items() if not name.startswith((*apart, *CLOCK))}
     for label, chosen in (
         ("metrics", training),
-        ("speed", {name: found for name, found in last.items() if name.startswith(CLOCK)}),
-        ("held out", {name: found for name, found in last.items() if name.startswith("held_out/")}),
-        ("score", {name: found for name, found in last.items() if name.startswith("score/")}),
+        ("speed", {name: pair for name, pair in last.items() if name.startswith(CLOCK)}),
+        ("held out", {name: pair for name, pair in last.items() if name.startswith("held_out/")}),
+        ("score", {name: pair for name, pair in last.items() if name.startswith("score/")}),
     ):
         if chosen:
             lines.append((label, _values(chosen)))
-    lowest = {name: found for name, found in lowest_values(report.curve).items() if found != last[name]}
+    lowest = {name: pair for name, pair in lowest_values(report.curve).items() if pair != last[name]}
     if lowest:
         lines.append(("lowest", _values(lowest)))
     return lines
 
 
-def _values(found: dict[str, tuple[int, float]]) -> str:
+def _values(pairs: dict[str, tuple[int, float]]) -> str:
     """'step 352: loss/ntp 1.185, ...'; metrics of other steps after those of the newest."""
     parts = []
-    for step in sorted({step for step, _ in found.values()}, reverse=True):
-        values = ", ".join(f"{name} {value:.5g}" for name, (at, value) in found.items() if at == step)
+    for step in sorted({step for step, _ in pairs.values()}, reverse=True):
+        values = ", ".join(f"{name} {value:.5g}" for name, (at, value) in pairs.items() if at == step)
         parts.append(f"step {step}: {values}")
     return "; ".join(parts)
 
@@ -178,11 +178,11 @@ def _outlook(report: RunReport) -> list[Line]:
 def as_json(report: RunReport) -> Json:
     """Stable keys; numbers that are not finite are the texts nan, inf and -inf."""
 
-    def at(found: dict[str, tuple[int, float]]) -> Json:
-        return {name: {"step": step, "value": value} for name, (step, value) in found.items()}
+    def at(pairs: dict[str, tuple[int, float]]) -> Json:
+        return {name: {"step": step, "value": value} for name, (step, value) in pairs.items()}
 
     steps = report.curve.steps
-    everything: dict[str, Any] = {
+    everything: Json = plain({
         "kind": "run", "path": report.path, "name": report.name, "configuration": report.raw,
         "configuration_valid": report.config is not None,
         "parameters": parameter_count(report.config.model) if report.config else None,
@@ -197,9 +197,8 @@ def as_json(report: RunReport) -> Json:
         "digests_read": report.digests_read, "latest": report.latest, "leftovers": report.leftovers,
         "resume": asdict(report.resume), "bytes_used": report.used, "bytes_free": report.free,
         "notes": report.notes, "damages": report.damages,
-    }  # fmt: skip
-    found: Json = plain(everything)
-    return found
+    })  # fmt: skip
+    return everything
 
 
 def _checkpoint_json(report: RunReport, one: Checkpoint) -> Json:

@@ -84,8 +84,8 @@ class Workers:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         self.close()
         raise RuntimeError(f"{self.arm.name}: a process ended with {process.wait()}; what it said is above")
 
@@ -183,14 +183,14 @@ class _Trainer:
 
     def parts(self) -> list[tuple[Any, str, str]]:
         s = self.session
-        found: list[tuple[Any, str, str]] = [
+        parts: list[tuple[Any, str, str]] = [
             (s, "refresh_teacher", "teacher refresh"), (s.loader, "_read", "data"), (s.engine, "forward", "forward"),
             (s.engine, "backward", "backward"), (s.engine, "step", "optimizer"), (s.engine.ema, "update", "EMA"),
         ]  # fmt: skip
         if s.teacher is not None:
             objective = s.engine.ds.module
-            found += [(s.teacher, "features", "teacher forward"), (objective, "align", "heads and alignment")]
-        return found
+            parts += [(s.teacher, "features", "teacher forward"), (objective, "align", "heads and alignment")]
+        return parts
 
 
 class _Plain:
@@ -280,8 +280,8 @@ def allocated_by_malloc() -> int:
     """Bytes that this process has asked glibc for and not given back."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = _Mallinfo
-    found = ask()
-    return int(found.uordblks + found.hblkhd)
+    info = ask()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _resident_peak() -> int:

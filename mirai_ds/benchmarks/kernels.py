@@ -178,9 +178,9 @@ def table(rows: list[dict[str, str]]) -> str:
         "extra memory / gradient |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (device, size, method, dtype, batch, date, version), found in tasks.items():
-        fused = found["fused"]
-        eager, compiled, copy = (float(found[name]["ratio"]) for name in ("eager", "compiled", "copy"))
+    for (device, size, method, dtype, batch, date, version), variants in tasks.items():
+        fused = variants["fused"]
+        eager, compiled, copy = (float(variants[name]["ratio"]) for name in ("eager", "compiled", "copy"))
         extra = float(fused["extra_mib"]) / float(fused["gradient_mib"])
         lines.append(
             f"| {device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "

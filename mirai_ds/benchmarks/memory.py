@@ -175,22 +175,22 @@ def case(
 def covering(world: int) -> list[RunConfig]:
     """Every precision on every stage that takes it, each with two mixtures of the rest; accumulation; small buckets and
     overlap; a large vocabulary."""
-    found, number = [], 0
+    cases, number = [], 0
     for precision in PRECISIONS:
         for stage in range(4):
             if (precision, stage) == ("bf16", 0):
                 continue
             for micro in (4, 16):
-                found.append(case(METHODS[number % 3], precision, stage, RECOMPUTE[(number // 2) % 3], micro, world))
+                cases.append(case(METHODS[number % 3], precision, stage, RECOMPUTE[(number // 2) % 3], micro, world))
                 number += 1
     none = RECOMPUTE[0]
-    found += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
-    found += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
-    found.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
+    cases += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
+    cases += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
+    cases.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
     small: dict[str, Any] = {"reduce_bucket_size": 1_500_000}
-    found += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
-    found += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
-    return [*found, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=WIDE)]
+    cases += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
+    cases += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
+    return [*cases, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=WIDE)]
 
 
 def variants(world: int, micro: int = 8) -> list[RunConfig]:
@@ -201,15 +201,15 @@ def variants(world: int, micro: int = 8) -> list[RunConfig]:
         ("mtp", {"par_tokens": 16}),
     ]  # fmt: skip
     none, _, full = RECOMPUTE
-    found = [
+    cases = [
         case(method, precision, stage, recompute, micro, world, **kind)
         for method, kind in kinds for precision in ("fp32", "bf16-autocast") for stage in (2, 3)
         for recompute in (none, full)
     ]  # fmt: skip
     frozen: dict[str, Any] = {"teacher_weights": "random"}
-    found += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
-    found += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
-    return found + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
+    cases += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
+    cases += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
+    return cases + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
 
 
 def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, Any]:

@@ -135,8 +135,8 @@ class PlainTrainer:
     def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
         """Of the teacher, fp32."""
         if self.teacher is None:
-            found: Tensor = self.encoder.features(tokens, labels, images)
-            return found
+            features: Tensor = self.encoder.features(tokens, labels, images)
+            return features
         x = embed(self.teacher, tokens[:, :-1], labels, False)
         for block in self.teacher.layers[: self.config.foresight.layer]:
             x = plain_block(block, x, self.teacher.rope[: x.shape[1]], False)

@@ -70,13 +70,13 @@ def seconds(run: Callable[[], None], session: Any) -> float:
 def step_times(session: Any, rounds: int, block: int) -> dict[str, float]:
     """Median seconds a step of both variants, and the median over rounds of their ratio; who goes first alternates."""
     variants = {"guarded": guarded_steps, "bare": bare_steps}
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[float]] = {name: [] for name in variants}
     guarded_steps(session, 3)
     for number in range(rounds):
         for name in sorted(variants, reverse=bool(number % 2)):
-            found[name].append(seconds(lambda name=name: variants[name](session, block), session) / block)  # type: ignore[misc]
-    ratios = [guarded / bare for guarded, bare in zip(found["guarded"], found["bare"], strict=True)]
-    return {"ratio": statistics.median(ratios), **{name: statistics.median(times) for name, times in found.items()}}
+            turns[name].append(seconds(lambda name=name: variants[name](session, block), session) / block)  # type: ignore[misc]
+    ratios = [guarded / bare for guarded, bare in zip(turns["guarded"], turns["bare"], strict=True)]
+    return {"ratio": statistics.median(ratios), **{name: statistics.median(times) for name, times in turns.items()}}
 
 
 def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
@@ -112,7 +112,7 @@ def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
 def save_times(session: Any, rounds: int) -> dict[str, float]:
     """Median seconds that training stands still, for a save at once and one in the background; `written`: until the
     background one was safe, training on meanwhile."""
-    found: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
+    spent: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
     for _ in range(rounds):
         for name, background in (("at once", False), ("in the background", True)):
             session.saver.config.background = background
@@ -123,10 +123,10 @@ def save_times(session: Any, rounds: int) -> dict[str, float]:
             while session.saver.in_flight >= 0:
                 guarded_steps(session, 1)
                 session.saver.poll(session.facts.written)
-            found[name].append(session.saver.stall_seconds - began)
+            spent[name].append(session.saver.stall_seconds - began)
             if background:
-                found["written"].append(session.saver.write_seconds)
-    return {name: statistics.median(times) for name, times in found.items()}
+                spent["written"].append(session.saver.write_seconds)
+    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 def digest_times(session: Any) -> dict[str, float]:
@@ -219,11 +219,11 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     run_lock.note_start(0, None)
     millions = sum(p.numel() for p in session.engine.ds.module.parameters()) / 1e6
     about = {**facts(device.type, command), "ranks": str(world.size), "model": f"{millions:.1f} M"}
-    found = rows_of(session, rounds, block, about)
+    rows = rows_of(session, rounds, block, about)
     watchdog.close()
     run_lock.release("finished")
     session.control.barrier()
-    return found if session.is_main else []
+    return rows if session.is_main else []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,10 +247,10 @@ def main(argv: list[str] | None = None) -> int:
                 MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
             )
     command = command_line(f"python -m {MODULE}", argv, [args.out, args.run_dir])
-    found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
-    if found:
-        print(table(found), flush=True)
-        append(args.out, FIELDS, found)
+    rows = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
+    if rows:
+        print(table(rows), flush=True)
+        append(args.out, FIELDS, rows)
     leave_process_group()
     return 0
 

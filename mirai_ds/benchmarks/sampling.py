@@ -119,7 +119,7 @@ def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device:
     if compiled:
         decoders["static buffers, compiled"] = Decoder(gpt, count, rules, Speed(True, device == "cuda"))
     turn = n if device == "cuda" else 1
-    found: dict[str, float] = dict.fromkeys([*decoders, "plain cache"], 0.0)
+    totals: dict[str, float] = dict.fromkeys([*decoders, "plain cache"], 0.0)
     for number in range(-1, batches):
         loops: dict[str, Any] = dict(decoders)
         spent = {name: seconds(lambda d=d: d.begin(labels, indices, 0), device) for name, d in decoders.items()}  # type: ignore[misc]
@@ -133,8 +133,8 @@ def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device:
 
                 spent[name] += seconds(steps, device)
         if number >= 0:
-            found = {name: found[name] + spent[name] / batches for name in found}
-    return found
+            totals = {name: totals[name] + spent[name] / batches for name in totals}
+    return totals
 
 
 def uncached_time(gpt: GPT, labels: Tensor, device: str, repeat: int = 1) -> float:
@@ -204,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     args.batch = args.batch or (64 if args.device == "cuda" else 8)
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measure(args, command_line(f"python -m {MODULE}", argv, [args.out]))
-    print(table(found), flush=True)
-    append(args.out, FIELDS, found)
+    rows = measure(args, command_line(f"python -m {MODULE}", argv, [args.out]))
+    print(table(rows), flush=True)
+    append(args.out, FIELDS, rows)
     return 0
 
 

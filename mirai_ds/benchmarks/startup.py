@@ -121,11 +121,11 @@ def one_start(overrides: Sequence[str], ranks: int) -> dict[str, float]:
             [sys.executable, "-m", MODULE, "--command", *arguments], env={**os.environ, STAMPS: str(stamps)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        found = dict(map(json.loads, stamps.read_text("utf-8").splitlines())) if stamps.exists() else {}
-    if list(found) != list(PHASES):
-        raise RuntimeError(f"a start ended after {list(found)}:\n{done.stdout}{done.stderr}")
-    times = [began, *found.values()]
-    return {name: after - before for name, before, after in zip(found, times, times[1:], strict=False)}
+        reached = dict(map(json.loads, stamps.read_text("utf-8").splitlines())) if stamps.exists() else {}
+    if list(reached) != list(PHASES):
+        raise RuntimeError(f"a start ended after {list(reached)}:\n{done.stdout}{done.stderr}")
+    times = [began, *reached.values()]
+    return {name: after - before for name, before, after in zip(reached, times, times[1:], strict=False)}
 
 
 def help_seconds() -> float:

@@ -103,20 +103,20 @@ def take_turns(arms: list[BenchArm], rounds: int) -> list[dict[str, Any]]:
         for worker in workers:
             for _ in range(WARM_UP):
                 worker.ask("step")
-        found: list[dict[str, Any]] = [{"seconds": [], "loss": 0.0} for _ in arms]
+        measured: list[dict[str, Any]] = [{"seconds": [], "loss": 0.0} for _ in arms]
         for number in range(rounds):
             for i in sorted(range(len(arms)), reverse=bool(number % 2)):
                 answers = workers[i].ask("step")
-                found[i]["seconds"].append(max(a["seconds"] for a in answers))
-                found[i]["loss"] = statistics.mean(a["loss"] for a in answers)
+                measured[i]["seconds"].append(max(a["seconds"] for a in answers))
+                measured[i]["loss"] = statistics.mean(a["loss"] for a in answers)
         for i, worker in enumerate(workers):
-            found[i]["parts"] = worker.ask("parts")[0]["parts"]
+            measured[i]["parts"] = worker.ask("parts")[0]["parts"]
             answers = worker.ask("memory")
-            found[i]["memory"] = {name: max(a[name] for a in answers) for name in answers[0]}
+            measured[i]["memory"] = {name: max(a[name] for a in answers) for name in answers[0]}
     finally:
         for worker in workers:
             worker.close()
-    return found
+    return measured
 
 
 def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
@@ -125,10 +125,10 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
     for comparison, method, arms in comparisons(args):
         times = take_turns(arms, args.rounds)
         rows = []
-        for a, found in zip(arms, times, strict=True):
-            held = found["memory"]
-            ratios = [first / own for first, own in zip(times[0]["seconds"], found["seconds"], strict=True)]
-            median = statistics.median(found["seconds"])
+        for a, measured in zip(arms, times, strict=True):
+            held = measured["memory"]
+            ratios = [first / own for first, own in zip(times[0]["seconds"], measured["seconds"], strict=True)]
+            median = statistics.median(measured["seconds"])
             precision = next(o for o in reversed(a.overrides) if o.startswith("train.precision=")).partition("=")[2]
             rows.append(about | {
                 "comparison": comparison, "method": method, "precision": precision, "ranks": str(a.ranks),
@@ -138,8 +138,8 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
                 "memory_ratio": f"{held['peak'] / times[0]['memory']['peak']:.3f}",
                 "states_gb": f"{held['resting'] / 1e9:.2f}",
                 "resident_gb": "" if args.gpus else f"{held['resident'] / 1e9:.2f}",
-                "mfu": utilisation(a, args, median) if args.gpus else "", "last_loss": f"{found['loss']:.5f}",
-                "parts": json.dumps({n: round(s, 4) for n, s in sorted(found["parts"].items())}),
+                "mfu": utilisation(a, args, median) if args.gpus else "", "last_loss": f"{measured['loss']:.5f}",
+                "parts": json.dumps({n: round(s, 4) for n, s in sorted(measured["parts"].items())}),
             })  # fmt: skip
         yield rows
 
@@ -148,9 +148,9 @@ def where(args: argparse.Namespace) -> Row:
     """Device and versions."""
     from mirai_ds.runtime.environment import package_versions
 
-    found = facts("cuda" if args.gpus else "cpu", "")
-    device = found["device"] if args.gpus else found["device"].partition(",")[0]
-    return {"date": time.strftime("%Y-%m-%d"), "device": device, "python": found["python"], "torch": found["torch"],
+    about = facts("cuda" if args.gpus else "cpu", "")
+    device = about["device"] if args.gpus else about["device"].partition(",")[0]
+    return {"date": time.strftime("%Y-%m-%d"), "device": device, "python": about["python"], "torch": about["torch"],
             "deepspeed": package_versions()["deepspeed"]}  # fmt: skip
 
 

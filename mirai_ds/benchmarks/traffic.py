@@ -65,7 +65,7 @@ def operations(model: ModelConfig, batch: int, dtype: torch.dtype, device: str) 
     norm = RMSNorm(width, model.norm_eps).to(device, dtype)
     rope = rope_table(model.grid, width // model.heads).to(device)[:slots]
     tokens = torch.randint(0, model.vocab_size, (batch, slots), generator=generator, device=device)
-    found = {
+    ops = {
         "rmsnorm": Operation(2 * model.depth + 1, norm, [random(batch, slots, width)]),
         "rotary": Operation(
             2 * model.depth, lambda x: apply_rope(x, rope), [random(batch, slots, model.heads, width // model.heads)]
@@ -78,10 +78,10 @@ def operations(model: ModelConfig, batch: int, dtype: torch.dtype, device: str) 
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import functional
 
-        found["rmsnorm"].liger = lambda x: functional.liger_rms_norm(x, norm.weight, model.norm_eps, in_place=False)
-        found["swiglu"].liger = functional.liger_swiglu
-        found["cross-entropy"].liger = lambda x: functional.liger_cross_entropy(x.flatten(0, 1), tokens.flatten())
-    return found
+        ops["rmsnorm"].liger = lambda x: functional.liger_rms_norm(x, norm.weight, model.norm_eps, in_place=False)
+        ops["swiglu"].liger = functional.liger_swiglu
+        ops["cross-entropy"].liger = lambda x: functional.liger_cross_entropy(x.flatten(0, 1), tokens.flatten())
+    return ops
 
 
 def both_passes(function: Loss, inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -117,7 +117,7 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
     about = facts(device, command)
     torch_dtype = bench.DTYPES[dtype]
     step = step_milliseconds(model, batch, torch_dtype, device)
-    found = [("step", "eager", step, 1.0, 1)]
+    timed = [("step", "eager", step, 1.0, 1)]
     for name, op in operations(model, batch, torch_dtype, device).items():
         torch._dynamo.reset()
         runs = {"eager": both_passes(op.function, op.inputs)}
@@ -125,14 +125,14 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
         if op.liger is not None:
             runs["liger"] = both_passes(op.liger, op.inputs)
         times = queued_milliseconds(runs, rounds) if device == "cuda" else milliseconds(runs, rounds)
-        found += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
+        timed += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
     return [
         bench.Row(
             **about, op=op, size=size, method=f"{uses} a step", batch=batch, heads=model.heads, width=model.width,
             dtype=dtype, variant=variant, median_ms=round(ms, 4), ratio=round(ratio, 2), extra_mib=0.0,
             gradient_mib=0.0, gb_per_s=0.0,
         )
-        for op, variant, ms, ratio, uses in found
+        for op, variant, ms, ratio, uses in timed
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from mirai_ds.data.stores.files import (
     write_manifest,
 )
 from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
-from mirai_ds.extract.crops import CropReader, Found, collect
+from mirai_ds.extract.crops import CropReader, CropResult, collect
 from mirai_ds.resumable.parts import Part, load_or_redo_shard
 from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.disk import digest_of_file, write_whole
@@ -57,11 +57,11 @@ class ImagesJob:
         self.folder = folder
         self.reader = CropReader(Path(plan.source), listing.names, side, "RGB", workers, then=encode)
 
-    def prepare(self, images: range) -> list[Future[Found[bytes]]]:
+    def prepare(self, images: range) -> list[Future[CropResult[bytes]]]:
         """See `parts.ShardJob`."""
         return self.reader.submit(images)
 
-    def finish(self, prepared: list[Future[Found[bytes]]], block: int) -> Part:
+    def finish(self, prepared: list[Future[CropResult[bytes]]], block: int) -> Part:
         """Writes the shard; lengths (kept,) int64 and the shard's digest are the part."""
         kept, encoded, problems = collect(prepared)
         shard = b"".join(encoded)

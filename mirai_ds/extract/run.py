@@ -159,10 +159,10 @@ def _agree(kind: str, options: Options, world: World, settings: dict[str, str], 
     """The plan that all ranks follow; None when the store is finished already.  Raises UserError."""
     out = options.out
     if not (out / MANIFEST).is_file() and read_plan(out) is None and world.rank == 0:
-        found = open_image_set(options.images, options.split)
-        block = options.block or automatic_block(len(found.names), LARGEST_BLOCK[kind])
-        plan = WorkPlan(kind, source, settings, block, len(found.names), found.classes)
-        begin(out, plan, Listing(found.names, found.labels))
+        image_set = open_image_set(options.images, options.split)
+        block = options.block or automatic_block(len(image_set.names), LARGEST_BLOCK[kind])
+        plan = WorkPlan(kind, source, settings, block, len(image_set.names), image_set.classes)
+        begin(out, plan, Listing(image_set.names, image_set.labels))
     begun = wait_for_plan(out, LISTING_SECONDS)
     if begun is None:
         made = read_manifest(out, TokenManifest if kind == "codes" else ImageManifest)

@@ -59,7 +59,7 @@ def table_key(text: str) -> str:
 @cache
 def all_rows() -> tuple[TableRow, ...]:
     """Every row of every table, recipes by name."""
-    found = []
+    rows = []
     for name in recipe_names():
         entry = paper_entry(name)
         if entry is None:
@@ -68,8 +68,8 @@ def all_rows() -> tuple[TableRow, ...]:
         for row in entry.rows:
             for epochs in row.epochs or [whole]:
                 numbers = numbers_of(entry, epochs)
-                found.append(TableRow(row.table, row.row, name, epochs, epochs == whole, numbers, row.note))
-    return tuple(found)
+                rows.append(TableRow(row.table, row.row, name, epochs, epochs == whole, numbers, row.note))
+    return tuple(rows)
 
 
 def rows_of(table: str) -> list[TableRow]:

@@ -38,7 +38,7 @@ class MeasuredRow:
 
     def values(self, metric: str) -> list[float]:
         """One a run, the mean of its evaluations."""
-        by_run = [[e.values[metric] for e in found if metric in e.values] for found in self.good.values()]
+        by_run = [[e.values[metric] for e in evaluations if metric in e.values] for evaluations in self.good.values()]
         return [statistics.fmean(values) for values in by_run if values]
 
     def mean(self, metric: str) -> float | None:

@@ -137,14 +137,14 @@ def left_over(window: float, sent: float, pieces: float) -> float:
     return max(window + sent / pieces, window / pieces + sent) - window
 
 
-def step_time(cluster: ClusterShape, found: Sequence[Collective], compute: Compute) -> StepTime:
+def step_time(cluster: ClusterShape, sent: Sequence[Collective], compute: Compute) -> StepTime:
     """Gradients hide behind the backward pass that makes them, ZeRO-3's gathers behind the blocks before; the gathers
     after the update and the teacher's behind nothing."""
-    times = {c: cluster.seconds(c) for c in found}
+    times = {c: cluster.seconds(c) for c in sent}
     whole = sum(times.values())
     open_ = sum(t for c, t in times.items() if c.hides == "nothing")
     for name, seconds in (("forward", compute.forward), ("backward", compute.backward)):
-        those = [c for c in found if c.hides == name]
+        those = [c for c in sent if c.hides == name]
         if not those:
             continue
         rounds = max(c.rounds for c in those)

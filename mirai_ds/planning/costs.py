@@ -26,8 +26,8 @@ def _described_by_timm(foresight: ForesightConfig, model: ModelConfig) -> ViT:
 
     encoder = foresight.encoder
     assert encoder is not None
-    found, image = encoder_plan(encoder, model.grid)
-    plan: Any = found  # timm's attributes
+    vit, image = encoder_plan(encoder, model.grid)
+    plan: Any = vit  # timm's attributes
     depth = encoder.layer or len(plan.blocks)
     above = sum(p.numel() for block in plan.blocks[depth:] for p in block.parameters())
     patches = model.grid**2
@@ -111,7 +111,7 @@ def costs_of(config: RunConfig, name: str | None = None) -> Costs:
 def costs_of_sizes(sizes: Sequence[str], methods: Sequence[str], block_size: int, batch: int) -> list[Costs]:
     """Every size with every method as the paper trains it: Mirai-I watches DINOv2-B with GPT-B, DINOv2-L with larger
     models.  Raises UserError for unknown names."""
-    found = []
+    costs = []
     for size in sizes:
         for method in methods:
             foresight: dict[str, Any] = {"method": method}
@@ -122,8 +122,8 @@ def costs_of_sizes(sizes: Sequence[str], methods: Sequence[str], block_size: int
                 "train": {"global_batch_size": batch},
                 "data": {"source": "npz", "path": "unread.npz"},
             })  # fmt: skip
-            found.append(costs_of(config, f"{size} {'baseline' if method == 'none' else method}"))
-    return found
+            costs.append(costs_of(config, f"{size} {'baseline' if method == 'none' else method}"))
+    return costs
 
 
 def costs_json(rows: Sequence[Costs]) -> dict[str, Any]:

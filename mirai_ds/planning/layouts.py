@@ -69,16 +69,16 @@ def machines_table() -> list[str]:
     ]
     for machine in MACHINES:
         for recipe in machine.recipes:
-            found = best(machine, recipe)
+            plan = best(machine, recipe)
             time = "- | - | - | -"
-            if found.time:
-                step = found.time[2]
-                rate = found.config.train.global_batch_size / step.expected
-                mfu = f"{found.utilisation.mfu:.2f} {found.utilisation.kind}"
+            if plan.time:
+                step = plan.time[2]
+                rate = plan.config.train.global_batch_size / step.expected
+                mfu = f"{plan.utilisation.mfu:.2f} {plan.utilisation.kind}"
                 time = f"{mfu} | {step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
             lines.append(
-                f"| {machine.name} | `{machine.file}` | `{recipe}` | {found.work.micro} x {found.states.accumulation}, "
-                f"{found.config.train.recompute.policy} | {found.needed / GIB:.1f} of {found.device.memory:g} | "
+                f"| {machine.name} | `{machine.file}` | `{recipe}` | {plan.work.micro} x {plan.states.accumulation}, "
+                f"{plan.config.train.recompute.policy} | {plan.needed / GIB:.1f} of {plan.device.memory:g} | "
                 f"{time} | {machine.why} |"
             )
     return lines
@@ -97,9 +97,9 @@ def files_table() -> list[str]:
             devices.DEVICES["a100-80g"] = dataclasses.replace(known, network=network)
             for file, precision in FILES:
                 overrides = (f"train.precision={precision}", "train.global_batch_size=2048")
-                found = make_plan(PlanRequest("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
-                here, far = (next(r for r in found.scaling if r["gpus"] == count) for count in (64, 512))
-                near, far_off = sum(row["link_bytes"] for row in found.sent), here["network_bytes_a_node"]
+                plan = make_plan(PlanRequest("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
+                here, far = (next(r for r in plan.scaling if r["gpus"] == count) for count in (64, 512))
+                near, far_off = sum(row["link_bytes"] for row in plan.sent), here["network_bytes_a_node"]
                 left = here["communication_s"] - here["hidden_s"]
                 lines.append(
                     f"| {label} | `{file}` | {precision} | {near / 1e6:,.0f} | {far_off / 1e6:,.0f} | "

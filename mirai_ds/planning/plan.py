@@ -148,12 +148,12 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     recomputed += flops["heads forward"] if work.heads_again else 0.0
     cluster, teacher = ClusterShape(device, request.nodes, request.gpus), refreshed_bytes(config)
     seconds = _seconds(device, work, flops, recomputed)
-    found = collectives(states, teacher)
+    sent = collectives(states, teacher)
     used = utilisation(device, config, work.micro, request.mfu)
     times = scaling = same = None
     if device.peak(work.precision):
         fast, slow, likely = (
-            step_time(cluster, found, seconds(used.mfu * factor, 1.0, states.accumulation))
+            step_time(cluster, sent, seconds(used.mfu * factor, 1.0, states.accumulation))
             for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
         )
         times = fast, slow, likely
@@ -166,7 +166,7 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     choices = _choices(request, config, device) if other_choices else []
     return TrainingPlan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
-        sent_rows(cluster, found), used, times, min(1.0, warmup / steps), steps, per_epoch,
+        sent_rows(cluster, sent), used, times, min(1.0, warmup / steps), steps, per_epoch,
         4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
     )  # fmt: skip
 
@@ -215,7 +215,7 @@ def _choices(request: PlanRequest, config: RunConfig, device: Device) -> list[Ch
     """Every stage (with the recipe's own DeepSpeed file otherwise) and recompute policy."""
     per_rank = config.train.global_batch_size // request.world
     divisors = [d for d in range(per_rank, 0, -1) if per_rank % d == 0]
-    found = []
+    choices = []
     for stage in range(4):
         if stage == 0 and config.train.precision == "bf16":
             continue  # refused: DeepSpeed steps once before training
@@ -226,8 +226,8 @@ def _choices(request: PlanRequest, config: RunConfig, device: Device) -> list[Ch
                 if fits(peak, device, request.world):
                     best = Choice(stage, name, micro, needed(peak, Allowance.of(device, request.world)))
                     break
-            found.append(best)
-    return found
+            choices.append(best)
+    return choices
 
 
 def suggest(choices: list[Choice]) -> Choice | None:

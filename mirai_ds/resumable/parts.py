@@ -25,7 +25,7 @@ BEAT_SECONDS = 5.0
 
 
 class Problem(NamedTuple):
-    """What was found about an image; kept: whether it is in the store all the same."""
+    """What a user must know of an image; kept: whether it is in the store all the same."""
 
     image: int
     name: str
@@ -162,9 +162,9 @@ def wait_for_parts(folder: Path, plan: WorkPlan, patience: float, tell: Callable
 
 def _signs_of_others(folder: Path) -> dict[str, float]:
     """When each rank but 0 last touched its file: only changes mean anything, clocks of machines differ."""
-    found = {}
+    signs = {}
     for path in (folder / PARTS).glob("rank-*.alive"):
         with suppress(FileNotFoundError):
-            found[path.name] = path.stat().st_mtime
-    found.pop("rank-0.alive", None)
-    return found
+            signs[path.name] = path.stat().st_mtime
+    signs.pop("rank-0.alive", None)
+    return signs

@@ -47,9 +47,9 @@ def write_document(folder: Path, check: bool = False) -> list[str]:
 
 def replaced(text: str, begin: str, content: str, path: Path) -> str:
     """`text` with what stands between `begin` and the next end marker replaced.  Raises UserError."""
-    head, found, rest = text.partition(begin + "\n")
+    head, opened, rest = text.partition(begin + "\n")
     _, closed, tail = rest.partition(END)
-    if not found or not closed:
+    if not opened or not closed:
         raise UserError(f"{path}: lacks the line {begin!r} and {END!r} after it, between which a part is written")
     return f"{head}{begin}\n{content}\n{END}{tail}"
 
@@ -150,9 +150,9 @@ def pairs_part(results: Results) -> str:
     for question, arm, against in PAIRS:
         if arm not in results.arms or against not in results.arms:
             continue
-        found = [results.difference(arm, what, against) for what in ("ntp_ema", "ntp_raw", "frechet", "smoothness")]
-        cells = [signed(one, digits) for one, digits in zip(found, (4, 4, 2, 3), strict=True)]
-        lines.append(f"| {question} | " + " | ".join(cells) + f" | {found[0].pairs} |")
+        estimates = [results.difference(arm, what, against) for what in ("ntp_ema", "ntp_raw", "frechet", "smoothness")]
+        cells = [signed(one, digits) for one, digits in zip(estimates, (4, 4, 2, 3), strict=True)]
+        lines.append(f"| {question} | " + " | ".join(cells) + f" | {estimates[0].pairs} |")
     return "\n".join(lines)
 
 
@@ -171,11 +171,11 @@ def signed(one: Estimate, digits: int) -> str:
     return f"**{text}**" if one.differs else text
 
 
-def _epochs(found: list[float], results: Results) -> str:
+def _epochs(epochs: list[float], results: Results) -> str:
     """Mean over seeds that reached it; `> 6` where the baseline did not."""
     last = float(results.curve(BASELINE, results.seeds(BASELINE)[0], "ntp_raw")[0][-1])
-    reached = [one for one in found if math.isfinite(one)]
-    late = f"> {last:g} ({len(found) - len(reached)} of {len(found)})" if len(reached) < len(found) else ""
+    reached = [one for one in epochs if math.isfinite(one)]
+    late = f"> {last:g} ({len(epochs) - len(reached)} of {len(epochs)})" if len(reached) < len(epochs) else ""
     mean = f"{sum(reached) / len(reached):.2f}" if reached else ""
     return ", ".join(one for one in (mean, late) if one)
 

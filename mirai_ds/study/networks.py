@@ -190,6 +190,6 @@ def open_judge(folder: Path) -> Judge:
 @torch.no_grad()
 def judged(judge: Judge, pixels: Pixels) -> tuple[Array, Array]:
     """features (n, 64) fp32 of grey images, and whether each is recognised (n,) bool."""
-    found = [judge(part) for part in torch.from_numpy(np.ascontiguousarray(pixels.images)).split(500)]
-    features = torch.cat([one[0] for one in found]).numpy()
-    return features, torch.cat([one[1] for one in found]).argmax(-1).numpy() == pixels.labels
+    outputs = [judge(part) for part in torch.from_numpy(np.ascontiguousarray(pixels.images)).split(500)]
+    features = torch.cat([one[0] for one in outputs]).numpy()
+    return features, torch.cat([one[1] for one in outputs]).argmax(-1).numpy() == pixels.labels

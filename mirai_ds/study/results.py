@@ -87,11 +87,11 @@ class Results:
         self.name, self.facts = name, rows.facts.get(name, {})
         self.runs = {(row.arm, row.seed): row for row in rows.runs if row.study == name}
         self.costs: dict[str, dict[str, Any]] = {row.arm: asdict(row) for row in rows.costs if row.study == name}
-        found: dict[tuple[str, int], list[Any]] = {}
+        curves: dict[tuple[str, int], list[Any]] = {}
         for row in rows.curves:
             if row.study == name:
-                found.setdefault((row.arm, row.seed), []).append(row)
-        self._curves = {key: sorted(points, key=lambda row: row.step) for key, points in found.items()}
+                curves.setdefault((row.arm, row.seed), []).append(row)
+        self._curves = {key: sorted(points, key=lambda row: row.step) for key, points in curves.items()}
         self.arms = [arm.name for arm in ARMS if self.seeds(arm.name)]
         if BASELINE not in self.arms:
             raise UserError(f"study {name}: the rows hold no run of the arm {BASELINE!r}; run it first")
@@ -118,8 +118,8 @@ class Results:
 
     def curves(self, arm: str, what: str) -> tuple[Array, Array]:
         """(epochs (p,), losses (seeds, p))."""
-        found = [self.curve(arm, seed, what) for seed in self.seeds(arm)]
-        return found[0][0], np.stack([values for _, values in found])
+        curves = [self.curve(arm, seed, what) for seed in self.seeds(arm)]
+        return curves[0][0], np.stack([values for _, values in curves])
 
     def paired_seeds(self, arm: str) -> list[int]:
         """Seeds that the arm shares with the baseline."""
@@ -158,18 +158,18 @@ class Results:
     def speed_up_halfway(self, arm: str, what: str) -> Estimate:
         """Epochs that the baseline needs to what the arm has after half of its run, over that half.  Infinite where the
         baseline never gets there."""
-        found = []
+        ratios = []
         for seed in self.paired_seeds(arm):
             epochs, values = self.curve(arm, seed, what)
             half = float(epochs[-1]) / 2
             reached = first_reached(*self.curve(BASELINE, seed, what), value_at(epochs, values, half))
-            found.append(reached / half)
-        return estimate(found)
+            ratios.append(reached / half)
+        return estimate(ratios)
 
     def baseline_epochs(self, arm: str, what: str) -> list[float]:
         """Epochs the baseline needs to reach the arm's last value, seed by seed; infinity: it did not."""
-        found = []
+        epochs = []
         for seed in self.paired_seeds(arm):
             target = float(self.curve(arm, seed, what)[1][-1])
-            found.append(first_reached(*self.curve(BASELINE, seed, what), target))
-        return found
+            epochs.append(first_reached(*self.curve(BASELINE, seed, what), target))
+        return epochs

@@ -107,15 +107,15 @@ def from_csv(path: Path, kind: type[Row]) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `mirai-ds study rows` writes it") from None
     names = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(kind)}
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=2):
         try:
             if set(line) != set(names):
                 raise ValueError(f"columns must be {', '.join(names)}")
-            found.append(kind(**{name: convert(line[name]) for name, convert in names.items()}))
+            rows.append(kind(**{name: convert(line[name]) for name, convert in names.items()}))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    return found
+    return rows
 
 
 def write_rows(rows: Rows, folder: Path) -> None:

@@ -245,12 +245,12 @@ def rows_of(folder: Path) -> Rows:
     from mirai_ds.study.measure import curve
 
     study = study_of(folder)
-    found = {(row.arm, row.seed): row for row in finished_rows(folder)}
-    most = 1 + max(seed for _, seed in found)
-    order = [p for p in planned_runs(study, list(ARMS), most) if (p.arm.name, p.seed) in found]
+    finished = {(row.arm, row.seed): row for row in finished_rows(folder)}
+    most = 1 + max(seed for _, seed in finished)
+    order = [p for p in planned_runs(study, list(ARMS), most) if (p.arm.name, p.seed) in finished]
     curves = [point for p in order for point in curve(study, p, runs_folder(folder, p))]
     facts = {study.name: read_json(folder / FACTS)}
-    return Rows([found[p.arm.name, p.seed] for p in order], curves, cost_rows(study.name, folder), facts)
+    return Rows([finished[p.arm.name, p.seed] for p in order], curves, cost_rows(study.name, folder), facts)
 
 
 def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
