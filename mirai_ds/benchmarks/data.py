@@ -33,6 +33,7 @@ from mirai_ds.extract.codes import CodesJob
 from mirai_ds.extract.images import ENCODINGS
 from mirai_ds.extract.run import Options, extract_images
 from mirai_ds.resumable.plan import Listing, WorkPlan
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import VQ16, Tokenizer, VQTokenizer
 
@@ -168,11 +169,11 @@ def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], 
 
 def table(measured: list[Row]) -> str:
     """Markdown: a line a row."""
-    lines = ["| task | variant | speed | ratio | |", "|---|---|---|---|---|"]
+    lines = []
     for row in measured:
         value, about = float(row["value"]), ", ".join(filter(None, [row["note"], row["device"], row["date"]]))
-        lines.append(f"| {row['task']} | {row['variant']} | {value:,.4g} {row['unit']} | {row['ratio']}x | {about} |")
-    return "\n".join(lines)
+        lines.append(f"{row['task']} | {row['variant']} | {value:,.4g} {row['unit']} | {row['ratio']}x | {about}")
+    return markdown.table("task | variant | speed | ratio |", lines)
 
 
 def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> list[Row]:

@@ -32,6 +32,7 @@ from mirai_ds.benchmarks.harness import (
     restart_as_training_runs,
 )
 from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
+from mirai_ds.runtime import markdown
 
 WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
 METHODS = {"E": 3, "I": 1}  # heads
@@ -173,20 +174,17 @@ def table(rows: list[dict[str, str]]) -> str:
             continue
         key = tuple(row[k] for k in ("device", "size", "method", "dtype", "batch", "date", "torch"))
         tasks.setdefault(key, {})[row["variant"]] = row
-    lines = [
-        "| device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes | "
-        "extra memory / gradient |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = "device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes"
+    lines = []
     for (device, size, method, dtype, batch, date, version), variants in tasks.items():
         fused = variants["fused"]
         eager, compiled, copy = (float(variants[name]["ratio"]) for name in ("eager", "compiled", "copy"))
         extra = float(fused["extra_mib"]) / float(fused["gradient_mib"])
         lines.append(
-            f"| {device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
-            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f} |"
+            f"{device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
+            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f}"
         )
-    return "\n".join(lines)
+    return markdown.table(f"{header} | extra memory / gradient", lines)
 
 
 def main(argv: list[str] | None = None) -> int:

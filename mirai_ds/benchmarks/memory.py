@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from mirai_ds.benchmarks.harness import append, command_line, new_parser, only_table
 from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import RunConfig, build
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World, leave_process_group, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
 from mirai_ds.train.step import train_step
@@ -249,18 +250,14 @@ def described(config: RunConfig) -> str:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown: a line a configuration."""
-    lines = [
-        "| method | precision | stage | recompute | micro batch x accumulation, ranks "
-        "| measured MB | plan MB | error |",
-        "|---|---|---|---|---|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "
+    header = "method | precision | stage | recompute | micro batch x accumulation, ranks | measured MB | plan MB"
+    lines = (
+        f"{r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "
         f"{r['accumulation']}, {r['ranks']} | {r['measured_mb']} | {r['planned_mb']} | "
-        f"{float(r['error_percent']):+.1f} % |"
+        f"{float(r['error_percent']):+.1f} %"
         for r in rows
-    ]
-    return "\n".join(lines)
+    )
+    return markdown.table(f"{header} | error", lines, "lllllrrr")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World, leave_process_group, read_world
 
 MODULE = "mirai_ds.benchmarks.safety"
@@ -187,11 +188,9 @@ def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | ranks, model | what | variant | time | ratio |", "|---|---|---|---|---:|---:|"]
-    for r in rows:
-        layout, time = f"{r['ranks']}, {r['model']}", f"{r['value']} {r['unit']}"
-        lines.append(f"| {' | '.join((r['device'], layout, r['what'], r['variant'], time, r['ratio']))} |")
-    return "\n".join(lines)
+    cells = "{device} | {ranks}, {model} | {what} | {variant} | {value} {unit} | {ratio}"
+    header = "device | ranks, model | what | variant | time | ratio"
+    return markdown.table(header, map(cells.format_map, rows), "llllrr")
 
 
 def measure(world: World, overrides: list[str], run: Path, rounds: int, block: int, command: str) -> list[Row]:

@@ -28,6 +28,7 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, Decoder, SamplingRules, Speed, initialise
 from mirai_ds.model.rope2d import apply_rope
 from mirai_ds.model.rules import guide
+from mirai_ds.runtime import markdown
 
 MODULE = "mirai_ds.benchmarks.sampling"
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "model", "batch", "tokens", "dtype", "variant",
@@ -175,13 +176,12 @@ def measure(args: argparse.Namespace, command: str) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | model, tokens, batch | dtype | variant | images/s | ms a step | times as long |",
-             "|---|---|---|---|---:|---:|---:|"]  # fmt: skip
-    for r in rows:
-        where, what = f"{r['device']}, torch {r['torch']}, {r['date']}", f"{r['model']}, {r['tokens']}, {r['batch']}"
-        numbers = (r["images_per_s"], r["ms_step"], r["times_as_long"])
-        lines.append(f"| {' | '.join((where, what, r['dtype'], r['variant'], *numbers))} |")
-    return "\n".join(lines)
+    header = "device | model, tokens, batch | dtype | variant | images/s | ms a step | times as long"
+    cells = (
+        "{device}, torch {torch}, {date} | {model}, {tokens}, {batch} | {dtype} | {variant} | {images_per_s} "
+        "| {ms_step} | {times_as_long}"
+    )
+    return markdown.table(header, map(cells.format_map, rows), "llllrrr")
 
 
 def main(argv: list[str] | None = None) -> int:

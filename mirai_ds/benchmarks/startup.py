@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 
 MODULE = "mirai_ds.benchmarks.startup"
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
@@ -165,12 +166,12 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | ranks, model | what | part | seconds | of the whole |", "|---|---|---|---|---:|---:|"]
+    lines = []
     for r in rows:
         layout = f"{r['ranks']}, {r['model']}" if r["model"] else "-"
         share = f"{float(r['ratio']):.0%}" if r["ratio"] else "-"
-        lines.append(f"| {' | '.join((r['device'], layout, r['what'], r['variant'], r['value'], share))} |")
-    return "\n".join(lines)
+        lines.append(f"{r['device']} | {layout} | {r['what']} | {r['variant']} | {r['value']} | {share}")
+    return markdown.table("device | ranks, model | what | part | seconds | of the whole", lines, "llllrr")
 
 
 def main(argv: list[str] | None = None) -> int:

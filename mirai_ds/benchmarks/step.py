@@ -26,6 +26,7 @@ from typing import Any
 
 from mirai_ds.benchmarks.arms import BenchArm, Workers
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
@@ -174,16 +175,12 @@ def utilisation(a: BenchArm, args: argparse.Namespace, seconds: float) -> str:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    head = ("device", "comparison", "model, method, batch, ranks", "variant, precision", "s a step", "times as fast",
-            "peak GB", "of the first's", "MFU")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---:|---:|---:|---:|---:|"]
-    for r in rows:
-        what = f"{r['model']}, {r['method']}, {r['batch']}, {r['ranks']}"
-        cells = (f"{r['device']}, torch {r['torch']}, {r['date']}", r["comparison"], what,
-                 f"{r['variant']}, {r['precision']}", r["median_s"], r["times_as_fast"], r["memory_gb"],
-                 r["memory_ratio"], r["mfu"])  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = "device | comparison | model, method, batch, ranks | variant, precision | s a step | times as fast"
+    cells = (
+        "{device}, torch {torch}, {date} | {comparison} | {model}, {method}, {batch}, {ranks} | {variant}, {precision} "
+        "| {median_s} | {times_as_fast} | {memory_gb} | {memory_ratio} | {mfu}"
+    )
+    return markdown.table(f"{header} | peak GB | of the first's | MFU", map(cells.format_map, rows), "llllrrrrr")
 
 
 def parts_table(rows: list[Row]) -> str:
@@ -192,12 +189,11 @@ def parts_table(rows: list[Row]) -> str:
     names = sorted(
         {name for _, parts in measured for name in parts}, key=lambda n: (-max(p.get(n, 0) for _, p in measured), n)
     )
-    lines = [f"| variant | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines = []
     for r, parts in measured:
-        whole = sum(parts.values())
-        cells = " | ".join(f"{100 * parts.get(name, 0) / whole:.1f}" for name in names)
-        lines.append(f"| {r['variant']}, {r['method']} | {cells} |")
-    return "\n".join(lines)
+        shares = (f"{100 * parts.get(name, 0) / sum(parts.values()):.1f}" for name in names)
+        lines.append(" | ".join([f"{r['variant']}, {r['method']}", *shares]))
+    return markdown.table(" | ".join(["variant", *names]), lines, "l" + "r" * len(names))
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

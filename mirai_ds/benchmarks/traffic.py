@@ -35,6 +35,7 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, initialise, next_token_loss
 from mirai_ds.model.gpt import RMSNorm
 from mirai_ds.model.rope2d import apply_rope, rope_table
+from mirai_ds.runtime import markdown
 
 Loss = Callable[..., Tensor]
 
@@ -138,10 +139,8 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a line an operation, its share of the step and what compiling it would leave of the step."""
-    lines = [
-        "| device | model, batch, dtype | operation | uses a step | eager ms | of the step | torch.compile | Liger |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = "device | model, batch, dtype | operation | uses a step | eager ms | of the step | torch.compile | Liger"
+    lines = []
     for step in (row for row in rows if row["op"] == "step"):
         same = [r for r in rows if all(r[k] == step[k] for k in ("device", "size", "batch", "dtype"))]
         for row in (r for r in same if r["method"].endswith(" a step") and r["op"] != "step"):
@@ -151,11 +150,11 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             share = uses * float(row["median_ms"]) / float(step["median_ms"])
             ratios = {r["variant"]: f"{float(r['ratio']):.2f}x" for r in same if r["op"] == row["op"]}
             lines.append(
-                f"| {row['device']}, torch {row['torch']}, {row['date']} | GPT-{row['size']}, {row['batch']}, "
+                f"{row['device']}, torch {row['torch']}, {row['date']} | GPT-{row['size']}, {row['batch']}, "
                 f"{row['dtype']} | {row['op']} | {uses} | {float(row['median_ms']):.3g} | {share:.1%} | "
-                f"{ratios['compiled']} | {ratios.get('liger', '-')} |"
+                f"{ratios['compiled']} | {ratios.get('liger', '-')}"
             )
-    return "\n".join(lines)
+    return markdown.table(header, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

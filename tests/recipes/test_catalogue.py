@@ -16,6 +16,7 @@ from mirai_ds.config.load import TWIN, paper_entry, read_recipe
 from mirai_ds.config.paper_rows import TABLES, read_entry
 from mirai_ds.paper import catalogue
 from mirai_ds.paper.comparable import comparable_config, differences
+from mirai_ds.runtime import markdown
 from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +175,7 @@ def test_a_header_says_what_is_promised() -> None:
 
 def test_the_documentation_is_the_catalogue() -> None:
     document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert document == catalogue.between_markers(document, catalogue.page())
+    assert document == markdown.replaced(document, catalogue.BEGIN, catalogue.page(), catalogue.END, "recipes.md")
     assert document.count("| `mirai-e-b-80` |") == 7
 
 
