@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mirai_ds.analysis.checkpoints import Checkpoint
+from mirai_ds.analysis.compare_report import text_table
 from mirai_ds.analysis.inspect_run import RunReport, last_values, lowest_values
 from mirai_ds.config.sizes import parameter_count
 from mirai_ds.runs.records import CLOCK, Json, code_text, count_text, plain, size_text, time_text
@@ -134,19 +135,12 @@ def _files(report: RunReport) -> list[Line]:
 
 
 def _checkpoints(report: RunReport) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("checkpoint", "size", "written", "ranks x stage", "precision", "code", "state"):
-        table.add_column(column, overflow="fold")
-    for one in report.checkpoints:
-        cells = (
-            str(one.step), size_text(one.size), time_text(one.written), one.layout,
-            str(one.info.get("precision", "?")), code_text(one.info.get("code")), _state(report, one),
-        )  # fmt: skip
-        table.add_row(*map(Text, cells))
-    return table
+    rows = (
+        (str(one.step), size_text(one.size), time_text(one.written), one.layout, str(one.info.get("precision", "?")),
+         code_text(one.info.get("code")), _state(report, one))
+        for one in report.checkpoints
+    )  # fmt: skip
+    return text_table(("checkpoint", "size", "written", "ranks x stage", "precision", "code", "state"), rows)
 
 
 def _state(report: RunReport, one: Checkpoint) -> str:
