@@ -65,7 +65,7 @@ def read_checkpoints(run: Path, digests: bool, valid: dict[int, float]) -> list[
 
 
 def _present(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    """Without those that a living run has let go while they were read."""
+    """The checkpoints without those that a living run has removed while they were read."""
     return [one for one in checkpoints if one.path.is_dir()]
 
 

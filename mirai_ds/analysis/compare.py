@@ -61,7 +61,7 @@ class LastQuarter:
 
     @property
     def shift(self) -> float:
-        """B's mean against A's, relative to A's: 0.01 is one per cent above."""
+        """B's mean less A's, relative to A's: 0.01 means one per cent above."""
         if self.mean_a == self.mean_b:
             return 0.0
         return (self.mean_b - self.mean_a) / abs(self.mean_a) if self.mean_a else math.inf
@@ -122,7 +122,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """identical, within the tolerance, or different."""
+        """Whether the curves are identical, within the tolerance, or different."""
         if self.first_beyond is not None:
             return "different"
         return "identical" if all(m.identical for m in self.metrics) else "within"

@@ -107,7 +107,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _extent(result: Comparison) -> list[str]:
-    """What only one of the runs has."""
+    """Notes on the steps and metrics that only one of the runs has."""
     notes = []
     if result.prefix is not None:
         short, long = (result.a, result.b) if result.prefix == "a" else (result.b, result.a)

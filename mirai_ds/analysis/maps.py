@@ -48,7 +48,7 @@ class Images:
         return len(self.names)
 
     def first(self, count: int) -> Images:
-        """The first `count`."""
+        """Returns the first `count` images."""
         pixels = None if self.pixels is None else self.pixels[:count]
         return Images(self.tokens[:count], self.labels[:count], pixels, self.names[:count])
 
@@ -109,7 +109,7 @@ def smoothness(features: Tensor) -> Smoothness:
 
 
 def half_width(values: Array) -> float:
-    """Of the 95 % interval of the mean; NaN for a single value."""
+    """Half the width of the mean's 95 % interval; NaN for a single value."""
     return Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -368,5 +368,5 @@ def draw(path: Path, maps: Sequence[RunMap], shown: Images) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escapes text so that matplotlib does not take it for mathematics."""
     return text.replace("$", r"\$")

@@ -147,7 +147,7 @@ def paper_numbers(recipe: str) -> list[tuple[int, dict[str, float], str]]:
 
 
 def _departures(report: RunReport, recipe: str) -> list[str]:
-    """In what a run is not the recipe whose numbers stand beside it."""
+    """Settings in which a run differs from the recipe whose numbers stand beside it."""
     if report.config is None:
         return ["its configuration cannot be read whole"]
     theirs = load(recipe + TWIN if report.name != recipe else recipe)
@@ -162,7 +162,7 @@ _MAIN = (
 
 
 def _settings(reports: Sequence[RunReport]) -> list[Row]:
-    """Of one run the main settings, of several the ones that differ."""
+    """Rows of one run's main settings, or of several runs' settings that differ."""
     flat = [flatten(report.raw) for report in reports]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     if len(reports) > 1:

@@ -90,7 +90,7 @@ class Workers:
         raise RuntimeError(f"{self.arm.name}: a process ended with {process.wait()}; what it said is above")
 
     def close(self) -> None:
-        """End them."""
+        """Ends the processes."""
         for process in self.processes:
             if process.stdin is not None:
                 process.stdin.close()
@@ -125,7 +125,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time spent inside belongs to `name`."""
+        """Counts the time spent inside the context for the part `name`."""
         self._pass()
         self._stack.append(name)
         try:
@@ -136,7 +136,7 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        """Calls of a function or method belong to `name` meanwhile."""
+        """Counts calls of a function or method for the part `name` while the context is open."""
         original = getattr(owner, attribute)
 
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -165,7 +165,7 @@ class Steppable(Protocol):
 
 
 class _Trainer:
-    """The real step."""
+    """The arm that takes the trainer's own steps."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.device = session, session.device
@@ -194,7 +194,7 @@ class _Trainer:
 
 
 class _Plain:
-    """The baseline's."""
+    """The arm that takes the baseline's steps."""
 
     def __init__(self, config: Any, world: Any, device: Any, compiled: bool) -> None:
         from mirai_ds.benchmarks.plain import PlainTrainer
@@ -246,7 +246,7 @@ def _timed(what: Steppable) -> dict[str, Any]:
 
 
 def _in_a_row(what: Steppable, steps: int) -> dict[str, float]:
-    """Seconds a step of several that nobody waits for between them."""
+    """Seconds of a step when several are queued and nobody waits between them."""
     what.step()
     began = time.perf_counter()
     for _ in range(steps - 1):
@@ -285,7 +285,7 @@ def allocated_by_malloc() -> int:
 
 
 def _resident_peak() -> int:
-    """Bytes of this process at most since it began."""
+    """The most memory in bytes that this process has held since it began."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["VmHWM"].split()[0]) * 1024
 

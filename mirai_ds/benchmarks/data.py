@@ -56,7 +56,7 @@ def in_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def rows(task: str, unit: str, speeds: dict[str, float], notes: dict[str, str], about: Row) -> list[Row]:
-    """A row a variant; ratio: its speed over the last variant's."""
+    """One row per variant; `ratio` is its speed divided by the last variant's."""
     base = list(speeds.values())[-1]
     return [
         {**about, "task": task, "variant": name, "value": f"{speed:.4g}", "unit": unit, "ratio": f"{speed / base:.2f}",
@@ -82,7 +82,7 @@ def photographs(folder: Path, count: int) -> Path:
 def extraction(
     folder: Path, tokenizer: Tokenizer, images: int, batch: int, workers: int
 ) -> dict[str, Callable[[], float]]:
-    """Images a second end to end; both give the same codes."""
+    """The two ways to extract, to be timed end to end in images a second; both give the same codes."""
     photos, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     listing = Listing(photos.names, photos.labels)
     plan = WorkPlan("codes", str(photos.root), {}, images, images, photos.classes)
@@ -142,7 +142,7 @@ def loading(folder: Path, images: int, batch: int) -> dict[str, Callable[[], flo
 
 
 def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """Images a second of one worker, and what an image takes on disk."""
+    """The ways to read views, to be timed in images a second of one worker, and what an image takes on disk."""
     photos, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     numbers, views = np.arange(images), np.arange(images) % 10
     runs: dict[str, Callable[[], float]] = {}
@@ -168,7 +168,7 @@ def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], 
 
 
 def table(measured: list[Row]) -> str:
-    """Markdown: a line a row."""
+    """A Markdown table with one line per row."""
     lines = []
     for row in measured:
         value, about = float(row["value"]), ", ".join(filter(None, [row["note"], row["device"], row["date"]]))
@@ -192,7 +192,7 @@ def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> li
 
 
 def random_tokenizer(device: str, small: bool) -> Tokenizer:
-    """VQ-16 with random weights; small: a few channels."""
+    """VQ-16 with random weights; with `small` it has few channels."""
     from dataclasses import replace
 
     return VQTokenizer.random(replace(VQ16, channels=32) if small else VQ16, device)

@@ -81,13 +81,13 @@ class KernelTask:
 
     @property
     def fewest_bytes(self) -> int:
-        """Read `projected` and the target, write the gradient."""
+        """The bytes of reading `projected` and the target once and writing the gradient."""
         states = sum(p.numel() * p.element_size() for p in self.projected)
         return 2 * states + self.target.numel() * self.target.element_size()
 
     @property
     def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What follows `projected`."""
+        """The operation's arguments after `projected`."""
         return self.target, self.index, self.weights, self.counts
 
 
@@ -118,7 +118,7 @@ def masked(projected: list[Tensor], target: Tensor, index: Tensor, weights: Tens
 
 
 def variants(t: KernelTask) -> dict[str, Callable[[], Any]]:
-    """Name -> one forward and backward pass (`copy`: the bytes alone)."""
+    """Maps names to a forward and backward pass each; `copy` only moves the bytes."""
     compiled = torch.compile(masked, dynamic=False)
     half = torch.empty(t.fewest_bytes // 8, dtype=torch.float32, device=t.target.device)
     to = torch.empty_like(half)
@@ -135,7 +135,7 @@ def variants(t: KernelTask) -> dict[str, Callable[[], Any]]:
 
 
 def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds: int, command: str) -> list[Row]:
-    """All variants of one task."""
+    """Measures all variants of one task."""
     torch._dynamo.reset()
     heads, width = METHODS[method], WIDTHS[size]
     t = task(heads, width, batch, DTYPES[dtype], device)
@@ -167,7 +167,7 @@ def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a line a task."""
+    """A Markdown table with one line per task."""
     tasks: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["op"] != "foresight_cosine":

@@ -78,7 +78,7 @@ class LiveStorages(TorchDispatchMode):
         self.live -= self._held.pop(key)[1]
 
     def restart(self) -> int:
-        """Measure the peak from here; what is alive now."""
+        """Measures the peak from here on; returns the bytes in use now."""
         self.peak = self.live
         return self.live
 
@@ -103,7 +103,7 @@ class _AllocatorOfGpu:
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """The largest number of bytes since `restart`."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def restart(self) -> int:
@@ -239,7 +239,7 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
 
 
 def described(config: RunConfig) -> str:
-    """The method, and what of it is not the default."""
+    """Describes the method and its settings that are not the default."""
     f, more = config.foresight, []
     if f.active and f.head != ("transformer" if f.method == "mtp" else "mlp"):
         more.append(f"{f.head} heads")
@@ -249,7 +249,7 @@ def described(config: RunConfig) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a line a configuration."""
+    """A Markdown table with one line per configuration."""
     header = "method | precision | stage | recompute | micro batch x accumulation, ranks | measured MB | plan MB"
     lines = (
         f"{r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "

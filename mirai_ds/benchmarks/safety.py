@@ -28,7 +28,7 @@ Row = dict[str, str]
 
 
 def bare_steps(session: Any, count: int) -> None:
-    """What a loop without guards does."""
+    """Takes steps as a loop without guards does."""
     from mirai_ds.train import step as module
 
     guarded = module.propagate_nonfinite_loss
@@ -42,7 +42,7 @@ def bare_steps(session: Any, count: int) -> None:
 
 
 def guarded_steps(session: Any, count: int) -> None:
-    """What `run_loop` does around steps, whose last one is looked at."""
+    """Takes steps with what `run_loop` does around them; the last one is looked at."""
     from mirai_ds.runtime.control import Facts
     from mirai_ds.train.nonfinite import confirm_step
     from mirai_ds.train.step import train_step
@@ -57,7 +57,7 @@ def guarded_steps(session: Any, count: int) -> None:
 
 
 def seconds(run: Callable[[], None], session: Any) -> float:
-    """Of `run` on this rank, all ranks starting together."""
+    """Seconds that `run` takes on this rank when all ranks start together."""
     session.control.barrier()
     began = time.perf_counter()
     run()
@@ -157,7 +157,7 @@ def digest_times(session: Any) -> dict[str, float]:
 
 
 def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
-    """Collective: everything, as rows."""
+    """Measures everything and returns the rows; collective."""
     steps = step_times(session, rounds, block)
     parts = part_times(session)
     saves = save_times(session, max(3, min(8, rounds // 4)))
@@ -194,7 +194,7 @@ def table(rows: list[Row]) -> str:
 
 
 def measure(world: World, overrides: list[str], run: Path, rounds: int, block: int, command: str) -> list[Row]:
-    """One rank: build a session in `run`, measure; rows on the main rank."""
+    """Builds one rank's session in `run` and measures; the main rank returns the rows."""
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runs.outcome import Outcome

@@ -67,7 +67,7 @@ class PlainCache:
 
     @torch.no_grad()
     def advance(self, place: int) -> None:
-        """The token at `place`."""
+        """Draws the token at `place`."""
         gpt, x = self.gpt, self.x
         position = torch.full((1,), place, dtype=torch.int64, device=x.device)
         mask, rope = self.mask[position][None, None], gpt.rope[position]
@@ -104,7 +104,7 @@ def uncached_step(gpt: GPT, labels: Tensor, tokens: Tensor) -> Tensor:
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call, the device's work included."""
+    """Seconds of one call, the device's work included."""
     began = time.perf_counter()
     run()
     if device == "cuda":

@@ -50,7 +50,7 @@ PHASES = {
 
 
 def stamp(name: str) -> None:
-    """Note the time; other ranks than the first do not."""
+    """Notes the time of a phase; only the first rank does."""
     if os.environ.get("RANK", "0") == "0" and STAMPS in os.environ:
         with open(os.environ[STAMPS], "a", encoding="utf-8") as file:
             file.write(json.dumps([name, time.time()]) + "\n")
@@ -71,7 +71,7 @@ def _stamped(module: Any, name: str, label: str, last: bool = False) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """`mirai-ds train ARGUMENTS`, whose ranks run `rank`."""
+    """Runs `mirai-ds train ARGUMENTS` with ranks that run `rank`."""
     from mirai_ds.runtime import launch
 
     start = launch.launch
@@ -86,7 +86,7 @@ def command(arguments: list[str]) -> None:
 
 
 def rank(arguments: list[str]) -> None:
-    """`python -m mirai_ds.train ARGUMENTS` with stamps."""
+    """Runs `python -m mirai_ds.train ARGUMENTS` and stamps its phases."""
     stamp("rank")
     from mirai_ds.train import __main__ as train
 
@@ -130,7 +130,7 @@ def one_start(overrides: Sequence[str], ranks: int) -> dict[str, float]:
 
 
 def help_seconds() -> float:
-    """`mirai-ds --help`."""
+    """Seconds that `mirai-ds --help` takes."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mirai_ds", "--help"], check=True, capture_output=True)
     return time.perf_counter() - began

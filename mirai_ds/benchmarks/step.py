@@ -48,7 +48,7 @@ Row = dict[str, str]
 
 
 def overrides(args: argparse.Namespace, ranks: int) -> list[str]:
-    """What every arm of a call shares."""
+    """Overrides that all arms of a call share."""
     return [
         "foresight.warmup_epochs=0", f"train.global_batch_size={args.batch * ranks}", "train.grad_accum_steps=1",
         f"train.precision={args.precision}", *args.overrides,
@@ -121,7 +121,7 @@ def take_turns(arms: list[BenchArm], rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
-    """Rows, one comparison after the other."""
+    """Yields the rows of one comparison after the other."""
     about = {**where(args), "command": command, "model": args.size, "batch": str(args.batch)}
     for comparison, method, arms in comparisons(args):
         times = take_turns(arms, args.rounds)
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
 
 
 def where(args: argparse.Namespace) -> Row:
-    """Device and versions."""
+    """The columns that name the device and the versions."""
     from mirai_ds.runtime.environment import package_versions
 
     about = facts("cuda" if args.gpus else "cpu", "")
@@ -197,7 +197,7 @@ def parts_table(rows: list[Row]) -> str:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """Of the command line."""
+    """Reads the command line."""
     import os
 
     parser = new_parser("step", __doc__)

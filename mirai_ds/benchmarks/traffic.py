@@ -41,7 +41,7 @@ Loss = Callable[..., Tensor]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As in FeedForward."""
+    """SwiGLU as FeedForward computes it."""
     return F.silu(gate) * up
 
 
@@ -93,7 +93,7 @@ def both_passes(function: Loss, inputs: Sequence[Tensor]) -> Callable[[], Any]:
 
 
 def step_milliseconds(model: ModelConfig, batch: int, dtype: torch.dtype, device: str, runs: int = 3) -> float:
-    """Forward and backward of the whole model; the best of a few."""
+    """Milliseconds of the whole model's forward and backward pass, the best of a few."""
     gpt = GPT(model)
     initialise(gpt, 0)
     gpt = gpt.to(device, dtype)

@@ -100,14 +100,14 @@ def evaluate_files(
 
 
 class Kept:
-    """Features through the cache, and where each set's came from."""
+    """Takes features through the cache and records where each set's came from."""
 
     def __init__(self, network: FeatureNetwork, request: EvaluationRequest, progress: Progress | None) -> None:
         self.network, self.request, self.progress = network, request, progress
         self.origins: dict[str, str] = {}
 
     def features(self, name: str, source: ImageSource, digest: str) -> Extracted:
-        """Of `source`, extracted or cached."""
+        """The features of `source`, extracted or read from the cache."""
         advance = None if self.progress is None else self.progress(name, source.count)
         extracted = features_of(source, digest, self.network, self.request.batch_size, self.request.cache, advance)
         self.origins[name] = extracted.origin

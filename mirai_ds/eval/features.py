@@ -39,7 +39,7 @@ class FeatureNetwork(Protocol):
 
 
 class Features(NamedTuple):
-    """fp32: pooled (n, d), spatial (n, e) or None."""
+    """Features in fp32: pooled (n, d) and spatial (n, e), or None."""
 
     pooled: Array
     spatial: Array | None
@@ -153,7 +153,7 @@ def default_arithmetic(network: FeatureNetwork) -> Arithmetic:
 
 
 def allowed_metrics(reference: Reference, network: FeatureNetwork) -> tuple[str, ...]:
-    """Those of `METRICS` that both the network and the reference allow."""
+    """The names in `METRICS` that both the network and the reference allow."""
     has = {"fid": reference.pooled, "sfid": reference.spatial, "is": (), "pr": reference.images}
     return tuple(m for m in METRICS if m in network.metrics and has[m] is not None)
 

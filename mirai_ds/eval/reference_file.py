@@ -40,7 +40,7 @@ class ReferenceFile:
         return not self.departures()
 
     def departures(self) -> list[str]:
-        """In what it differs from the published reference, each a sentence."""
+        """How it differs from the published reference, each difference as a sentence."""
         reasons = []
         if self.pooled is None or self.spatial is None:
             lacking = "mu, sigma" if self.pooled is None else "mu_s, sigma_s"

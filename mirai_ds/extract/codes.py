@@ -53,7 +53,7 @@ class CodesJob:
         return Part(np.array(kept, np.int64), {"codes": codes.reshape(len(kept), views, tokens)}, problems)
 
     def _batches(self, crops: list[Array]) -> Iterator[torch.Tensor]:
-        """uint8 (at most `batch`, c, c, C): image after image, view after view."""
+        """Yields uint8 (at most `batch`, c, c, C), image after image and view after view."""
         waiting: list[Array] = []
         for crop in crops:
             for view in range(self.geometry.num_views):

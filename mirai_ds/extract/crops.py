@@ -38,7 +38,7 @@ class CropReader(Generic[T]):
         self.pool = ThreadPoolExecutor(workers)
 
     def submit(self, images: range) -> list[Future[CropResult[T]]]:
-        """Begin reading a block."""
+        """Begins to read a block."""
         return [self.pool.submit(self._read, image) for image in images]
 
     def _read(self, image: int) -> CropResult[T]:
@@ -52,7 +52,7 @@ class CropReader(Generic[T]):
         return CropResult(image, value, problem)
 
     def close(self) -> None:
-        """End the threads."""
+        """Ends the threads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 

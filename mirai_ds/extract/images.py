@@ -102,7 +102,7 @@ def assemble_images(job: ImagesJob, plan: WorkPlan, folder: Path, listing: Listi
 
 
 def _whole_part(job: ImagesJob, plan: WorkPlan, folder: Path, block: int) -> Part:
-    """A part whose shard lies there in full; both are made anew otherwise."""
+    """A part if its shard is complete; otherwise both are made anew."""
     shard = folder / shard_name(block)
 
     def whole(part: Part) -> bool:

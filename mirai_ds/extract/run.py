@@ -63,12 +63,12 @@ class Options:
 
     @property
     def geometry(self) -> GeometryFacts:
-        """The views to cut."""
+        """The geometry of the views to cut."""
         crop_range = self.crop_range if self.crops == "ten" else 1.0
         return GeometryFacts(image_size=self.size, crops=self.crops, crop_range=crop_range)
 
     def settings(self) -> dict[str, str]:
-        """What decides the content, as text."""
+        """All settings that decide the content, as text."""
         geometry = {name: str(value) for name, value in self.geometry.model_dump().items()}
         return {**geometry, "split": self.split or "", "block": str(self.block or "auto"), "pillow": pillow_version()}
 
@@ -144,7 +144,7 @@ def _extract(
     kind: str, options: Options, world: World, settings: dict[str, str],
     work: Callable[[WorkPlan, Listing], None],
 ) -> None:  # fmt: skip
-    """Plan, work, tidy up."""
+    """Agrees on a plan, does the work and removes what only unfinished stores need."""
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in problems.jsonl
     out, source = options.out, str(options.images.resolve())
     with full_disks_in_one_line(out):
@@ -190,7 +190,7 @@ def automatic_block(images: int, largest: int) -> int:
 
 
 def tidy(out: Path) -> None:
-    """Remove what only an unfinished store needs."""
+    """Removes the files that only an unfinished store needs."""
     shutil.rmtree(out / PARTS, ignore_errors=True)
     for path in [out / PLAN, out / LISTING, *out.glob("*.tmp")]:
         path.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ class TableRow:
 
     @property
     def command(self) -> str:
-        """What trains exactly this row."""
+        """The command that trains exactly this row."""
         stop = "" if self.whole else f" --set train.max_steps={self.steps}"
         return f"mirai-ds train {self.recipe}{stop}"
 
@@ -174,7 +174,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Print, or write into the source tree that this module lies in."""
+    """Prints the tables, or writes them into the source tree that this module lies in."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     if not parser.parse_args().write:

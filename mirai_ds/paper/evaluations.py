@@ -36,7 +36,7 @@ class Evaluation:
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
-    """All of a run, by name, and what could not be read."""
+    """All evaluations of a run in order of name, and what could not be read."""
     evaluations, problems = [], []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:

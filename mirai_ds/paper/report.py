@@ -52,7 +52,7 @@ def headings(metrics: list[str]) -> list[str]:
 
 
 def render(table: MeasuredTable) -> list[RenderableType]:
-    """For the terminal."""
+    """The table and its notes for a terminal."""
     metrics = columns(table)
     out = Table(title=title(table))
     for name in headings(metrics):

@@ -40,12 +40,12 @@ class ClusterShape:
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.nodes * self.gpus
 
     @property
     def known(self) -> bool:
-        """Whether its links' speed is."""
+        """Whether the speed of its links is known."""
         return self.device.link > 0
 
     def bandwidth(self, span: str = "all") -> float:
@@ -56,7 +56,7 @@ class ClusterShape:
         return LINK_EFFICIENCY * {"node": within, "nodes": self.device.network}.get(span, min(within, across))
 
     def seconds(self, c: Collective) -> float:
-        """All calls one after the other, each by the faster protocol."""
+        """Seconds of all calls one after the other, each by the faster protocol."""
         wire = self.bandwidth(c.span)
         bytes_ = 0.0 if math.isinf(wire) else c.sent / wire
         nvlink = self.device.link >= _SLOWEST_NVLINK
@@ -102,7 +102,7 @@ class Compute:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the whole computation."""
         return self.before + self.forward + self.backward
 
 
@@ -116,17 +116,17 @@ class StepTime:
 
     @property
     def expected(self) -> float:
-        """What can hide does."""
+        """Seconds of a step when all communication that can be hidden is."""
         return self.compute + self.communication - self.hidden
 
     @property
     def overlapped(self) -> float:
-        """All communication behind computation."""
+        """Seconds of a step when all communication hides behind computation."""
         return max(self.compute, self.communication)
 
     @property
     def exposed(self) -> float:
-        """None of it."""
+        """Seconds of a step when no communication hides."""
         return self.compute + self.communication
 
 

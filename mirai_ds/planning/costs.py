@@ -52,12 +52,12 @@ class Costs:
 
     @property
     def paper_total(self) -> float:
-        """Table 13's figure."""
+        """FLOPs of an image by Table 13's count."""
         return sum(self.paper.values())
 
     @property
     def paper_overhead(self) -> float:
-        """Over the plain GPT, by the paper's count."""
+        """The overhead over the plain GPT by the paper's count."""
         return self.paper_total / self.paper["gpt"] - 1
 
     @property
@@ -72,22 +72,22 @@ class Costs:
 
     @property
     def total(self) -> float:
-        """What is done."""
+        """FLOPs of an image that are really done."""
         return sum(self.parts.values())
 
     @property
     def forward(self) -> float:
-        """All forward passes: GPT, heads, teacher, encoder."""
+        """FLOPs of all forward passes: GPT, heads, teacher, encoder."""
         return sum(value for name, value in self.parts.items() if name.endswith("forward"))
 
     @property
     def backward(self) -> float:
-        """GPT and heads."""
+        """FLOPs of the backward passes of GPT and heads."""
         return self.total - self.forward
 
     @property
     def overhead(self) -> float:
-        """Over the plain GPT, by what is done."""
+        """The overhead over the plain GPT by what is done."""
         return self.total / (self.parts["gpt forward"] + self.parts["gpt backward"]) - 1
 
 
@@ -157,7 +157,7 @@ NOTES = (
 
 
 def render(rows: Sequence[Costs]) -> list[RenderableType]:
-    """Tables for people."""
+    """Tables of both counts for a terminal."""
     from rich.table import Table
     from rich.text import Text
 

@@ -96,7 +96,7 @@ def _latencies() -> str:
 
 
 def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
-    """`sent_rows` for people."""
+    """A table of `sent_rows` for a terminal."""
     from rich.table import Table
 
     table = Table(
@@ -112,7 +112,7 @@ def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def scaling_table(rows: Sequence[Row], title: str) -> RenderableType:
-    """`scaling_rows` for people."""
+    """A table of `scaling_rows` for a terminal."""
     from rich.table import Table
 
     table = Table("GPUs", "nodes", "global batch", "compute", "communication", "of it hidden", "step", "efficiency",

@@ -36,7 +36,7 @@ POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the user asks."""
+    """What the user asks for."""
 
     recipe: str
     nodes: int
@@ -50,7 +50,7 @@ class PlanRequest:
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.nodes * self.gpus
 
 
@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Answers; sizes in bytes, times in seconds."""
+    """What a plan says; sizes are in bytes, times in seconds."""
 
     request: PlanRequest
     config: RunConfig
@@ -91,22 +91,22 @@ class TrainingPlan:
 
     @property
     def allowance(self) -> Allowance:
-        """Beside tensors."""
+        """Device memory that is set aside beside tensors."""
         return Allowance.of(self.device, self.request.world)
 
     @property
     def needed(self) -> float:
-        """Device memory for the configuration as it is."""
+        """Bytes of device memory that the configuration needs."""
         return needed(self.memory.peak.total, self.allowance)
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """Whether the configuration fits the device."""
         return fits(self.memory.peak.total, self.device, self.request.world)
 
     @property
     def cluster(self) -> ClusterShape:
-        """Where it runs."""
+        """The machines that it runs on."""
         return ClusterShape(self.device, self.request.nodes, self.request.gpus)
 
     def run_seconds(self) -> tuple[float, float] | None:

@@ -114,7 +114,7 @@ def load_or_redo_shard(
     arrays: bool = True,
     whole: Callable[[Part], bool] = lambda _: True,
 ) -> Part:
-    """A finished part; done anew where it is damaged or not `whole`."""
+    """Reads a finished part; does it anew where it is damaged or not `whole`."""
     path = part_file(folder, block)
     part = read_part(path, arrays)
     if part is None or not whole(part):

@@ -40,7 +40,7 @@ class WorkProgress:
         return self.plan.num_images - missing
 
     def tell(self) -> None:
-        """Look again, at most once a second."""
+        """Counts again and reports, at most once a second."""
         now = time.monotonic()
         if not self.speaks or now - self._looked < LOOK_SECONDS:
             return
@@ -54,6 +54,6 @@ class WorkProgress:
             LOG.info("%d of %d images, %.1f/s, %.0f minutes left", done, self.plan.num_images, rate, left)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Takes the bar off the terminal."""
         if self._bar is not None:
             self._bar.stop()

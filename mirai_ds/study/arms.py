@@ -93,7 +93,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.arm.name}-s{self.seed}"
 
 
@@ -103,7 +103,7 @@ def runs_folder(folder: Path, planned: Planned) -> Path:
 
 
 def find_study(name: str) -> Study:
-    """Raises UserError for an unknown name."""
+    """The study of that name; raises UserError for an unknown one."""
     if name not in STUDIES:
         raise UserError(f"study {name!r}: {nearest(name, list(STUDIES))}")
     return STUDIES[name]

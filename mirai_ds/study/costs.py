@@ -91,7 +91,7 @@ def _rounds(sessions: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _now(device: Any) -> float:
-    """Seconds of the clock that costs are measured by."""
+    """Seconds of the clock of costs: CPU time, or on a GPU wall time once its work is done."""
     if device.type != "cuda":
         return time.process_time()
     import torch

@@ -78,7 +78,7 @@ def _seeds(results: Results) -> str:
 
 
 def values_part(results: Results) -> str:
-    """A row an arm: means over its seeds."""
+    """A table with a row per arm: means over its seeds."""
     columns = {
         "held-out loss, raw": ("ntp_raw", 4), "held-out loss, EMA": ("ntp_ema", 4), "Frechet distance": ("frechet", 2),
         "precision": ("precision", 3), "recall": ("recall", 3), "recognised": ("accuracy", 3),
@@ -131,7 +131,7 @@ PAIRS = (
 
 
 def pairs_part(results: Results) -> str:
-    """A row a question: one arm less another, paired."""
+    """A table with a row per question: one arm less another, paired by seed."""
     lines = []
     for question, arm, against in PAIRS:
         if arm not in results.arms or against not in results.arms:
@@ -150,7 +150,7 @@ def shown(one: Estimate, digits: int) -> str:
 
 
 def signed(one: Estimate, digits: int) -> str:
-    """With a sign, in bold where the interval leaves out zero."""
+    """The value with its sign, in bold where its interval leaves out zero."""
     if not math.isfinite(one.mean):
         return "-"
     text = f"{one.mean:+.{digits}f}" + ("" if math.isnan(one.half) else f" ± {one.half:.{digits}f}")

@@ -123,12 +123,12 @@ def _about(model: MaskedPatches, held_out: TokenSource) -> dict[str, float]:
 
 
 def decayed(step: int, steps: int) -> float:
-    """Cosine from 1 to 0."""
+    """A cosine that falls from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """A .safetensors file, whole or not at all."""
+    """Writes a .safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     with replacing(path) as part:

@@ -63,7 +63,7 @@ class StudyPlan:
 
     @property
     def seconds(self) -> float:
-        """Of all chosen runs."""
+        """Seconds of all chosen runs."""
         return sum(seconds for _, seconds in self.chosen)
 
 
@@ -221,7 +221,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def finished_rows(folder: Path) -> list[RunRow]:
-    """Rows of the measured runs in a study's folder."""
+    """The rows of the finished runs in a study's folder."""
     return [RunRow(**read_json(path)) for path in sorted(folder.glob(f"runs/*/{ROW}"))]
 
 
@@ -274,12 +274,12 @@ def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Writes a JSON file, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError."""
+    """Reads a JSON file.  Raises UserError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

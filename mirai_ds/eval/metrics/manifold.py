@@ -84,7 +84,7 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
 
 
 class _Blocks:
-    """Distances block by block, and how many blocks were done and redone."""
+    """Computes distances block by block and counts the blocks that were done and redone."""
 
     def __init__(self, arithmetic: Arithmetic, size: int) -> None:
         self.distances: Callable[[Tensor, Tensor], Tensor] = exact_distances if arithmetic == "exact" else self._adm
