@@ -158,7 +158,7 @@ def _run_json(run: RunRecords) -> Json:
 
 def _metric_json(m: MetricComparison) -> Json:
     def at(p: Point | None) -> Json | None:
-        return p and asdict(p) | {"absolute": p.absolute, "relative": p.relative}
+        return asdict(p) | {"absolute": p.absolute, "relative": p.relative} if p else None
 
     q = m.last_quarter
     return {
