@@ -60,7 +60,7 @@ def part_file(folder: Path, block: int) -> Path:
 
 def write_part(path: Path, part: Part) -> None:
     """Write a part whole or not at all."""
-    problems = np.frombuffer(json.dumps([list(problem) for problem in part.problems]).encode(), np.uint8)
+    problems = np.frombuffer(json.dumps(part.problems).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, kept=part.kept, problems=problems, **part.arrays)  # type: ignore[arg-type]
     write_whole(path, buffer.getvalue())
