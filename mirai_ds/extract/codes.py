@@ -13,12 +13,7 @@ import torch
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import ViewGeometry
-from mirai_ds.data.stores.files import (
-    GeometryFacts,
-    open_array,
-    write_lists,
-    write_manifest,
-)
+from mirai_ds.data.stores.files import GeometryFacts, open_array, write_lists, write_manifest
 from mirai_ds.data.stores.tokens import CODES, DIGEST_IMAGES, TOKENIZER, TokenizerFacts, TokenManifest, code_digests
 from mirai_ds.extract.crops import CropReader, CropResult, collect
 from mirai_ds.resumable.parts import Part, ShardJob, load_or_redo_shard

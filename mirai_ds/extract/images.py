@@ -13,12 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mirai_ds.config import UserError
-from mirai_ds.data.stores.files import (
-    GeometryFacts,
-    write_array,
-    write_lists,
-    write_manifest,
-)
+from mirai_ds.data.stores.files import GeometryFacts, write_array, write_lists, write_manifest
 from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
 from mirai_ds.extract.crops import CropReader, CropResult, collect
 from mirai_ds.resumable.parts import Part, load_or_redo_shard
