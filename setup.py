@@ -58,6 +58,7 @@ setup(
     packages=[*find_packages(include=["mirai_ds", "mirai_ds.*"]), *DATA],
     package_data={
         "mirai_ds": ["py.typed"],
+        "mirai_ds.analysis": ["*.j2"],
         "mirai_ds.config.recipes": ["*.yaml", "*/*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
         "mirai_ds.jobs": ["*.sbatch"],

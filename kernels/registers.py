@@ -34,13 +34,13 @@ class KernelUse:
 
 def read_log(text: str) -> list[KernelUse]:
     """Every kernel in what `ptxas -v` said.  Raises ValueError when it lists kernels that cannot be read."""
-    found = [
+    uses = [
         KernelUse(m["name"], m["arch"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
         for m in _ENTRY.finditer(text)
     ]
-    if len(found) != text.count("Compiling entry function") or not found:
-        raise ValueError(f"{len(found)} of {text.count('Compiling entry function')} kernels could be read from the log")
-    return found
+    if len(uses) != text.count("Compiling entry function") or not uses:
+        raise ValueError(f"{len(uses)} of {text.count('Compiling entry function')} kernels could be read from the log")
+    return uses
 
 
 def short_names(uses: list[KernelUse]) -> list[str]:

@@ -25,8 +25,8 @@ def vector_unit() -> str:
     """The vector unit torch uses here: AVX512, AVX2 or, elsewhere, DEFAULT (ATEN_CPU_CAPABILITY lowers it)."""
     import torch
 
-    found = torch.backends.cpu.get_cpu_capability()
-    return found if found in _VECTOR_FLAGS else "DEFAULT"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability if capability in _VECTOR_FLAGS else "DEFAULT"
 
 
 def host_compiler() -> str | None:
@@ -45,16 +45,16 @@ def nvcc_path() -> str | None:
 def cuda_home(nvcc: str) -> Path | None:
     """The folder that really holds include/ and lib64/: `nvcc` may be a link or a wrapper script, so the compiler
     itself is asked where it is."""
-    found = re.search(r"_HERE_=(\S+)", output_of([nvcc, "--dryrun", "-c", "none.cu"]))
-    homes = [Path(found[1]).resolve().parent] if found else []
+    match = re.search(r"_HERE_=(\S+)", output_of([nvcc, "--dryrun", "-c", "none.cu"]))
+    homes = [Path(match[1]).resolve().parent] if match else []
     homes.append(Path(nvcc).resolve().parents[1])
     return next((home for home in homes if (home / "include" / "cuda_runtime.h").is_file()), None)
 
 
 def cuda_release(nvcc: str) -> str | None:
     """nvcc's release, such as 13.0."""
-    found = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
-    return found[1] if found else None
+    match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
+    return match[1] if match else None
 
 
 def output_of(command: list[str]) -> str:
@@ -137,8 +137,8 @@ def read_arch_list(text: str) -> Architectures:
 def read_arch_names(names: Iterable[str]) -> Architectures:
     """Of names as torch.cuda.get_arch_list() gives them: sm_80 is machine code, compute_90 is PTX."""
     numbers = [re.fullmatch(r"(sm|compute)_(\d+)[a-z]?", name) for name in names]
-    found = [(match[1], match[2]) for match in numbers if match]
-    return Architectures(*(tuple(n for kind, n in found if kind == wanted) for wanted in ("sm", "compute")))
+    pairs = [(match[1], match[2]) for match in numbers if match]
+    return Architectures(*(tuple(n for kind, n in pairs if kind == wanted) for wanted in ("sm", "compute")))
 
 
 def device_capabilities() -> set[tuple[int, int]]:

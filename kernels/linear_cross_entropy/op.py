@@ -88,8 +88,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The factor.  Nothing is changed in place, so that a kept graph can be asked twice."""
         factor = upstream / ctx.rows
-        found = [
+        grads = [
             None if grad is None else (grad * factor.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return found[0], found[1], None, None, None, None
+        return grads[0], grads[1], None, None, None, None

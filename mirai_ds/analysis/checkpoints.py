@@ -16,7 +16,7 @@ from mirai_ds.runs.records import Json, read_json, size_text
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """damage: why it is not whole, empty when nothing was found.  abandoned: why a resume passes over a whole one."""
+    """damage: why it is not whole, empty when it is.  abandoned: why a resume passes over a whole one."""
 
     step: int
     path: Path
@@ -56,16 +56,16 @@ def read_checkpoints(run: Path, digests: bool, valid: dict[int, float]) -> list[
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=sum(sizes.values()))
-        found = []
+        checkpoints = []
         for step, folder in folders.items():
             bar.update(task, description=f"reading {folder.name}")
-            found.append(_read(step, folder, sizes[step], True, valid))
+            checkpoints.append(_read(step, folder, sizes[step], True, valid))
             bar.advance(task, sizes[step])
-    return _present(found)
+    return _present(checkpoints)
 
 
 def _present(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    """Without those that a living run has let go while they were read."""
+    """The checkpoints without those that a living run has removed while they were read."""
     return [one for one in checkpoints if one.path.is_dir()]
 
 
@@ -118,12 +118,11 @@ def leftovers(run: Path) -> list[str]:
     if not folder.is_dir():
         return []
     whole = {store.folder_of(run, step).name for step in store.list_steps(run)}
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.name == "latest" or path.name in whole:
-            continue
-        found.append(f"{path.name} ({_what(path.name)}, {size_text(folder_size(path))})")
-    return found
+    return [
+        f"{path.name} ({_what(path.name)}, {size_text(folder_size(path))})"
+        for path in sorted(folder.iterdir())
+        if path.name != "latest" and path.name not in whole
+    ]
 
 
 def _what(name: str) -> str:

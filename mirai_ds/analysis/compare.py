@@ -61,7 +61,7 @@ class LastQuarter:
 
     @property
     def shift(self) -> float:
-        """B's mean against A's, relative to A's: 0.01 is one per cent above."""
+        """B's mean less A's, relative to A's: 0.01 means one per cent above."""
         if self.mean_a == self.mean_b:
             return 0.0
         return (self.mean_b - self.mean_a) / abs(self.mean_a) if self.mean_a else math.inf
@@ -108,21 +108,21 @@ class Comparison:
     @property
     def worst(self) -> tuple[str, Point] | None:
         """Metric and point with the largest relative difference; None for identical curves."""
-        found = [(m.name, m.largest_relative) for m in self.metrics if m.largest_relative is not None]
-        return max(found, key=lambda item: item[1].relative, default=None)
+        points = [(m.name, m.largest_relative) for m in self.metrics if m.largest_relative is not None]
+        return max(points, key=lambda item: item[1].relative, default=None)
 
     @property
     def first_beyond(self) -> tuple[str, Point, int] | None:
         """Metric, point, and how many metrics differ at that step: where the curves part."""
-        found = [(m.name, m.beyond) for m in self.metrics if m.beyond is not None]
-        if not found:
+        points = [(m.name, m.beyond) for m in self.metrics if m.beyond is not None]
+        if not points:
             return None
-        name, point = min(found, key=lambda item: item[1].step)
-        return name, point, sum(other.step == point.step for _, other in found)
+        name, point = min(points, key=lambda item: item[1].step)
+        return name, point, sum(other.step == point.step for _, other in points)
 
     @property
     def verdict(self) -> Verdict:
-        """identical, within the tolerance, or different."""
+        """Whether the curves are identical, within the tolerance, or different."""
         if self.first_beyond is not None:
             return "different"
         return "identical" if all(m.identical for m in self.metrics) else "within"

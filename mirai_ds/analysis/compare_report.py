@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirai_ds.analysis.compare import Comparison, LastQuarter, MetricComparison, Point
+from mirai_ds.analysis.compare import Comparison, MetricComparison, Point
 from mirai_ds.analysis.differences import ABSENT, Difference
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import shown
@@ -33,7 +34,8 @@ def verdict_text(result: Comparison) -> str:
     return f"different from step {point.step} on: {name}, {point.a!r}, {point.b!r}{others}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+    """A table without lines."""
     from rich.table import Table
     from rich.text import Text
 
@@ -76,7 +78,7 @@ def _metrics(metrics: Sequence[MetricComparison]) -> RenderableType:
         first = f"{m.first.step}: {m.first.a!r}, {m.first.b!r}"
         largest = f"{absolute.absolute:.2g} (step {absolute.step})", f"{relative.relative:.2g} (step {relative.step})"
         rows.append((m.name, str(m.points), first, *largest))
-    return _table(("metric", "points", "first difference (step: A, B)", "largest", "relative"), rows)
+    return text_table(("metric", "points", "first difference (step: A, B)", "largest", "relative"), rows)
 
 
 def _quarters(metrics: Sequence[MetricComparison]) -> RenderableType:
@@ -89,13 +91,13 @@ def _quarters(metrics: Sequence[MetricComparison]) -> RenderableType:
         if (q := m.last_quarter) is not None
     ]  # fmt: skip
     columns = ("last quarter", "steps", "mean of A", "mean of B", "B against A", "mean difference of a point")
-    return _table(columns, rows)
+    return text_table(columns, rows)
 
 
 def _differences(title: str, rows: Sequence[Difference]) -> RenderableType:
     effects = {"none": "no effect on the curve", "rounding": "rounding only", "code": "", "curve": ""}
     cells = [(r.name, _shown(r.name, r.a), _shown(r.name, r.b), effects[r.effect]) for r in rows]
-    return _table((title, "A", "B", ""), cells)
+    return text_table((title, "A", "B", ""), cells)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -105,7 +107,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _extent(result: Comparison) -> list[str]:
-    """What only one of the runs has."""
+    """Notes on the steps and metrics that only one of the runs has."""
     notes = []
     if result.prefix is not None:
         short, long = (result.a, result.b) if result.prefix == "a" else (result.b, result.a)
@@ -131,7 +133,7 @@ def steps_text(steps: Sequence[int], most: int = 6) -> str:
 def as_json(result: Comparison) -> Json:
     """Stable keys; numbers that are not finite are the texts nan, inf and -inf, a setting that is not there is left
     out of its pair."""
-    everything = {
+    everything: Json = plain({
         "verdict": result.verdict, "text": verdict_text(result), "tolerance": result.tolerance,
         "a": _run_json(result.a), "b": _run_json(result.b),
         "steps_compared": len(result.steps),
@@ -142,9 +144,8 @@ def as_json(result: Comparison) -> Json:
         "configuration": _differences_json(result.configuration),
         "environment": _differences_json(result.environment),
         "notes": result.notes,
-    }  # fmt: skip
-    found: Json = plain(everything)
-    return found
+    })  # fmt: skip
+    return everything
 
 
 def _run_json(run: RunRecords) -> Json:
@@ -156,24 +157,18 @@ def _run_json(run: RunRecords) -> Json:
 
 
 def _metric_json(m: MetricComparison) -> Json:
-    def at(point: Point | None) -> Json | None:
-        if point is None:
-            return None
-        return {"step": point.step, "a": point.a, "b": point.b, "absolute": point.absolute, "relative": point.relative}
+    def at(p: Point | None) -> Json | None:
+        return asdict(p) | {"absolute": p.absolute, "relative": p.relative} if p else None
 
-    def quarter(q: LastQuarter | None) -> Json | None:
-        if q is None:
-            return None
-        return {
-            "points": q.points, "first_step": q.first_step, "last_step": q.last_step, "mean_a": q.mean_a,
-            "mean_b": q.mean_b, "b_against_a": q.shift, "mean_relative_difference": q.mean_relative_difference,
-        }  # fmt: skip
-
+    q = m.last_quarter
     return {
         "name": m.name, "points": m.points, "differing": m.differing, "identical": m.identical,
         "first_difference": at(m.first), "first_beyond_tolerance": at(m.beyond),
         "largest_absolute": at(m.largest_absolute), "largest_relative": at(m.largest_relative),
-        "last_quarter": quarter(m.last_quarter),
+        "last_quarter": q and {
+            "points": q.points, "first_step": q.first_step, "last_step": q.last_step, "mean_a": q.mean_a,
+            "mean_b": q.mean_b, "b_against_a": q.shift, "mean_relative_difference": q.mean_relative_difference,
+        },
     }  # fmt: skip
 
 

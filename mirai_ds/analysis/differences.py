@@ -53,12 +53,8 @@ def _effect(name: str) -> Effect:
 
 def _between(a: Json, b: Json) -> list[Difference]:
     flat_a, flat_b = flatten(a), flatten(b)
-    found = []
-    for name in [*flat_a, *(name for name in flat_b if name not in flat_a)]:
-        left, right = flat_a.get(name, ABSENT), flat_b.get(name, ABSENT)
-        if left != right:
-            found.append(Difference(name, left, right, _effect(name)))
-    return found
+    values = [(name, flat_a.get(name, ABSENT), flat_b.get(name, ABSENT)) for name in dict.fromkeys([*flat_a, *flat_b])]
+    return [Difference(name, left, right, _effect(name)) for name, left, right in values if left != right]
 
 
 def of_configurations(a: RunRecords, b: RunRecords) -> list[Difference] | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mirai_ds.analysis.checkpoints import Checkpoint
+from mirai_ds.analysis.compare_report import text_table
 from mirai_ds.analysis.inspect_run import RunReport, last_values, lowest_values
 from mirai_ds.config.sizes import parameter_count
 from mirai_ds.runs.records import CLOCK, Json, code_text, count_text, plain, size_text, time_text
@@ -97,26 +98,26 @@ def _numbers(report: RunReport) -> list[Line]:
     epochs = f" of {_number(report.value('train.epochs'))}" if report.value("train.epochs") else ""
     lines = [("progress", f"step {steps[-1]}, epoch {report.curve.epochs[steps[-1]]:g}{epochs}")]
     apart = ("held_out/", "score/")
-    training = {name: found for name, found in last.items() if not name.startswith((*apart, *CLOCK))}
+    training = {name: pair for name, pair in last.items() if not name.startswith((*apart, *CLOCK))}
     for label, chosen in (
         ("metrics", training),
-        ("speed", {name: found for name, found in last.items() if name.startswith(CLOCK)}),
-        ("held out", {name: found for name, found in last.items() if name.startswith("held_out/")}),
-        ("score", {name: found for name, found in last.items() if name.startswith("score/")}),
+        ("speed", {name: pair for name, pair in last.items() if name.startswith(CLOCK)}),
+        ("held out", {name: pair for name, pair in last.items() if name.startswith("held_out/")}),
+        ("score", {name: pair for name, pair in last.items() if name.startswith("score/")}),
     ):
         if chosen:
             lines.append((label, _values(chosen)))
-    lowest = {name: found for name, found in lowest_values(report.curve).items() if found != last[name]}
+    lowest = {name: pair for name, pair in lowest_values(report.curve).items() if pair != last[name]}
     if lowest:
         lines.append(("lowest", _values(lowest)))
     return lines
 
 
-def _values(found: dict[str, tuple[int, float]]) -> str:
+def _values(pairs: dict[str, tuple[int, float]]) -> str:
     """'step 352: loss/ntp 1.185, ...'; metrics of other steps after those of the newest."""
     parts = []
-    for step in sorted({step for step, _ in found.values()}, reverse=True):
-        values = ", ".join(f"{name} {value:.5g}" for name, (at, value) in found.items() if at == step)
+    for step in sorted({step for step, _ in pairs.values()}, reverse=True):
+        values = ", ".join(f"{name} {value:.5g}" for name, (at, value) in pairs.items() if at == step)
         parts.append(f"step {step}: {values}")
     return "; ".join(parts)
 
@@ -134,19 +135,12 @@ def _files(report: RunReport) -> list[Line]:
 
 
 def _checkpoints(report: RunReport) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("checkpoint", "size", "written", "ranks x stage", "precision", "code", "state"):
-        table.add_column(column, overflow="fold")
-    for one in report.checkpoints:
-        cells = (
-            str(one.step), size_text(one.size), time_text(one.written), one.layout,
-            str(one.info.get("precision", "?")), code_text(one.info.get("code")), _state(report, one),
-        )  # fmt: skip
-        table.add_row(*map(Text, cells))
-    return table
+    rows = (
+        (str(one.step), size_text(one.size), time_text(one.written), one.layout, str(one.info.get("precision", "?")),
+         code_text(one.info.get("code")), _state(report, one))
+        for one in report.checkpoints
+    )  # fmt: skip
+    return text_table(("checkpoint", "size", "written", "ranks x stage", "precision", "code", "state"), rows)
 
 
 def _state(report: RunReport, one: Checkpoint) -> str:
@@ -178,11 +172,11 @@ def _outlook(report: RunReport) -> list[Line]:
 def as_json(report: RunReport) -> Json:
     """Stable keys; numbers that are not finite are the texts nan, inf and -inf."""
 
-    def at(found: dict[str, tuple[int, float]]) -> Json:
-        return {name: {"step": step, "value": value} for name, (step, value) in found.items()}
+    def at(pairs: dict[str, tuple[int, float]]) -> Json:
+        return {name: {"step": step, "value": value} for name, (step, value) in pairs.items()}
 
     steps = report.curve.steps
-    everything: dict[str, Any] = {
+    everything: Json = plain({
         "kind": "run", "path": report.path, "name": report.name, "configuration": report.raw,
         "configuration_valid": report.config is not None,
         "parameters": parameter_count(report.config.model) if report.config else None,
@@ -197,9 +191,8 @@ def as_json(report: RunReport) -> Json:
         "digests_read": report.digests_read, "latest": report.latest, "leftovers": report.leftovers,
         "resume": asdict(report.resume), "bytes_used": report.used, "bytes_free": report.free,
         "notes": report.notes, "damages": report.damages,
-    }  # fmt: skip
-    found: Json = plain(everything)
-    return found
+    })  # fmt: skip
+    return everything
 
 
 def _checkpoint_json(report: RunReport, one: Checkpoint) -> Json:

@@ -136,10 +136,10 @@ def _names(run: Path, pattern: str) -> list[str]:
 
 def _exports(run: Path) -> list[str]:
     """Weight files and drawn tokens that somebody put into the folder."""
-    found = []
+    names = []
     with suppress(OSError):
-        found = [path.name for path in run.iterdir() if path.suffix in _EXPORTS and path.is_file()]
-    return [*sorted(found), *_names(run, "samples/*.npz")]
+        names = [path.name for path in run.iterdir() if path.suffix in _EXPORTS and path.is_file()]
+    return [*sorted(names), *_names(run, "samples/*.npz")]
 
 
 def last_values(curve: Curve) -> dict[str, tuple[int, float]]:
@@ -149,10 +149,10 @@ def last_values(curve: Curve) -> dict[str, tuple[int, float]]:
 
 def lowest_values(curve: Curve, prefix: str = "held_out/") -> dict[str, tuple[int, float]]:
     """Metric below `prefix` -> (step, value) of its lowest value; NaN is never the lowest."""
-    found = {}
+    lowest = {}
     for name, values in curve.values.items():
         finite = {step: value for step, value in values.items() if not math.isnan(value)}
         if name.startswith(prefix) and finite:
             step = min(finite, key=lambda s: (finite[s], s))
-            found[name] = (step, finite[step])
-    return found
+            lowest[name] = (step, finite[step])
+    return lowest

@@ -47,13 +47,13 @@ def store_as_json(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _open(path: Path) -> TokenStore | ImageStore:
-    found = store_format(path)
-    if found == TOKEN_FORMAT:
+    kind = store_format(path)
+    if kind == TOKEN_FORMAT:
         return open_token_store(path)
-    if found == IMAGE_FORMAT:
+    if kind == IMAGE_FORMAT:
         return open_image_store(path)
     read_manifest(path, TokenManifest)  # says what is wrong with it
-    raise UserError(f"{path}: is a store of a kind this version does not know: {found!r}")
+    raise UserError(f"{path}: is a store of a kind this version does not know: {kind!r}")
 
 
 def _verified(store: TokenStore | ImageStore) -> list[str]:

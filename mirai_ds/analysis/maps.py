@@ -47,7 +47,7 @@ class Images:
         return len(self.names)
 
     def first(self, count: int) -> Images:
-        """The first `count`."""
+        """Returns the first `count` images."""
         pixels = None if self.pixels is None else self.pixels[:count]
         return Images(self.tokens[:count], self.labels[:count], pixels, self.names[:count])
 
@@ -108,7 +108,7 @@ def smoothness(features: Tensor) -> Smoothness:
 
 
 def half_width(values: Array) -> float:
-    """Of the 95 % interval of the mean; NaN for a single value."""
+    """Half the width of the mean's 95 % interval; NaN for a single value."""
     return Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -119,9 +119,9 @@ def colours(features: Tensor, method: Method, seed: int) -> Array:
     """
     images, cells, width = features.shape
     points = F.normalize(features, dim=-1).reshape(images * cells, width).numpy().astype(np.float64)
-    found = _tsne(points, seed) if method == "tsne" else _pca(points)
-    low, high = np.percentile(found, [_EDGE, 100 - _EDGE], axis=0)
-    scaled = np.clip((found - low) / np.maximum(high - low, 1e-12), 0, 1)
+    components = _tsne(points, seed) if method == "tsne" else _pca(points)
+    low, high = np.percentile(components, [_EDGE, 100 - _EDGE], axis=0)
+    scaled = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     side = math.isqrt(cells)
     return scaled.reshape(images, side, side, 3)
 
@@ -130,18 +130,18 @@ def _tsne(points: Array, seed: int) -> Array:
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(points) - 1) / 3)
-    found: Array = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
-    return found
+    components: Array = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
+    return components
 
 
 def _pca(points: Array) -> Array:
     """Three principal components; each points where its largest deviation is positive."""
     centred = points - points.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    found: Array = centred @ axes[:3].T
-    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))
-    largest = found[np.abs(found).argmax(0), range(3)]
-    return found * np.where(largest < 0, -1.0, 1.0)
+    components: Array = centred @ axes[:3].T
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))
+    largest = components[np.abs(components).argmax(0), range(3)]
+    return components * np.where(largest < 0, -1.0, 1.0)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ def _from_npz(path: Path, config: RunConfig, decoder: TokenDecoder | None, unkno
             arrays = {name: data[name] for name in data.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"--image {path}: is not a readable .npz file ({error})") from None
-    found = arrays.get("tokens", arrays.get("codes"))
-    if found is None or found.dtype.kind not in "iu" or found.ndim not in (2, 3):
+    codes = arrays.get("tokens", arrays.get("codes"))
+    if codes is None or codes.dtype.kind not in "iu" or codes.ndim not in (2, 3):
         raise UserError(f"--image {path}: needs an integer array `tokens` (n, N)")
-    found = found if found.ndim == 2 else found[:, 0]
+    codes = codes if codes.ndim == 2 else codes[:, 0]
     m = config.model
-    if found.shape[1] != m.block_size or int(found.max()) >= m.vocab_size or int(found.min()) < 0:
-        what = f"{found.shape[1]} tokens an image, {int(found.min())} to {int(found.max())}"
+    if codes.shape[1] != m.block_size or int(codes.max()) >= m.vocab_size or int(codes.min()) < 0:
+        what = f"{codes.shape[1]} tokens an image, {int(codes.min())} to {int(codes.max())}"
         raise UserError(f"--image {path}: holds {what}; the model has {m.block_size} of 0 to {m.vocab_size - 1}")
-    tokens = torch.from_numpy(found.astype(np.int64))
+    tokens = torch.from_numpy(codes.astype(np.int64))
     given = arrays.get("labels")
     labels = torch.full((len(tokens),), unknown) if given is None else torch.from_numpy(given.astype(np.int64))
     pixels = arrays.get("images")
@@ -367,5 +367,5 @@ def draw(path: Path, maps: Sequence[RunMap], shown: Images) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escapes text so that matplotlib does not take it for mathematics."""
     return text.replace("$", r"\$")

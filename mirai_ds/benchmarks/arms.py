@@ -84,13 +84,13 @@ class Workers:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         self.close()
         raise RuntimeError(f"{self.arm.name}: a process ended with {process.wait()}; what it said is above")
 
     def close(self) -> None:
-        """End them."""
+        """Ends the processes."""
         for process in self.processes:
             if process.stdin is not None:
                 process.stdin.close()
@@ -125,7 +125,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time spent inside belongs to `name`."""
+        """Counts the time spent inside the context for the part `name`."""
         self._pass()
         self._stack.append(name)
         try:
@@ -136,7 +136,7 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        """Calls of a function or method belong to `name` meanwhile."""
+        """Counts calls of a function or method for the part `name` while the context is open."""
         original = getattr(owner, attribute)
 
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -165,7 +165,7 @@ class Steppable(Protocol):
 
 
 class _Trainer:
-    """The real step."""
+    """The arm that takes the trainer's own steps."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.device = session, session.device
@@ -183,18 +183,18 @@ class _Trainer:
 
     def parts(self) -> list[tuple[Any, str, str]]:
         s = self.session
-        found: list[tuple[Any, str, str]] = [
+        parts: list[tuple[Any, str, str]] = [
             (s, "refresh_teacher", "teacher refresh"), (s.loader, "_read", "data"), (s.engine, "forward", "forward"),
             (s.engine, "backward", "backward"), (s.engine, "step", "optimizer"), (s.engine.ema, "update", "EMA"),
         ]  # fmt: skip
         if s.teacher is not None:
             objective = s.engine.ds.module
-            found += [(s.teacher, "features", "teacher forward"), (objective, "align", "heads and alignment")]
-        return found
+            parts += [(s.teacher, "features", "teacher forward"), (objective, "align", "heads and alignment")]
+        return parts
 
 
 class _Plain:
-    """The baseline's."""
+    """The arm that takes the baseline's steps."""
 
     def __init__(self, config: Any, world: Any, device: Any, compiled: bool) -> None:
         from mirai_ds.benchmarks.plain import PlainTrainer
@@ -246,7 +246,7 @@ def _timed(what: Steppable) -> dict[str, Any]:
 
 
 def _in_a_row(what: Steppable, steps: int) -> dict[str, float]:
-    """Seconds a step of several that nobody waits for between them."""
+    """Seconds of a step when several are queued and nobody waits between them."""
     what.step()
     began = time.perf_counter()
     for _ in range(steps - 1):
@@ -280,12 +280,12 @@ def allocated_by_malloc() -> int:
     """Bytes that this process has asked glibc for and not given back."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = _Mallinfo
-    found = ask()
-    return int(found.uordblks + found.hblkhd)
+    info = ask()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _resident_peak() -> int:
-    """Bytes of this process at most since it began."""
+    """The most memory in bytes that this process has held since it began."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["VmHWM"].split()[0]) * 1024
 

@@ -33,6 +33,7 @@ from mirai_ds.extract.codes import CodesJob
 from mirai_ds.extract.images import ENCODINGS
 from mirai_ds.extract.run import Options, extract_images
 from mirai_ds.resumable.plan import Listing, WorkPlan
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World
 from mirai_ds.tokenizer import VQ16, Tokenizer, VQTokenizer
 
@@ -51,11 +52,11 @@ def in_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str,
             units = run()
             if number:
                 speeds[name].append(units / (time.perf_counter() - began))
-    return {name: statistics.median(found) for name, found in speeds.items()}
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def rows(task: str, unit: str, speeds: dict[str, float], notes: dict[str, str], about: Row) -> list[Row]:
-    """A row a variant; ratio: its speed over the last variant's."""
+    """One row per variant; `ratio` is its speed divided by the last variant's."""
     base = list(speeds.values())[-1]
     return [
         {**about, "task": task, "variant": name, "value": f"{speed:.4g}", "unit": unit, "ratio": f"{speed / base:.2f}",
@@ -81,10 +82,10 @@ def photographs(folder: Path, count: int) -> Path:
 def extraction(
     folder: Path, tokenizer: Tokenizer, images: int, batch: int, workers: int
 ) -> dict[str, Callable[[], float]]:
-    """Images a second end to end; both give the same codes."""
-    found, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
-    listing = Listing(found.names, found.labels)
-    plan = WorkPlan("codes", str(found.root), {}, images, images, found.classes)
+    """The two ways to extract, to be timed end to end in images a second; both give the same codes."""
+    photos, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
+    listing = Listing(photos.names, photos.labels)
+    plan = WorkPlan("codes", str(photos.root), {}, images, images, photos.classes)
 
     def ours() -> float:
         job = CodesJob(plan, listing, geometry, tokenizer, batch, workers)
@@ -95,10 +96,10 @@ def extraction(
 
     def image_by_image() -> float:
         for i in range(images):
-            crop = centre_crop(found.load(i).image, geometry.side)
+            crop = centre_crop(photos.load(i).image, geometry.side)
             views = np.stack([geometry.view(crop, view) for view in range(10)])
             np.save(folder / "codes.npy", tokenizer.encode(torch.from_numpy(views)).numpy()[None])
-            np.save(folder / "label.npy", found.labels[i : i + 1].astype(np.int64))
+            np.save(folder / "label.npy", photos.labels[i : i + 1].astype(np.int64))
         return images
 
     return {"batched": ours, "an image at a time": image_by_image}
@@ -141,8 +142,8 @@ def loading(folder: Path, images: int, batch: int) -> dict[str, Callable[[], flo
 
 
 def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """Images a second of one worker, and what an image takes on disk."""
-    found, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
+    """The ways to read views, to be timed in images a second of one worker, and what an image takes on disk."""
+    photos, geometry = open_image_set(photographs(folder / "photographs", images)), ViewGeometry(256, "ten", 1.1)
     numbers, views = np.arange(images), np.arange(images) % 10
     runs: dict[str, Callable[[], float]] = {}
     notes: dict[str, str] = {}
@@ -156,23 +157,23 @@ def viewing(folder: Path, images: int) -> tuple[dict[str, Callable[[], float]], 
 
     for encoding in ENCODINGS:
         out = folder / encoding
-        made = extract_images(Options(images=found.root, out=out, size=256), ALONE, encoding)
+        made = extract_images(Options(images=photos.root, out=out, size=256), ALONE, encoding)
         assert made is not None
         runs[f"{encoding} store"] = runner(PackedViews(open_image_store(out)))
         notes[f"{encoding} store"] = f"{sum(made.shard_bytes) / images / 1000:.0f} kB an image"
-    size = sum(path.stat().st_size for path in found.root.rglob("*.jpg"))
-    runs["original files"] = runner(FileViews(found.root, found.names, geometry))
+    size = sum(path.stat().st_size for path in photos.root.rglob("*.jpg"))
+    runs["original files"] = runner(FileViews(photos.root, photos.names, geometry))
     notes["original files"] = f"{size / images / 1000:.0f} kB an image"
     return runs, notes
 
 
-def table(found: list[Row]) -> str:
-    """Markdown: a line a row."""
-    lines = ["| task | variant | speed | ratio | |", "|---|---|---|---|---|"]
-    for row in found:
+def table(measured: list[Row]) -> str:
+    """A Markdown table with one line per row."""
+    lines = []
+    for row in measured:
         value, about = float(row["value"]), ", ".join(filter(None, [row["note"], row["device"], row["date"]]))
-        lines.append(f"| {row['task']} | {row['variant']} | {value:,.4g} {row['unit']} | {row['ratio']}x | {about} |")
-    return "\n".join(lines)
+        lines.append(f"{row['task']} | {row['variant']} | {value:,.4g} {row['unit']} | {row['ratio']}x | {about}")
+    return markdown.table("task | variant | speed | ratio |", lines)
 
 
 def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> list[Row]:
@@ -191,7 +192,7 @@ def measure(task: str, folder: Path, device: str, quick: bool, about: Row) -> li
 
 
 def random_tokenizer(device: str, small: bool) -> Tokenizer:
-    """VQ-16 with random weights; small: a few channels."""
+    """VQ-16 with random weights; with `small` it has few channels."""
     from dataclasses import replace
 
     return VQTokenizer.random(replace(VQ16, channels=32) if small else VQ16, device)
@@ -210,9 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     about = facts(args.device, command_line("python -m mirai_ds.benchmarks.data", given, [args.out]))
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(task, Path(folder), args.device, args.quick, about)
-        append(args.out, FIELDS, found, ("device", "task"))
-        print("\n".join(table(found).splitlines()[2:]), flush=True)
+            measured = measure(task, Path(folder), args.device, args.quick, about)
+        append(args.out, FIELDS, measured, ("device", "task"))
+        print("\n".join(table(measured).splitlines()[2:]), flush=True)
     return 0
 
 

@@ -20,7 +20,7 @@ OTHER = "eager elementwise"
 
 
 def kind_of(name: str) -> str:
-    """A kernel's kind by its name."""
+    """Tells the kind of a kernel from its name."""
     low = name.lower()
     return next((kind for kind, words in KINDS if any(word in low for word in words)), OTHER)
 

@@ -69,7 +69,7 @@ def command_line(command: str, argv: Sequence[str], places: Sequence[Path | None
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file."""
+    """Reads the rows of a results file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -87,7 +87,7 @@ def append(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]],
 
 
 def facts(device: str, command: str) -> dict[str, str]:
-    """What a row must say about where it comes from."""
+    """The columns that say where a row comes from."""
     from mirai_ds.runtime.environment import cpu_name
 
     if device == "cuda":
@@ -133,7 +133,7 @@ def queued_milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, repeat:
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: str) -> int:
-    """Most memory that one run holds beyond what was there before."""
+    """The most memory in bytes that one run holds beyond what was held before it."""
     run()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -32,6 +32,7 @@ from mirai_ds.benchmarks.harness import (
     restart_as_training_runs,
 )
 from mirai_ds.kernels.foresight_cosine import foresight_cosine, reference
+from mirai_ds.runtime import markdown
 
 WIDTHS = {"B": 768, "L": 1024, "XL": 1280}
 METHODS = {"E": 3, "I": 1}  # heads
@@ -80,13 +81,13 @@ class KernelTask:
 
     @property
     def fewest_bytes(self) -> int:
-        """Read `projected` and the target, write the gradient."""
+        """The bytes of reading `projected` and the target once and writing the gradient."""
         states = sum(p.numel() * p.element_size() for p in self.projected)
         return 2 * states + self.target.numel() * self.target.element_size()
 
     @property
     def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What follows `projected`."""
+        """The operation's arguments after `projected`."""
         return self.target, self.index, self.weights, self.counts
 
 
@@ -117,7 +118,7 @@ def masked(projected: list[Tensor], target: Tensor, index: Tensor, weights: Tens
 
 
 def variants(t: KernelTask) -> dict[str, Callable[[], Any]]:
-    """Name -> one forward and backward pass (`copy`: the bytes alone)."""
+    """Maps names to a forward and backward pass each; `copy` only moves the bytes."""
     compiled = torch.compile(masked, dynamic=False)
     half = torch.empty(t.fewest_bytes // 8, dtype=torch.float32, device=t.target.device)
     to = torch.empty_like(half)
@@ -134,7 +135,7 @@ def variants(t: KernelTask) -> dict[str, Callable[[], Any]]:
 
 
 def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds: int, command: str) -> list[Row]:
-    """All variants of one task."""
+    """Measures all variants of one task."""
     torch._dynamo.reset()
     heads, width = METHODS[method], WIDTHS[size]
     t = task(heads, width, batch, DTYPES[dtype], device)
@@ -166,27 +167,24 @@ def measure(size: str, method: str, dtype: str, batch: int, device: str, rounds:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a line a task."""
+    """A Markdown table with one line per task."""
     tasks: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["op"] != "foresight_cosine":
             continue
         key = tuple(row[k] for k in ("device", "size", "method", "dtype", "batch", "date", "torch"))
         tasks.setdefault(key, {})[row["variant"]] = row
-    lines = [
-        "| device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes | "
-        "extra memory / gradient |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (device, size, method, dtype, batch, date, version), found in tasks.items():
-        fused = found["fused"]
-        eager, compiled, copy = (float(found[name]["ratio"]) for name in ("eager", "compiled", "copy"))
+    header = "device | model, method, batch | dtype | fused, ms | eager | torch.compile | copy of the fewest bytes"
+    lines = []
+    for (device, size, method, dtype, batch, date, version), variants in tasks.items():
+        fused = variants["fused"]
+        eager, compiled, copy = (float(variants[name]["ratio"]) for name in ("eager", "compiled", "copy"))
         extra = float(fused["extra_mib"]) / float(fused["gradient_mib"])
         lines.append(
-            f"| {device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
-            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f} |"
+            f"{device}, torch {version}, {date} | GPT-{size}, Mirai-{method}, {batch} | {dtype} | "
+            f"{float(fused['median_ms']):.3g} | {eager:.1f}x | {compiled:.1f}x | {copy:.2f}x | {extra:.2f}"
         )
-    return "\n".join(lines)
+    return markdown.table(f"{header} | extra memory / gradient", lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from mirai_ds.benchmarks.harness import append, command_line, new_parser, only_table
 from mirai_ds.benchmarks.sessions import random_session
 from mirai_ds.config import RunConfig, build
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World, leave_process_group, local_device, read_world
 from mirai_ds.runtime.launch import launch, visible_gpus
 from mirai_ds.train.step import train_step
@@ -77,7 +78,7 @@ class LiveStorages(TorchDispatchMode):
         self.live -= self._held.pop(key)[1]
 
     def restart(self) -> int:
-        """Measure the peak from here; what is alive now."""
+        """Measures the peak from here on; returns the bytes in use now."""
         self.peak = self.live
         return self.live
 
@@ -102,7 +103,7 @@ class _AllocatorOfGpu:
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """The largest number of bytes since `restart`."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def restart(self) -> int:
@@ -175,22 +176,22 @@ def case(
 def covering(world: int) -> list[RunConfig]:
     """Every precision on every stage that takes it, each with two mixtures of the rest; accumulation; small buckets and
     overlap; a large vocabulary."""
-    found, number = [], 0
+    cases, number = [], 0
     for precision in PRECISIONS:
         for stage in range(4):
             if (precision, stage) == ("bf16", 0):
                 continue
             for micro in (4, 16):
-                found.append(case(METHODS[number % 3], precision, stage, RECOMPUTE[(number // 2) % 3], micro, world))
+                cases.append(case(METHODS[number % 3], precision, stage, RECOMPUTE[(number // 2) % 3], micro, world))
                 number += 1
     none = RECOMPUTE[0]
-    found += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
-    found += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
-    found.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
+    cases += [case("none", precision, 2, none, 4, world, accumulation=2) for precision in PRECISIONS]
+    cases += [case("mirai-e", "fp32", stage, none, 4, world, accumulation=2) for stage in (0, 1, 3)]
+    cases.append(case("mirai-e", "bf16", 1, none, 4, world, accumulation=2))
     small: dict[str, Any] = {"reduce_bucket_size": 1_500_000}
-    found += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
-    found += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
-    return [*found, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=WIDE)]
+    cases += [case("none", "bf16-autocast", s, none, 4, world, **small, overlap_comm=True) for s in (1, 2)]
+    cases += [case("none", "bf16", s, none, 4, world, **small) for s in (2, 3)]
+    return [*cases, case("mirai-e", "bf16-autocast", 2, none, 16, world, model=WIDE)]
 
 
 def variants(world: int, micro: int = 8) -> list[RunConfig]:
@@ -201,15 +202,15 @@ def variants(world: int, micro: int = 8) -> list[RunConfig]:
         ("mtp", {"par_tokens": 16}),
     ]  # fmt: skip
     none, _, full = RECOMPUTE
-    found = [
+    cases = [
         case(method, precision, stage, recompute, micro, world, **kind)
         for method, kind in kinds for precision in ("fp32", "bf16-autocast") for stage in (2, 3)
         for recompute in (none, full)
     ]  # fmt: skip
     frozen: dict[str, Any] = {"teacher_weights": "random"}
-    found += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
-    found += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
-    return found + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
+    cases += [case("mirai-e", "fp32", stage, none, micro, world, **frozen) for stage in (2, 3)]
+    cases += [case(method, "bf16", 2, none, micro, world, **kind) for method, kind in kinds]
+    return cases + [case("mtp", "bf16-autocast", 2, recompute, 16, world, model=WIDE) for recompute in (none, full)]
 
 
 def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def compare(config: RunConfig, world: World, device: torch.device) -> dict[str, 
 
 
 def described(config: RunConfig) -> str:
-    """The method, and what of it is not the default."""
+    """Describes the method and its settings that are not the default."""
     f, more = config.foresight, []
     if f.active and f.head != ("transformer" if f.predicts_tokens else "mlp"):
         more.append(f"{f.head} heads")
@@ -248,19 +249,15 @@ def described(config: RunConfig) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a line a configuration."""
-    lines = [
-        "| method | precision | stage | recompute | micro batch x accumulation, ranks "
-        "| measured MB | plan MB | error |",
-        "|---|---|---|---|---|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "
+    """A Markdown table with one line per configuration."""
+    header = "method | precision | stage | recompute | micro batch x accumulation, ranks | measured MB | plan MB"
+    lines = (
+        f"{r['method']} | {r['precision']} | {r['zero_stage']} | {r['recompute']} | {r['micro_batch']} x "
         f"{r['accumulation']}, {r['ranks']} | {r['measured_mb']} | {r['planned_mb']} | "
-        f"{float(r['error_percent']):+.1f} % |"
+        f"{float(r['error_percent']):+.1f} %"
         for r in rows
-    ]
-    return "\n".join(lines)
+    )
+    return markdown.table(f"{header} | error", lines, "lllllrrr")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ class PlainModel(nn.Module):
 
 
 def rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    """LlamaGen's."""
+    """RMSNorm as LlamaGen writes it."""
     wide = x.float()
     return (wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + norm.eps)).type_as(x) * norm.weight
 
@@ -68,7 +68,7 @@ def embed(gpt: GPTTrunk, tokens: Tensor, labels: Tensor, training: bool) -> Tens
 
 
 def plain_block(block: Any, x: Tensor, rope: Tensor, training: bool) -> Tensor:
-    """(B, S, D) -> (B, S, D)."""
+    """One transformer block, (B, S, D) -> (B, S, D)."""
     attention, mlp = block.attention, block.feed_forward
     q, k, v = attention.wqkv(rms_norm(block.attention_norm, x)).split(x.shape[-1], dim=-1)
     q, k, v = (t.view(*x.shape[:2], attention.n_head, -1) for t in (q, k, v))
@@ -115,17 +115,17 @@ class PlainTrainer:
         return {**read, "ntp": ntp.item(), "loss": loss.item()}
 
     def forward(self, tokens: Tensor, labels: Tensor, align: bool) -> tuple[Tensor, list[Tensor]]:
-        """Next-token loss, and each head's projection."""
+        """Returns the next-token loss and each head's projection."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits, projected = self.ddp(tokens, labels, align)
             return F.cross_entropy(logits.view(-1, logits.shape[-1]), tokens.reshape(-1)), projected
 
     def backward(self, loss: Tensor) -> None:
-        """DDP reduces gradients meanwhile."""
+        """Runs the backward pass, during which DDP reduces the gradients."""
         loss.backward()
 
     def update(self) -> None:
-        """Clip, AdamW, drop the gradients."""
+        """Clips the gradients, takes AdamW's step and drops the gradients."""
         if self.config.optimizer.grad_clip:
             nn.utils.clip_grad_norm_(self.ddp.parameters(), self.config.optimizer.grad_clip)
         self.optimizer.step()
@@ -133,10 +133,10 @@ class PlainTrainer:
 
     @torch.no_grad()
     def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
-        """Of the teacher, fp32."""
+        """The teacher's features in fp32."""
         if self.teacher is None:
-            found: Tensor = self.encoder.features(tokens, labels, images)
-            return found
+            features: Tensor = self.encoder.features(tokens, labels, images)
+            return features
         x = embed(self.teacher, tokens[:, :-1], labels, False)
         for block in self.teacher.layers[: self.config.foresight.layer]:
             x = plain_block(block, x, self.teacher.rope[: x.shape[1]], False)
@@ -157,19 +157,19 @@ class PlainTrainer:
 
     @torch.no_grad()
     def average(self) -> None:
-        """All parameters, one by one."""
+        """Updates the moving average, parameter by parameter."""
         decay, raw = self.config.ema.decay, dict(self.ddp.module.gpt.named_parameters())
         for name, value in self.ema.named_parameters():
             value.mul_(decay).add_(raw[name].data, alpha=1 - decay)
 
     def refresh(self) -> None:
-        """The teacher's copy of the average."""
+        """Copies the moving average into the teacher."""
         if self.teacher is not None:
             self.teacher.load_state_dict(self.ema.state_dict())
 
 
 def adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """LlamaGen's groups: decay from two dimensions on."""
+    """AdamW with LlamaGen's groups: only parameters of two and more dimensions decay."""
     o, parameters = config.optimizer, list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},

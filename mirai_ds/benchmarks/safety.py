@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.distributed import World, leave_process_group, read_world
 
 MODULE = "mirai_ds.benchmarks.safety"
@@ -27,7 +28,7 @@ Row = dict[str, str]
 
 
 def bare_steps(session: Any, count: int) -> None:
-    """What a loop without guards does."""
+    """Takes steps as a loop without guards does."""
     from mirai_ds.train import step as module
 
     guarded = module.propagate_nonfinite_loss
@@ -41,7 +42,7 @@ def bare_steps(session: Any, count: int) -> None:
 
 
 def guarded_steps(session: Any, count: int) -> None:
-    """What `run_loop` does around steps, whose last one is looked at."""
+    """Takes steps with what `run_loop` does around them; the last one is looked at."""
     from mirai_ds.runtime.control import Facts
     from mirai_ds.train.nonfinite import confirm_step
     from mirai_ds.train.step import train_step
@@ -56,7 +57,7 @@ def guarded_steps(session: Any, count: int) -> None:
 
 
 def seconds(run: Callable[[], None], session: Any) -> float:
-    """Of `run` on this rank, all ranks starting together."""
+    """Seconds that `run` takes on this rank when all ranks start together."""
     session.control.barrier()
     began = time.perf_counter()
     run()
@@ -70,13 +71,13 @@ def seconds(run: Callable[[], None], session: Any) -> float:
 def step_times(session: Any, rounds: int, block: int) -> dict[str, float]:
     """Median seconds a step of both variants, and the median over rounds of their ratio; who goes first alternates."""
     variants = {"guarded": guarded_steps, "bare": bare_steps}
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[float]] = {name: [] for name in variants}
     guarded_steps(session, 3)
     for number in range(rounds):
         for name in sorted(variants, reverse=bool(number % 2)):
-            found[name].append(seconds(lambda name=name: variants[name](session, block), session) / block)  # type: ignore[misc]
-    ratios = [guarded / bare for guarded, bare in zip(found["guarded"], found["bare"], strict=True)]
-    return {"ratio": statistics.median(ratios), **{name: statistics.median(times) for name, times in found.items()}}
+            turns[name].append(seconds(lambda name=name: variants[name](session, block), session) / block)  # type: ignore[misc]
+    ratios = [guarded / bare for guarded, bare in zip(turns["guarded"], turns["bare"], strict=True)]
+    return {"ratio": statistics.median(ratios), **{name: statistics.median(times) for name, times in turns.items()}}
 
 
 def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
@@ -112,7 +113,7 @@ def part_times(session: Any, repeat: int = 200) -> dict[str, float]:
 def save_times(session: Any, rounds: int) -> dict[str, float]:
     """Median seconds that training stands still, for a save at once and one in the background; `written`: until the
     background one was safe, training on meanwhile."""
-    found: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
+    spent: dict[str, list[float]] = {"at once": [], "in the background": [], "written": []}
     for _ in range(rounds):
         for name, background in (("at once", False), ("in the background", True)):
             session.checkpoints.saver.config.background = background
@@ -123,10 +124,10 @@ def save_times(session: Any, rounds: int) -> dict[str, float]:
             while session.checkpoints.saver.in_flight >= 0:
                 guarded_steps(session, 1)
                 session.checkpoints.saver.poll(session.control.facts.written)
-            found[name].append(session.checkpoints.saver.stall_seconds - began)
+            spent[name].append(session.checkpoints.saver.stall_seconds - began)
             if background:
-                found["written"].append(session.checkpoints.saver.write_seconds)
-    return {name: statistics.median(times) for name, times in found.items()}
+                spent["written"].append(session.checkpoints.saver.write_seconds)
+    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 def digest_times(session: Any) -> dict[str, float]:
@@ -156,7 +157,7 @@ def digest_times(session: Any) -> dict[str, float]:
 
 
 def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
-    """Collective: everything, as rows."""
+    """Measures everything and returns the rows; collective."""
     steps = step_times(session, rounds, block)
     parts = part_times(session)
     saves = save_times(session, max(3, min(8, rounds // 4)))
@@ -187,15 +188,13 @@ def rows_of(session: Any, rounds: int, block: int, about: Row) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | ranks, model | what | variant | time | ratio |", "|---|---|---|---|---:|---:|"]
-    for r in rows:
-        layout, time = f"{r['ranks']}, {r['model']}", f"{r['value']} {r['unit']}"
-        lines.append(f"| {' | '.join((r['device'], layout, r['what'], r['variant'], time, r['ratio']))} |")
-    return "\n".join(lines)
+    cells = "{device} | {ranks}, {model} | {what} | {variant} | {value} {unit} | {ratio}"
+    header = "device | ranks, model | what | variant | time | ratio"
+    return markdown.table(header, map(cells.format_map, rows), "llllrr")
 
 
 def measure(world: World, overrides: list[str], run: Path, rounds: int, block: int, command: str) -> list[Row]:
-    """One rank: build a session in `run`, measure; rows on the main rank."""
+    """Builds one rank's session in `run` and measures; the main rank returns the rows."""
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runs.outcome import Outcome
@@ -219,11 +218,11 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     run_lock.note_start(0, None)
     millions = sum(p.numel() for p in session.engine.ds.module.parameters()) / 1e6
     about = {**facts(device.type, command), "ranks": str(world.size), "model": f"{millions:.1f} M"}
-    found = rows_of(session, rounds, block, about)
+    rows = rows_of(session, rounds, block, about)
     watchdog.close()
     run_lock.release("finished")
     session.control.barrier()
-    return found if session.is_main else []
+    return rows if session.is_main else []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,10 +246,10 @@ def main(argv: list[str] | None = None) -> int:
                 MODULE, [*argv, "--run-dir", f"{folder}/run"], args.ranks or min(2, visible_gpus() or 2), visible_gpus()
             )
     command = command_line(f"python -m {MODULE}", argv, [args.out, args.run_dir])
-    found = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
-    if found:
-        print(table(found), flush=True)
-        append(args.out, FIELDS, found)
+    rows = measure(world, args.overrides, args.run_dir, args.rounds, args.block, command)
+    if rows:
+        print(table(rows), flush=True)
+        append(args.out, FIELDS, rows)
     leave_process_group()
     return 0
 

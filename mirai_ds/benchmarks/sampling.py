@@ -28,6 +28,7 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, Decoder, SamplingRules, Speed, initialise
 from mirai_ds.model.rope2d import apply_rope
 from mirai_ds.model.rules import guide
+from mirai_ds.runtime import markdown
 
 MODULE = "mirai_ds.benchmarks.sampling"
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "model", "batch", "tokens", "dtype", "variant",
@@ -66,7 +67,7 @@ class PlainCache:
 
     @torch.no_grad()
     def advance(self, place: int) -> None:
-        """The token at `place`."""
+        """Draws the token at `place`."""
         gpt, x = self.gpt, self.x
         position = torch.full((1,), place, dtype=torch.int64, device=x.device)
         mask, rope = self.mask[position][None, None], gpt.rope[position]
@@ -103,7 +104,7 @@ def uncached_step(gpt: GPT, labels: Tensor, tokens: Tensor) -> Tensor:
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call, the device's work included."""
+    """Seconds of one call, the device's work included."""
     began = time.perf_counter()
     run()
     if device == "cuda":
@@ -119,7 +120,7 @@ def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device:
     if compiled:
         decoders["static buffers, compiled"] = Decoder(gpt, count, rules, Speed(True, device == "cuda"))
     turn = n if device == "cuda" else 1
-    found: dict[str, float] = dict.fromkeys([*decoders, "plain cache"], 0.0)
+    totals: dict[str, float] = dict.fromkeys([*decoders, "plain cache"], 0.0)
     for number in range(-1, batches):
         loops: dict[str, Any] = dict(decoders)
         spent = {name: seconds(lambda d=d: d.begin(labels, indices, 0), device) for name, d in decoders.items()}  # type: ignore[misc]
@@ -133,8 +134,8 @@ def cached_times(gpt: GPT, labels: Tensor, batches: int, compiled: bool, device:
 
                 spent[name] += seconds(steps, device)
         if number >= 0:
-            found = {name: found[name] + spent[name] / batches for name in found}
-    return found
+            totals = {name: totals[name] + spent[name] / batches for name in totals}
+    return totals
 
 
 def uncached_time(gpt: GPT, labels: Tensor, device: str, repeat: int = 1) -> float:
@@ -175,13 +176,12 @@ def measure(args: argparse.Namespace, command: str) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | model, tokens, batch | dtype | variant | images/s | ms a step | times as long |",
-             "|---|---|---|---|---:|---:|---:|"]  # fmt: skip
-    for r in rows:
-        where, what = f"{r['device']}, torch {r['torch']}, {r['date']}", f"{r['model']}, {r['tokens']}, {r['batch']}"
-        numbers = (r["images_per_s"], r["ms_step"], r["times_as_long"])
-        lines.append(f"| {' | '.join((where, what, r['dtype'], r['variant'], *numbers))} |")
-    return "\n".join(lines)
+    header = "device | model, tokens, batch | dtype | variant | images/s | ms a step | times as long"
+    cells = (
+        "{device}, torch {torch}, {date} | {model}, {tokens}, {batch} | {dtype} | {variant} | {images_per_s} "
+        "| {ms_step} | {times_as_long}"
+    )
+    return markdown.table(header, map(cells.format_map, rows), "llllrrr")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     args.batch = args.batch or (64 if args.device == "cuda" else 8)
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measure(args, command_line(f"python -m {MODULE}", argv, [args.out]))
-    print(table(found), flush=True)
-    append(args.out, FIELDS, found)
+    rows = measure(args, command_line(f"python -m {MODULE}", argv, [args.out]))
+    print(table(rows), flush=True)
+    append(args.out, FIELDS, rows)
     return 0
 
 

@@ -48,7 +48,7 @@ def random_session(config: RunConfig, world: World, device: torch.device, steps:
 
 @contextmanager
 def shared_folder(world: World) -> Iterator[Path]:
-    """Collective: a temporary folder of all ranks (of one machine)."""
+    """A temporary folder that all ranks of one machine share; collective."""
     names: list[str] = [tempfile.mkdtemp() if world.rank == 0 else ""]
     dist.broadcast_object_list(names, src=0)
     try:
@@ -79,7 +79,7 @@ def on_random_data(config: RunConfig, folder: Path, world: World, steps: int) ->
 
 
 def _write_data(config: RunConfig, path: Path, steps: int) -> None:
-    """Random codes, and pixels where an encoder watches."""
+    """Writes random codes, and pixels where the method has an encoder."""
     count = max(config.train.global_batch_size * (steps + 1), config.model.num_classes)
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 
 MODULE = "mirai_ds.benchmarks.startup"
 FIELDS = ("date", "device", "python", "torch", "cuda", "command", "ranks", "model", "what", "variant", "value", "unit",
@@ -49,7 +50,7 @@ PHASES = {
 
 
 def stamp(name: str) -> None:
-    """Note the time; other ranks than the first do not."""
+    """Notes the time of a phase; only the first rank does."""
     if os.environ.get("RANK", "0") == "0" and STAMPS in os.environ:
         with open(os.environ[STAMPS], "a", encoding="utf-8") as file:
             file.write(json.dumps([name, time.time()]) + "\n")
@@ -70,7 +71,7 @@ def _stamped(module: Any, name: str, label: str, last: bool = False) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """`mirai-ds train ARGUMENTS`, whose ranks run `rank`."""
+    """Runs `mirai-ds train ARGUMENTS` with ranks that run `rank`."""
     from mirai_ds.runtime import launch
 
     start = launch.launch
@@ -85,7 +86,7 @@ def command(arguments: list[str]) -> None:
 
 
 def rank(arguments: list[str]) -> None:
-    """`python -m mirai_ds.train ARGUMENTS` with stamps."""
+    """Runs `python -m mirai_ds.train ARGUMENTS` and stamps its phases."""
     stamp("rank")
     from mirai_ds.train import __main__ as train
 
@@ -121,15 +122,15 @@ def one_start(overrides: Sequence[str], ranks: int) -> dict[str, float]:
             [sys.executable, "-m", MODULE, "--command", *arguments], env={**os.environ, STAMPS: str(stamps)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        found = dict(map(json.loads, stamps.read_text("utf-8").splitlines())) if stamps.exists() else {}
-    if list(found) != list(PHASES):
-        raise RuntimeError(f"a start ended after {list(found)}:\n{done.stdout}{done.stderr}")
-    times = [began, *found.values()]
-    return {name: after - before for name, before, after in zip(found, times, times[1:], strict=False)}
+        reached = dict(map(json.loads, stamps.read_text("utf-8").splitlines())) if stamps.exists() else {}
+    if list(reached) != list(PHASES):
+        raise RuntimeError(f"a start ended after {list(reached)}:\n{done.stdout}{done.stderr}")
+    times = [began, *reached.values()]
+    return {name: after - before for name, before, after in zip(reached, times, times[1:], strict=False)}
 
 
 def help_seconds() -> float:
-    """`mirai-ds --help`."""
+    """Seconds that `mirai-ds --help` takes."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mirai_ds", "--help"], check=True, capture_output=True)
     return time.perf_counter() - began
@@ -165,12 +166,12 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| device | ranks, model | what | part | seconds | of the whole |", "|---|---|---|---|---:|---:|"]
+    lines = []
     for r in rows:
         layout = f"{r['ranks']}, {r['model']}" if r["model"] else "-"
         share = f"{float(r['ratio']):.0%}" if r["ratio"] else "-"
-        lines.append(f"| {' | '.join((r['device'], layout, r['what'], r['variant'], r['value'], share))} |")
-    return "\n".join(lines)
+        lines.append(f"{r['device']} | {layout} | {r['what']} | {r['variant']} | {r['value']} | {share}")
+    return markdown.table("device | ranks, model | what | part | seconds | of the whole", lines, "llllrr")
 
 
 def main(argv: list[str] | None = None) -> int:

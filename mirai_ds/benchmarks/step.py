@@ -26,6 +26,7 @@ from typing import Any
 
 from mirai_ds.benchmarks.arms import BenchArm, Workers
 from mirai_ds.benchmarks.harness import append, command_line, facts, new_parser, only_table
+from mirai_ds.runtime import markdown
 from mirai_ds.runtime.launch import CPU_MEMORY, GPU_MEMORY, visible_gpus
 
 FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparison", "model", "method", "precision",
@@ -47,7 +48,7 @@ Row = dict[str, str]
 
 
 def overrides(args: argparse.Namespace, ranks: int) -> list[str]:
-    """What every arm of a call shares."""
+    """Overrides that all arms of a call share."""
     return [
         "foresight.warmup_epochs=0", f"train.global_batch_size={args.batch * ranks}", "train.grad_accum_steps=1",
         f"train.precision={args.precision}", *args.overrides,
@@ -103,32 +104,32 @@ def take_turns(arms: list[BenchArm], rounds: int) -> list[dict[str, Any]]:
         for worker in workers:
             for _ in range(WARM_UP):
                 worker.ask("step")
-        found: list[dict[str, Any]] = [{"seconds": [], "loss": 0.0} for _ in arms]
+        measured: list[dict[str, Any]] = [{"seconds": [], "loss": 0.0} for _ in arms]
         for number in range(rounds):
             for i in sorted(range(len(arms)), reverse=bool(number % 2)):
                 answers = workers[i].ask("step")
-                found[i]["seconds"].append(max(a["seconds"] for a in answers))
-                found[i]["loss"] = statistics.mean(a["loss"] for a in answers)
+                measured[i]["seconds"].append(max(a["seconds"] for a in answers))
+                measured[i]["loss"] = statistics.mean(a["loss"] for a in answers)
         for i, worker in enumerate(workers):
-            found[i]["parts"] = worker.ask("parts")[0]["parts"]
+            measured[i]["parts"] = worker.ask("parts")[0]["parts"]
             answers = worker.ask("memory")
-            found[i]["memory"] = {name: max(a[name] for a in answers) for name in answers[0]}
+            measured[i]["memory"] = {name: max(a[name] for a in answers) for name in answers[0]}
     finally:
         for worker in workers:
             worker.close()
-    return found
+    return measured
 
 
 def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
-    """Rows, one comparison after the other."""
+    """Yields the rows of one comparison after the other."""
     about = {**where(args), "command": command, "model": args.size, "batch": str(args.batch)}
     for comparison, method, arms in comparisons(args):
         times = take_turns(arms, args.rounds)
         rows = []
-        for a, found in zip(arms, times, strict=True):
-            held = found["memory"]
-            ratios = [first / own for first, own in zip(times[0]["seconds"], found["seconds"], strict=True)]
-            median = statistics.median(found["seconds"])
+        for a, measured in zip(arms, times, strict=True):
+            held = measured["memory"]
+            ratios = [first / own for first, own in zip(times[0]["seconds"], measured["seconds"], strict=True)]
+            median = statistics.median(measured["seconds"])
             precision = next(o for o in reversed(a.overrides) if o.startswith("train.precision=")).partition("=")[2]
             rows.append(about | {
                 "comparison": comparison, "method": method, "precision": precision, "ranks": str(a.ranks),
@@ -138,19 +139,19 @@ def measure(args: argparse.Namespace, command: str) -> Iterator[list[Row]]:
                 "memory_ratio": f"{held['peak'] / times[0]['memory']['peak']:.3f}",
                 "states_gb": f"{held['resting'] / 1e9:.2f}",
                 "resident_gb": "" if args.gpus else f"{held['resident'] / 1e9:.2f}",
-                "mfu": utilisation(a, args, median) if args.gpus else "", "last_loss": f"{found['loss']:.5f}",
-                "parts": json.dumps({n: round(s, 4) for n, s in sorted(found["parts"].items())}),
+                "mfu": utilisation(a, args, median) if args.gpus else "", "last_loss": f"{measured['loss']:.5f}",
+                "parts": json.dumps({n: round(s, 4) for n, s in sorted(measured["parts"].items())}),
             })  # fmt: skip
         yield rows
 
 
 def where(args: argparse.Namespace) -> Row:
-    """Device and versions."""
+    """The columns that name the device and the versions."""
     from mirai_ds.runtime.environment import package_versions
 
-    found = facts("cuda" if args.gpus else "cpu", "")
-    device = found["device"] if args.gpus else found["device"].partition(",")[0]
-    return {"date": time.strftime("%Y-%m-%d"), "device": device, "python": found["python"], "torch": found["torch"],
+    about = facts("cuda" if args.gpus else "cpu", "")
+    device = about["device"] if args.gpus else about["device"].partition(",")[0]
+    return {"date": time.strftime("%Y-%m-%d"), "device": device, "python": about["python"], "torch": about["torch"],
             "deepspeed": package_versions()["deepspeed"]}  # fmt: skip
 
 
@@ -174,16 +175,12 @@ def utilisation(a: BenchArm, args: argparse.Namespace, seconds: float) -> str:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    head = ("device", "comparison", "model, method, batch, ranks", "variant, precision", "s a step", "times as fast",
-            "peak GB", "of the first's", "MFU")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---:|---:|---:|---:|---:|"]
-    for r in rows:
-        what = f"{r['model']}, {r['method']}, {r['batch']}, {r['ranks']}"
-        cells = (f"{r['device']}, torch {r['torch']}, {r['date']}", r["comparison"], what,
-                 f"{r['variant']}, {r['precision']}", r["median_s"], r["times_as_fast"], r["memory_gb"],
-                 r["memory_ratio"], r["mfu"])  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = "device | comparison | model, method, batch, ranks | variant, precision | s a step | times as fast"
+    cells = (
+        "{device}, torch {torch}, {date} | {comparison} | {model}, {method}, {batch}, {ranks} | {variant}, {precision} "
+        "| {median_s} | {times_as_fast} | {memory_gb} | {memory_ratio} | {mfu}"
+    )
+    return markdown.table(f"{header} | peak GB | of the first's | MFU", map(cells.format_map, rows), "llllrrrrr")
 
 
 def parts_table(rows: list[Row]) -> str:
@@ -192,16 +189,15 @@ def parts_table(rows: list[Row]) -> str:
     names = sorted(
         {name for _, parts in measured for name in parts}, key=lambda n: (-max(p.get(n, 0) for _, p in measured), n)
     )
-    lines = [f"| variant | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines = []
     for r, parts in measured:
-        whole = sum(parts.values())
-        cells = " | ".join(f"{100 * parts.get(name, 0) / whole:.1f}" for name in names)
-        lines.append(f"| {r['variant']}, {r['method']} | {cells} |")
-    return "\n".join(lines)
+        shares = (f"{100 * parts.get(name, 0) / sum(parts.values()):.1f}" for name in names)
+        lines.append(" | ".join([f"{r['variant']}, {r['method']}", *shares]))
+    return markdown.table(" | ".join(["variant", *names]), lines, "l" + "r" * len(names))
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """Of the command line."""
+    """Reads the command line."""
     import os
 
     parser = new_parser("step", __doc__)

@@ -35,12 +35,13 @@ from mirai_ds.config import ModelConfig
 from mirai_ds.model import GPT, initialise, next_token_loss
 from mirai_ds.model.gpt import RMSNorm
 from mirai_ds.model.rope2d import apply_rope, rope_table
+from mirai_ds.runtime import markdown
 
 Loss = Callable[..., Tensor]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As in FeedForward."""
+    """SwiGLU as FeedForward computes it."""
     return F.silu(gate) * up
 
 
@@ -65,7 +66,7 @@ def operations(model: ModelConfig, batch: int, dtype: torch.dtype, device: str) 
     norm = RMSNorm(width, model.norm_eps).to(device, dtype)
     rope = rope_table(model.grid, width // model.heads).to(device)[:slots]
     tokens = torch.randint(0, model.vocab_size, (batch, slots), generator=generator, device=device)
-    found = {
+    ops = {
         "rmsnorm": Operation(2 * model.depth + 1, norm, [random(batch, slots, width)]),
         "rotary": Operation(
             2 * model.depth, lambda x: apply_rope(x, rope), [random(batch, slots, model.heads, width // model.heads)]
@@ -78,10 +79,10 @@ def operations(model: ModelConfig, batch: int, dtype: torch.dtype, device: str) 
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import functional
 
-        found["rmsnorm"].liger = lambda x: functional.liger_rms_norm(x, norm.weight, model.norm_eps, in_place=False)
-        found["swiglu"].liger = functional.liger_swiglu
-        found["cross-entropy"].liger = lambda x: functional.liger_cross_entropy(x.flatten(0, 1), tokens.flatten())
-    return found
+        ops["rmsnorm"].liger = lambda x: functional.liger_rms_norm(x, norm.weight, model.norm_eps, in_place=False)
+        ops["swiglu"].liger = functional.liger_swiglu
+        ops["cross-entropy"].liger = lambda x: functional.liger_cross_entropy(x.flatten(0, 1), tokens.flatten())
+    return ops
 
 
 def both_passes(function: Loss, inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -92,7 +93,7 @@ def both_passes(function: Loss, inputs: Sequence[Tensor]) -> Callable[[], Any]:
 
 
 def step_milliseconds(model: ModelConfig, batch: int, dtype: torch.dtype, device: str, runs: int = 3) -> float:
-    """Forward and backward of the whole model; the best of a few."""
+    """Milliseconds of the whole model's forward and backward pass, the best of a few."""
     gpt = GPT(model)
     initialise(gpt, 0)
     gpt = gpt.to(device, dtype)
@@ -117,7 +118,7 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
     about = facts(device, command)
     torch_dtype = bench.DTYPES[dtype]
     step = step_milliseconds(model, batch, torch_dtype, device)
-    found = [("step", "eager", step, 1.0, 1)]
+    timed = [("step", "eager", step, 1.0, 1)]
     for name, op in operations(model, batch, torch_dtype, device).items():
         torch._dynamo.reset()
         runs = {"eager": both_passes(op.function, op.inputs)}
@@ -125,23 +126,21 @@ def measure(size: str, batch: int, dtype: str, device: str, rounds: int, command
         if op.liger is not None:
             runs["liger"] = both_passes(op.liger, op.inputs)
         times = queued_milliseconds(runs, rounds) if device == "cuda" else milliseconds(runs, rounds)
-        found += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
+        timed += [(name, variant, ms, ms / times["eager"], op.uses) for variant, ms in times.items()]
     return [
         bench.Row(
             **about, op=op, size=size, method=f"{uses} a step", batch=batch, heads=model.heads, width=model.width,
             dtype=dtype, variant=variant, median_ms=round(ms, 4), ratio=round(ratio, 2), extra_mib=0.0,
             gradient_mib=0.0, gb_per_s=0.0,
         )
-        for op, variant, ms, ratio, uses in found
+        for op, variant, ms, ratio, uses in timed
     ]  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a line an operation, its share of the step and what compiling it would leave of the step."""
-    lines = [
-        "| device | model, batch, dtype | operation | uses a step | eager ms | of the step | torch.compile | Liger |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = "device | model, batch, dtype | operation | uses a step | eager ms | of the step | torch.compile | Liger"
+    lines = []
     for step in (row for row in rows if row["op"] == "step"):
         same = [r for r in rows if all(r[k] == step[k] for k in ("device", "size", "batch", "dtype"))]
         for row in (r for r in same if r["method"].endswith(" a step") and r["op"] != "step"):
@@ -151,11 +150,11 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             share = uses * float(row["median_ms"]) / float(step["median_ms"])
             ratios = {r["variant"]: f"{float(r['ratio']):.2f}x" for r in same if r["op"] == row["op"]}
             lines.append(
-                f"| {row['device']}, torch {row['torch']}, {row['date']} | GPT-{row['size']}, {row['batch']}, "
+                f"{row['device']}, torch {row['torch']}, {row['date']} | GPT-{row['size']}, {row['batch']}, "
                 f"{row['dtype']} | {row['op']} | {uses} | {float(row['median_ms']):.3g} | {share:.1%} | "
-                f"{ratios['compiled']} | {ratios.get('liger', '-')} |"
+                f"{ratios['compiled']} | {ratios.get('liger', '-')}"
             )
-    return "\n".join(lines)
+    return markdown.table(header, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

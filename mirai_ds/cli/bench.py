@@ -10,14 +10,14 @@ import click
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
 
 BENCHMARKS = {
-    "step": ("mirai_ds.benchmarks.step", "The training step against a plain baseline: time, parts, memory."),
-    "sampling": ("mirai_ds.benchmarks.sampling", "Images a second against loops without and with a plain cache."),
-    "data": ("mirai_ds.benchmarks.data", "Extraction and loading against the peers' way."),
-    "safety": ("mirai_ds.benchmarks.safety", "What guards and checkpoints cost, the stall of a save among it."),
-    "startup": ("mirai_ds.benchmarks.startup", "From `mirai-ds train` to the first step."),
-    "memory": ("mirai_ds.benchmarks.memory", "Peak memory of real steps beside what `plan` says."),
-    "kernels": ("mirai_ds.benchmarks.kernels", "Fused operations against eager and compiled PyTorch."),
-    "traffic": ("mirai_ds.benchmarks.traffic", "What else of a step is memory traffic."),
+    "step": "The training step against a plain baseline: time, parts, memory.",
+    "sampling": "Images a second against loops without and with a plain cache.",
+    "data": "Extraction and loading against the peers' way.",
+    "safety": "What guards and checkpoints cost, the stall of a save among it.",
+    "startup": "From `mirai-ds train` to the first step.",
+    "memory": "Peak memory of real steps beside what `plan` says.",
+    "kernels": "Fused operations against eager and compiled PyTorch.",
+    "traffic": "What else of a step is memory traffic.",
 }
 
 
@@ -33,13 +33,13 @@ def bench() -> None:
     """
 
 
-def _add(name: str, module: str, text: str) -> None:
+def _add(name: str, text: str) -> None:
     @bench.command(name, help=text, context_settings={"ignore_unknown_options": True, "help_option_names": []})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     @mistakes_in_one_line
     def run(arguments: tuple[str, ...]) -> None:
-        sys.exit(importlib.import_module(module).main(list(arguments)))
+        sys.exit(importlib.import_module(f"mirai_ds.benchmarks.{name}").main(list(arguments)))
 
 
-for _name, (_module, _text) in BENCHMARKS.items():
-    _add(_name, _module, _text)
+for _name, _text in BENCHMARKS.items():
+    _add(_name, _text)

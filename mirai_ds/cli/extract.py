@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
+from mirai_ds.cli.output import world_or_launch
 
 if TYPE_CHECKING:
     from mirai_ds.extract import Options
@@ -77,9 +77,7 @@ def codes(tokenizer: Path, precision: str, batch: int, **options: Any) -> None:
       mirai-ds extract codes --images imagenet/train --tokenizer vq_ds16_c2i.pt --size 256 --out stores/codes-256
       srun --ntasks-per-node 8 mirai-ds extract codes ...        on many GPUs
     """
-    world = _world(options.pop("processes"))
-    if world is None:
-        return
+    world = world_or_launch("extract", options.pop("processes"))
     from mirai_ds.extract import extract_codes
 
     made = extract_codes(_options(options, world), world, tokenizer, precision, batch)
@@ -103,9 +101,7 @@ def images(encoding: Any, quality: int | None, **options: Any) -> None:
     Example:
       mirai-ds extract images --images imagenet/train --size 256 --out stores/images-256
     """
-    world = _world(options.pop("processes"))
-    if world is None:
-        return
+    world = world_or_launch("extract", options.pop("processes"))
     from mirai_ds.extract import extract_images
 
     made = extract_images(_options(options, world), world, encoding, quality)
@@ -163,32 +159,13 @@ def import_llamagen(folder: Path, images: Path | None, tokenizer: Path | None, d
     """
     from mirai_ds.extract import Options
     from mirai_ds.extract.llamagen import Import, import_llamagen
+    from mirai_ds.runtime.log import start_log
 
+    start_log()
     request = Import(folder, Options(images=folder, **options), images, tokenizer, drop_padding, keep_duplicates)
     made = import_llamagen(request)
     content = f"{made.num_images} images x {made.num_views} views x {made.tokens_per_image} tokens"
     click.echo(f"{options['out']}: {content}")
-
-
-def _world(processes: int | None) -> World | None:
-    """This process's place; None when it was only the one that started the others."""
-    from mirai_ds.runtime.distributed import World, read_world
-    from mirai_ds.runtime.launch import launch, visible_gpus
-
-    world = read_world()
-    if world is not None:
-        return world
-    gpus = visible_gpus()
-    count = processes or max(gpus, 1)
-    if count == 1:
-        return World(0, 0, 1, 1)
-    sys.exit(launch("mirai_ds.cli.extract", _without_processes(), count, gpus))
-
-
-def _without_processes() -> list[str]:
-    """The arguments after `extract`, as given."""
-    arguments = sys.argv[1:]
-    return arguments[arguments.index("extract") + 1 :] if "extract" in arguments else arguments
 
 
 def _options(options: dict[str, Any], world: World) -> Options:

@@ -1,4 +1,4 @@
-"""What verbs share of their options and of what they print.  Heavy modules are imported inside."""
+"""What verbs share of their options, of what they print and of how they start.  Heavy modules are imported inside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from mirai_ds.runtime.distributed import World
 
 PATH = click.Path(path_type=Path)
 METHODS = ("none", "mirai-e", "mirai-i")
@@ -30,3 +32,22 @@ def print_parts(parts: list[RenderableType], width: int = 150) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object; NaN is refused."""
     click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def world_or_launch(verb: str, ranks: int | None) -> World:
+    """This process's place among the ranks, its log started.  Where nobody launched this process and there is work
+    for more than one rank, this same command is launched on all of them, and then the process exits."""
+    from mirai_ds.runtime.distributed import World, read_world
+    from mirai_ds.runtime.launch import launch, visible_gpus
+    from mirai_ds.runtime.log import start_log
+
+    world = read_world()
+    if world is None:
+        gpus = visible_gpus()
+        count = ranks or max(gpus, 1)
+        if count > 1:
+            arguments = sys.argv[1:]
+            sys.exit(launch(f"mirai_ds.cli.{verb}", arguments[arguments[:1] == [verb] :], count, gpus))
+        world = World(0, 0, 1, 1)
+    start_log(world.rank)
+    return world

@@ -71,9 +71,9 @@ def plan(recipe: str, as_json: bool, **options: Any) -> None:
     """
     from mirai_ds.planning import plan as planning
 
-    found = planning.make_plan(planning.PlanRequest(recipe, **options))
+    predicted = planning.make_plan(planning.PlanRequest(recipe, **options))
     if as_json:
-        print_json(planning.plan_json(found))
+        print_json(planning.plan_json(predicted))
     else:
-        print_parts(planning.render(found))
-    sys.exit(0 if found.fits else 1)
+        print_parts(planning.render(predicted))
+    sys.exit(0 if predicted.fits else 1)

@@ -90,9 +90,9 @@ def _store(path: Path, verify: bool, as_json: bool) -> list[str]:
     from mirai_ds.analysis.inspect_store import inspect_store, store_as_json
 
     if as_json:
-        found = store_as_json(path, verify)
-        print_json(found)
-        return list(found["damages"])
+        content = store_as_json(path, verify)
+        print_json(content)
+        return list(content["damages"])
     lines, damages = inspect_store(path, verify)
     click.echo("\n".join(lines))
     return damages

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
-
-if TYPE_CHECKING:
-    from mirai_ds.runtime.distributed import World
+from mirai_ds.cli.output import world_or_launch
 
 FILE = click.Path(path_type=Path)
 SWITCH = click.Choice(["auto", "on", "off"])
@@ -91,16 +88,17 @@ def sample(source: Path, num: int | None, ranks: int | None, patience: float | N
     if num is None:
         _grid(source, options)
         return
-    world = _world(ranks)
-    if world is None:
-        return
+    world = world_or_launch("sample", ranks)
+    from mirai_ds.config.errors import UserError
     from mirai_ds.sampling import SamplingRequest, draw_archive
 
+    if ranks not in (None, world.size):
+        raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
     if not _given("block_size"):
         options["block_size"] = None
     del options["per_class"]
     if patience is not None:
-        options["stall_timeout"] = _renamed_patience(patience, world)
+        options["stall_timeout"] = _renamed_patience(patience, world.rank)
     said = draw_archive(SamplingRequest(source, num, **options), world)
     if said is not None:
         click.echo(said)
@@ -130,34 +128,15 @@ def _check_mode(many: bool) -> None:
             raise UserError(f"--{name.replace('_', '-')}: has no meaning {where}")
 
 
-def _renamed_patience(seconds: float, world: World) -> float:
+def _renamed_patience(seconds: float, rank: int) -> float:
     """--patience is --stall-timeout under the name of an earlier version; rank 0 says so."""
     from mirai_ds.config.errors import UserError
 
     if _given("stall_timeout"):
         raise UserError("--patience and --stall-timeout: are the old and the new name of one option; keep the new one")
-    if world.rank == 0:
+    if rank == 0:
         click.echo("mirai-ds: --patience is now --stall-timeout; the old name still works", err=True)
     return seconds
-
-
-def _world(ranks: int | None) -> World | None:
-    """This process's place; None when it was only the one that started the others."""
-    from mirai_ds.config.errors import UserError
-    from mirai_ds.runtime.distributed import World, read_world
-    from mirai_ds.runtime.launch import launch, visible_gpus
-
-    world = read_world()
-    if world is not None:
-        if ranks not in (None, world.size):
-            raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
-        return world
-    gpus = visible_gpus()
-    count = ranks or max(gpus, 1)
-    if count == 1:
-        return World(0, 0, 1, 1)
-    arguments = sys.argv[1:]
-    sys.exit(launch("mirai_ds.cli.sample", arguments[arguments[:1] == ["sample"] :], count, gpus))
 
 
 # One rank, under any launcher: the deepspeed command puts --local_rank right after the module.

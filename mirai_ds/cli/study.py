@@ -60,14 +60,14 @@ def plan(
     where = folder or Path(f"runs/study-{name}")
     ready(chosen, where, known, images, click.echo)
     costs = known_costs(chosen, where, known, click.echo)
-    found = make_plan(chosen, where, costs, known, seeds, _seconds(budget_hours))
-    for title, runs in (("run", found.chosen), ("left out", found.left_out)):
+    work = make_plan(chosen, where, costs, known, seeds, _seconds(budget_hours))
+    for title, runs in (("run", work.chosen), ("left out", work.left_out)):
         for planned, seconds in runs:
             ratio = costs[planned.arm.name]["ratio"]
             click.echo(f"{title:9} {planned.name:18} {seconds:5.0f} s  step {ratio:.2f} of the baseline's")
-    for planned in found.done:
+    for planned in work.done:
         click.echo(f"{'done':9} {planned.name}")
-    click.echo(f"{len(found.chosen)} runs, {found.seconds / 3600:.2f} hours of {device_kind()} time on this machine")
+    click.echo(f"{len(work.chosen)} runs, {work.seconds / 3600:.2f} hours of {device_kind()} time on this machine")
 
 
 @study.command()

@@ -17,7 +17,7 @@ class ClassifierScore(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Generated over real accuracy."""
+        """The accuracy on generated images divided by that on real ones."""
         return self.generated / self.real
 
 

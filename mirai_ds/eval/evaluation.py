@@ -78,8 +78,8 @@ def evaluate_files(
     digests = samples.digest(), reference.digest()
     kept = Kept(network, request, progress)
     given, stored, own = _prepare(reference, digests[1], kept)
-    found = kept.features("samples", samples, digests[0])
-    scores = score(found.features, given, network, request.metrics, request.arithmetic)
+    extracted = kept.features("samples", samples, digests[0])
+    scores = score(extracted.features, given, network, request.metrics, request.arithmetic)
     values = {name: scores.values.get(name) for name in COLUMNS}
     protocol = _protocol(request, network, scores, stored, kept) | {
         "samples_resolution": [samples.height, samples.width],
@@ -100,18 +100,18 @@ def evaluate_files(
 
 
 class Kept:
-    """Features through the cache, and where each set's came from."""
+    """Takes features through the cache and records where each set's came from."""
 
     def __init__(self, network: FeatureNetwork, request: EvaluationRequest, progress: Progress | None) -> None:
         self.network, self.request, self.progress = network, request, progress
         self.origins: dict[str, str] = {}
 
     def features(self, name: str, source: ImageSource, digest: str) -> Extracted:
-        """Of `source`, extracted or cached."""
+        """The features of `source`, extracted or read from the cache."""
         advance = None if self.progress is None else self.progress(name, source.count)
-        found = features_of(source, digest, self.network, self.request.batch_size, self.request.cache, advance)
-        self.origins[name] = found.origin
-        return found
+        extracted = features_of(source, digest, self.network, self.request.batch_size, self.request.cache, advance)
+        self.origins[name] = extracted.origin
+        return extracted
 
 
 def _prepare(reference: ReferenceFile, digest: str, kept: Kept) -> tuple[Reference, dict[str, str], float | None]:
@@ -165,41 +165,41 @@ def departures(
 ) -> list[str]:
     """Why the scores cannot be put beside published ones (ImageNet at 256 pixels), each a sentence; empty when none."""
     if isinstance(network, InceptionFeatures):
-        found = reference.departures() + _of_inception(samples.count, protocol["features"])
+        reasons = reference.departures() + _of_inception(samples.count, protocol["features"])
     else:
         same = "of the same weights file, reference and number of samples"
-        found = [f"the features are of {network.name}: compare only with scores {same}"]
+        reasons = [f"the features are of {network.name}: compare only with scores {same}"]
     images = reference.images
     if images is not None and (samples.height, samples.width) != (images.height, images.width):
-        found.append(
+        reasons.append(
             f"samples are {samples.width}x{samples.height}, the reference is {images.width}x{images.height}: resize "
             "samples as the sampler does (`mirai-ds sample`), sharpness alone moves every score"
         )
     own = protocol["reference_own_fid"]
     if own is not None and own > SELF_DISTANCE:
-        found.append(
+        reasons.append(
             f"the reference's own images are {own:.1f} away from its stored statistics: these are not of this network"
         )
     recorded = _recorded_digest(protocol["sampling"])
     if recorded is not None and recorded != digest and samples.path.is_file():
-        found.append("the samples are not those that the record beside them is of (its sha256 differs)")
-    return found
+        reasons.append("the samples are not those that the record beside them is of (its sha256 differs)")
+    return reasons
 
 
 def _of_inception(samples: int, facts: dict[str, Any]) -> list[str]:
-    found = []
+    reasons = []
     if not facts["published"]:
-        found.append("the Inception file's digest is not the published one's")
+        reasons.append("the Inception file's digest is not the published one's")
     if facts["precision"] != "fp32":
-        found.append("the network ran in TF32")
+        reasons.append("the network ran in TF32")
     if samples != PUBLISHED_SAMPLES:
-        found.append(f"{samples} samples; published scores are of {PUBLISHED_SAMPLES}, and FID falls with the number")
-    return found
+        reasons.append(f"{samples} samples; published scores are of {PUBLISHED_SAMPLES}, and FID falls with the number")
+    return reasons
 
 
 def _recorded_digest(record: dict[str, Any] | None) -> str | None:
-    found = [record[key] for key in ("samples_sha256", "sha256") if key in record] if record else []
-    return str(found[0]) if found else None
+    digests = [record[key] for key in ("samples_sha256", "sha256") if key in record] if record else []
+    return str(digests[0]) if digests else None
 
 
 def _read_sidecar(samples: Path) -> dict[str, Any] | None:

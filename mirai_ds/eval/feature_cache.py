@@ -37,10 +37,10 @@ def features_of(
     path = None if cache is None else cache / f"features-{_key(digest, network)}.npz"
     if path is not None and path.is_file():
         return _read(path, source.count)
-    found = extract_features(source.batches(batch_size), network, batch_size, progress)
+    features = extract_features(source.batches(batch_size), network, batch_size, progress)
     if path is not None:
-        _write(path, found, here)
-    return Extracted(found, here)
+        _write(path, features, here)
+    return Extracted(features, here)
 
 
 def _key(digest: str, network: FeatureNetwork) -> str:
@@ -52,12 +52,12 @@ def _read(path: Path, count: int) -> Extracted:
     try:
         with np.load(path, allow_pickle=False) as data:
             spatial = data["spatial"] if "spatial" in data.files else None
-            found = Extracted(Features(data["pooled"], spatial), f"cached: {data['origin'][()]}")
-        if any(rows is not None and (rows.ndim, len(rows)) != (2, count) for rows in found.features):
+            extracted = Extracted(Features(data["pooled"], spatial), f"cached: {data['origin'][()]}")
+        if any(rows is not None and (rows.ndim, len(rows)) != (2, count) for rows in extracted.features):
             raise ValueError(f"does not hold features of {count} images")
     except Exception as error:  # bytes from anywhere: NumPy raises nearly any type on them
         raise UserError(f"{path}: is damaged ({first_line(error)}); remove it") from None
-    return found
+    return extracted
 
 
 def _write(path: Path, features: Features, origin: str) -> None:

@@ -39,7 +39,7 @@ class FeatureNetwork(Protocol):
 
 
 class Features(NamedTuple):
-    """fp32: pooled (n, d), spatial (n, e) or None."""
+    """Features in fp32: pooled (n, d) and spatial (n, e), or None."""
 
     pooled: Array
     spatial: Array | None
@@ -74,10 +74,10 @@ def extract_features(
     """
     pooled, spatial = [], []
     for batch in _batches(images, batch_size):
-        found = network.features(batch)
-        pooled.append(found[0].cpu().numpy())
-        if found[1] is not None:
-            spatial.append(found[1].cpu().numpy())
+        batch_pooled, batch_spatial = network.features(batch)
+        pooled.append(batch_pooled.cpu().numpy())
+        if batch_spatial is not None:
+            spatial.append(batch_spatial.cpu().numpy())
         if progress is not None:
             progress(len(batch))
     if not pooled:
@@ -142,9 +142,9 @@ def score(
     if "pr" not in metrics or reference.images is None:
         return Scores(values)
     sets = [torch.from_numpy(rows).to(network.device) for rows in (reference.images, samples.pooled)]
-    found = precision_recall(sets[0], sets[1], arithmetic or default_arithmetic(network))
-    values |= {"precision": found.precision, "recall": found.recall}
-    return Scores(values, found.blocks, found.fp32_blocks)
+    scored = precision_recall(sets[0], sets[1], arithmetic or default_arithmetic(network))
+    values |= {"precision": scored.precision, "recall": scored.recall}
+    return Scores(values, scored.blocks, scored.fp32_blocks)
 
 
 def default_arithmetic(network: FeatureNetwork) -> Arithmetic:
@@ -153,7 +153,7 @@ def default_arithmetic(network: FeatureNetwork) -> Arithmetic:
 
 
 def allowed_metrics(reference: Reference, network: FeatureNetwork) -> tuple[str, ...]:
-    """Those of `METRICS` that both the network and the reference allow."""
+    """The names in `METRICS` that both the network and the reference allow."""
     has = {"fid": reference.pooled, "sfid": reference.spatial, "is": (), "pr": reference.images}
     return tuple(m for m in METRICS if m in network.metrics and has[m] is not None)
 

@@ -101,16 +101,16 @@ def npz_members(path: Path) -> dict[str, Member]:
         raise UserError(f"{path}: no such file or folder")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: is not an .npz file, or is cut short")
-    found = {}
+    members = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
-                        found[name.removesuffix(".npy")] = _read_header(file)
+                        members[name.removesuffix(".npy")] = _read_header(file)
     except Exception as error:  # bytes from anywhere: NumPy's header parser raises nearly any type on them
         raise UserError(f"{path}: is not a readable .npz file of plain arrays ({first_line(error)})") from None
-    return found
+    return members
 
 
 def _read_header(file: IO[bytes]) -> Member:
@@ -160,7 +160,7 @@ class FolderSource:
 
     def digest(self) -> str:
         """sha256 over names and the files' own sha256, in order."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in self.names:
-            found.update(f"{name}\0{digest_of_file(self.path / name)}\n".encode(errors="surrogateescape"))
-        return found.hexdigest()
+            digest.update(f"{name}\0{digest_of_file(self.path / name)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()

@@ -40,21 +40,21 @@ class ReferenceFile:
         return not self.departures()
 
     def departures(self) -> list[str]:
-        """In what it differs from the published reference, each a sentence."""
-        found = []
+        """How it differs from the published reference, each difference as a sentence."""
+        reasons = []
         if self.pooled is None or self.spatial is None:
             lacking = "mu, sigma" if self.pooled is None else "mu_s, sigma_s"
-            found.append(f"the reference has no stored {lacking}: {STANDARD_NAME} has them of the whole training set")
+            reasons.append(f"the reference has no stored {lacking}: {STANDARD_NAME} has them of the whole training set")
         if self.images is None:
-            return [*found, "the reference has no images"]
+            return [*reasons, "the reference has no images"]
         if self.images.count != STANDARD_IMAGES:
-            found.append(f"the reference has {self.images.count} images, {STANDARD_NAME} has {STANDARD_IMAGES}")
+            reasons.append(f"the reference has {self.images.count} images, {STANDARD_NAME} has {STANDARD_IMAGES}")
         if (self.images.height, self.images.width) != (STANDARD_SIDE, STANDARD_SIDE):
             size = f"{self.images.width}x{self.images.height}"
-            found.append(f"the reference is {size}, {STANDARD_NAME} is {STANDARD_SIDE}x{STANDARD_SIDE}")
+            reasons.append(f"the reference is {size}, {STANDARD_NAME} is {STANDARD_SIDE}x{STANDARD_SIDE}")
         if self.images.count == VALIDATION_IMAGES or "val" in self.path.stem.lower().replace("-", "_").split("_"):
-            found.append("the reference looks like ImageNet's validation set: its scores are not those of tables")
-        return found
+            reasons.append("the reference looks like ImageNet's validation set: its scores are not those of tables")
+        return reasons
 
 
 def open_reference(path: Path) -> ReferenceFile:
@@ -83,11 +83,11 @@ def _stored(path: Path, members: dict[str, Any], mean: str, covariance: str, wid
             raise UserError(f"{path}: {problem}; they are another network's")
     try:
         with np.load(path, allow_pickle=False) as data:
-            found = GaussianStatistics(data[mean], data[covariance])
+            statistics = GaussianStatistics(data[mean], data[covariance])
     except Exception as error:  # bytes from anywhere: NumPy raises nearly any type on them
         raise UserError(
             f"{path}: {mean} and {covariance} cannot be read ({first_line(error)}); fetch it again"
         ) from None
-    if not np.isfinite(found.mean).all() or not np.isfinite(found.covariance).all():
+    if not np.isfinite(statistics.mean).all() or not np.isfinite(statistics.covariance).all():
         raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity; fetch it again")
-    return found
+    return statistics

@@ -67,12 +67,12 @@ def _protocol(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _departures(row: dict[str, Any]) -> Iterator[str]:
-    found = row["protocol"]["departures"]
-    if not found:
+    reasons = row["protocol"]["departures"]
+    if not reasons:
         yield "Under the published protocol (ImageNet 256x256, 50,000 samples), as far as the files show."
         return
     yield "NOT comparable with published ImageNet 256x256 numbers:"
-    for reason in found:
+    for reason in reasons:
         yield f"  - {reason}"
 
 

@@ -62,7 +62,7 @@ class PooledFeatures:
             return self.model((x - mean) / std), None
 
     def facts(self) -> dict[str, Any]:
-        """For the protocol: the file and what images go through."""
+        """What the protocol records: the file, and the preprocessing of the images."""
         return {
             "network": self.name, "file": self.path.name, "sha256": self.digest, "input": self.side,
             "interpolation": self.interpolation, "mean": self._mean, "std": self._std,

@@ -28,9 +28,9 @@ def learn_codebook(
         raise UserError(f"--out {out}: a codebook file ends in .npz")
     if size % patch:
         raise UserError(f"--patch {patch}: does not divide --size {size}")
-    found = open_image_set(images, split)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(found.names))[:max_images])
-    crops = read_crops(found, chosen, size)
+    image_set = open_image_set(images, split)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(image_set.names))[:max_images])
+    crops = read_crops(image_set, chosen, size)
     grey = bool((crops == crops[..., :1]).all())
     crops = crops[..., :1] if channels == 1 or (channels is None and grey) else crops
     if channels == 1 and not grey:
@@ -45,17 +45,17 @@ def learn_codebook(
     )
 
 
-def read_crops(found: ImageSet, chosen: Array, size: int) -> Array:
+def read_crops(image_set: ImageSet, chosen: Array, size: int) -> Array:
     """uint8 (n, size, size, 3) centre crops; images that cannot be read are left out.  Raises UserError without any."""
 
     def read(image: int) -> Array | None:
         try:
-            return centre_crop(found.load(image).image, size)
+            return centre_crop(image_set.load(image).image, size)
         except BadImageError:
             return None
 
     with ThreadPoolExecutor() as pool:
         crops = [crop for crop in pool.map(read, chosen.tolist()) if crop is not None]
     if not crops:
-        raise UserError(f"{found.root}: not one image could be read; `mirai-ds extract images` says why")
+        raise UserError(f"{image_set.root}: not one image could be read; `mirai-ds extract images` says why")
     return np.stack(crops)

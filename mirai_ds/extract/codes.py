@@ -13,14 +13,9 @@ import torch
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import ViewGeometry
-from mirai_ds.data.stores.files import (
-    GeometryFacts,
-    open_array,
-    write_lists,
-    write_manifest,
-)
+from mirai_ds.data.stores.files import GeometryFacts, open_array, write_lists, write_manifest
 from mirai_ds.data.stores.tokens import CODES, DIGEST_IMAGES, TOKENIZER, TokenizerFacts, TokenManifest, code_digests
-from mirai_ds.extract.crops import CropReader, Found, collect
+from mirai_ds.extract.crops import CropReader, CropResult, collect
 from mirai_ds.resumable.parts import Part, ShardJob, load_or_redo_shard
 from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.disk import digest_of_file, replacing
@@ -39,11 +34,11 @@ class CodesJob:
         mode = "L" if tokenizer.channels == 1 else "RGB"
         self.reader = CropReader(Path(plan.source), listing.names, geometry.side, mode, workers, then=np.asarray)
 
-    def prepare(self, images: range) -> list[Future[Found[Array]]]:
+    def prepare(self, images: range) -> list[Future[CropResult[Array]]]:
         """See `parts.ShardJob`."""
         return self.reader.submit(images)
 
-    def finish(self, prepared: list[Future[Found[Array]]], block: int) -> Part:
+    def finish(self, prepared: list[Future[CropResult[Array]]], block: int) -> Part:
         """codes (kept, views, tokens) uint16 of a block."""
         kept, crops, problems = collect(prepared)
         views = self.geometry.num_views
@@ -53,7 +48,7 @@ class CodesJob:
         return Part(np.array(kept, np.int64), {"codes": codes.reshape(len(kept), views, tokens)}, problems)
 
     def _batches(self, crops: list[Array]) -> Iterator[torch.Tensor]:
-        """uint8 (at most `batch`, c, c, C): image after image, view after view."""
+        """Yields uint8 (at most `batch`, c, c, C), image after image and view after view."""
         waiting: list[Array] = []
         for crop in crops:
             for view in range(self.geometry.num_views):

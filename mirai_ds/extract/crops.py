@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
-    """One image: what was made of its crop, or None, and what was found about it."""
+class CropResult(Generic[T]):
+    """One image: what was made of its crop, or None, and the problem with it, or None."""
 
     image: int
     value: T | None
@@ -37,28 +37,28 @@ class CropReader(Generic[T]):
         self.images, self.side, self.mode, self.then = NamedImages(source, names), side, mode, then
         self.pool = ThreadPoolExecutor(workers)
 
-    def submit(self, images: range) -> list[Future[Found[T]]]:
-        """Begin reading a block."""
+    def submit(self, images: range) -> list[Future[CropResult[T]]]:
+        """Begins to read a block."""
         return [self.pool.submit(self._read, image) for image in images]
 
-    def _read(self, image: int) -> Found[T]:
+    def _read(self, image: int) -> CropResult[T]:
         name = self.images.name(image)
         try:
             loaded = self.images.load(image, self.mode)
             value = self.then(centre_crop(loaded.image, self.side))
         except BadImageError as error:
-            return Found(image, None, Problem(image, name, False, str(error)))
+            return CropResult(image, None, Problem(image, name, False, str(error)))
         problem = None if loaded.note is None else Problem(image, name, True, loaded.note)
-        return Found(image, value, problem)
+        return CropResult(image, value, problem)
 
     def close(self) -> None:
-        """End the threads."""
+        """Ends the threads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def collect(futures: list[Future[Found[T]]]) -> tuple[list[int], list[T], list[Problem]]:
+def collect(futures: list[Future[CropResult[T]]]) -> tuple[list[int], list[T], list[Problem]]:
     """Numbers and values of the images that could be read, in order, and all problems."""
-    found = [future.result() for future in futures]
-    kept = [(f.image, f.value) for f in found if f.value is not None]
-    problems = [f.problem for f in found if f.problem is not None]
+    results = [future.result() for future in futures]
+    kept = [(r.image, r.value) for r in results if r.value is not None]
+    problems = [r.problem for r in results if r.problem is not None]
     return [image for image, _ in kept], [value for _, value in kept], problems

@@ -13,14 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mirai_ds.config import UserError
-from mirai_ds.data.stores.files import (
-    GeometryFacts,
-    write_array,
-    write_lists,
-    write_manifest,
-)
+from mirai_ds.data.stores.files import GeometryFacts, write_array, write_lists, write_manifest
 from mirai_ds.data.stores.images import INDEX, ImageManifest, shard_name
-from mirai_ds.extract.crops import CropReader, Found, collect
+from mirai_ds.extract.crops import CropReader, CropResult, collect
 from mirai_ds.resumable.parts import Part, load_or_redo_shard
 from mirai_ds.resumable.plan import Listing, WorkPlan
 from mirai_ds.runtime.disk import digest_of_file, write_whole
@@ -57,11 +52,11 @@ class ImagesJob:
         self.folder = folder
         self.reader = CropReader(Path(plan.source), listing.names, side, "RGB", workers, then=encode)
 
-    def prepare(self, images: range) -> list[Future[Found[bytes]]]:
+    def prepare(self, images: range) -> list[Future[CropResult[bytes]]]:
         """See `parts.ShardJob`."""
         return self.reader.submit(images)
 
-    def finish(self, prepared: list[Future[Found[bytes]]], block: int) -> Part:
+    def finish(self, prepared: list[Future[CropResult[bytes]]], block: int) -> Part:
         """Writes the shard; lengths (kept,) int64 and the shard's digest are the part."""
         kept, encoded, problems = collect(prepared)
         shard = b"".join(encoded)
@@ -102,7 +97,7 @@ def assemble_images(job: ImagesJob, plan: WorkPlan, folder: Path, listing: Listi
 
 
 def _whole_part(job: ImagesJob, plan: WorkPlan, folder: Path, block: int) -> Part:
-    """A part whose shard lies there in full; both are made anew otherwise."""
+    """A part if its shard is complete; otherwise both are made anew."""
     shard = folder / shard_name(block)
 
     def whole(part: Part) -> bool:

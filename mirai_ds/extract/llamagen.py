@@ -57,10 +57,10 @@ class ImportJob:
 
     def finish(self, prepared: list[Future[tuple[Array, int] | str]], block: int) -> Part:
         """codes (n, views, N) uint16 and labels (n,) int32; raises UserError with a list of unfit files."""
-        found = [future.result() for future in prepared]
-        read = [entry for entry in found if not isinstance(entry, str)]
+        entries = [future.result() for future in prepared]
+        read = [entry for entry in entries if not isinstance(entry, str)]
         shapes = sorted({codes.shape for codes, _ in read})
-        bad = [entry for entry in found if isinstance(entry, str)]
+        bad = [entry for entry in entries if isinstance(entry, str)]
         if len(shapes) > 1:
             bad.append(f"{self.codes}: files of shapes {' and '.join(map(str, shapes[:2]))} are mixed")
         _refuse(self.codes.parent, bad)
@@ -115,8 +115,8 @@ def _import(request: Import) -> None:
     job, progress = ImportJob(codes, labels, plan.block_images, options.workers), WorkProgress(plan, out, speaks=True)
     try:
         run_blocks(job, plan, out, 0, 1, True, progress.tell)
-        drop, found = _copies(job, plan, request)
-        listing, classes = _listing(request, found, drop)
+        drop, all_labels = _copies(job, plan, request)
+        listing, classes = _listing(request, all_labels, drop)
         if request.tokenizer is not None:
             keep_codebook(request.tokenizer, out)
         plan = replace(plan, classes=classes, settings=settings | policy)
@@ -130,7 +130,7 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     """The `*_codes` and `*_labels` folders that LlamaGen's extraction writes."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = []
+    folders = []
     for ending in ("_codes", "_labels"):
         matches = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.endswith(ending))
         if len(matches) != 1:
@@ -138,8 +138,8 @@ def _folders(folder: Path) -> tuple[Path, Path]:
             raise UserError(
                 f"{folder}: must hold one folder named ...{ending}, as LlamaGen's extraction writes; {names}"
             )
-        found.append(matches[0])
-    return found[0], found[1]
+        folders.append(matches[0])
+    return folders[0], folders[1]
 
 
 def _facts(request: Import) -> tuple[TokenizerFacts, dict[str, str]]:
@@ -183,13 +183,13 @@ def _count(codes: Path, labels: Path) -> int:
 
 def spans(numbers: list[int]) -> list[str]:
     """[1, 2, 3, 7] -> ["1.npy to 3.npy are", "7.npy is"]."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            found.append([number, number])
-    return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in found]
+            runs.append([number, number])
+    return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in runs]
 
 
 def _copies(job: ImportJob, plan: WorkPlan, request: Import) -> tuple[list[int], Array]:
@@ -252,17 +252,18 @@ def _listing(request: Import, labels: Array, drop: list[int]) -> tuple[Listing, 
     if request.images is None:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
         return Listing([str(image) for image in range(len(labels))], labels), classes
-    found = open_image_set(request.images)
-    if not isinstance(found, FolderImages) or len(found.names) != count:
-        raise UserError(f"--images {request.images}: has {len(found.names)} images, the codes are of {count}")
-    wrong = np.flatnonzero(found.labels != labels[:count])
+    image_set = open_image_set(request.images)
+    if not isinstance(image_set, FolderImages) or len(image_set.names) != count:
+        raise UserError(f"--images {request.images}: has {len(image_set.names)} images, the codes are of {count}")
+    wrong = np.flatnonzero(image_set.labels != labels[:count])
     if len(wrong):
         place = int(wrong[0])
+        name, label = image_set.names[place], image_set.labels[place]
         raise UserError(
-            f"--images {request.images}: image {place}, {found.names[place]}, has class {found.labels[place]}, its "
-            f"codes have label {labels[place]}: not the folder that was extracted"
+            f"--images {request.images}: image {place}, {name}, has class {label}, its codes have label "
+            f"{labels[place]}: not the folder that was extracted"
         )
-    return Listing(found.names, found.labels), found.classes
+    return Listing(image_set.names, image_set.labels), image_set.classes
 
 
 def _load(path: Path) -> Array | str:

@@ -63,12 +63,12 @@ class Options:
 
     @property
     def geometry(self) -> GeometryFacts:
-        """The views to cut."""
+        """The geometry of the views to cut."""
         crop_range = self.crop_range if self.crops == "ten" else 1.0
         return GeometryFacts(image_size=self.size, crops=self.crops, crop_range=crop_range)
 
     def settings(self) -> dict[str, str]:
-        """What decides the content, as text."""
+        """All settings that decide the content, as text."""
         geometry = {name: str(value) for name, value in self.geometry.model_dump().items()}
         return {**geometry, "split": self.split or "", "block": str(self.block or "auto"), "pillow": pillow_version()}
 
@@ -144,7 +144,7 @@ def _extract(
     kind: str, options: Options, world: World, settings: dict[str, str],
     work: Callable[[WorkPlan, Listing], None],
 ) -> None:  # fmt: skip
-    """Plan, work, tidy up."""
+    """Agrees on a plan, does the work and removes what only unfinished stores need."""
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in problems.jsonl
     out, source = options.out, str(options.images.resolve())
     with full_disks_in_one_line(out):
@@ -159,10 +159,10 @@ def _agree(kind: str, options: Options, world: World, settings: dict[str, str], 
     """The plan that all ranks follow; None when the store is finished already.  Raises UserError."""
     out = options.out
     if not (out / MANIFEST).is_file() and read_plan(out) is None and world.rank == 0:
-        found = open_image_set(options.images, options.split)
-        block = options.block or automatic_block(len(found.names), LARGEST_BLOCK[kind])
-        plan = WorkPlan(kind, source, settings, block, len(found.names), found.classes)
-        begin(out, plan, Listing(found.names, found.labels))
+        image_set = open_image_set(options.images, options.split)
+        block = options.block or automatic_block(len(image_set.names), LARGEST_BLOCK[kind])
+        plan = WorkPlan(kind, source, settings, block, len(image_set.names), image_set.classes)
+        begin(out, plan, Listing(image_set.names, image_set.labels))
     begun = wait_for_plan(out, LISTING_SECONDS)
     if begun is None:
         made = read_manifest(out, TokenManifest if kind == "codes" else ImageManifest)
@@ -190,7 +190,7 @@ def automatic_block(images: int, largest: int) -> int:
 
 
 def tidy(out: Path) -> None:
-    """Remove what only an unfinished store needs."""
+    """Removes the files that only an unfinished store needs."""
     shutil.rmtree(out / PARTS, ignore_errors=True)
     for path in [out / PLAN, out / LISTING, *out.glob("*.tmp")]:
         path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from mirai_ds.config import UserError
 from mirai_ds.config.errors import nearest
 from mirai_ds.config.load import TWIN, load, paper_entry, read_recipe, recipe_names, recipe_text
 from mirai_ds.config.paper_rows import TABLES, PaperEntry, PaperNumbers, table_title
+from mirai_ds.runtime import markdown
 
 # floor(1,281,167 images / batch of 256): LlamaGen's loader drops the rest.
 STEPS_PER_EPOCH = 5004
@@ -42,7 +43,7 @@ class TableRow:
 
     @property
     def command(self) -> str:
-        """What trains exactly this row."""
+        """The command that trains exactly this row."""
         stop = "" if self.whole else f" --set train.max_steps={self.steps}"
         return f"mirai-ds train {self.recipe}{stop}"
 
@@ -59,7 +60,7 @@ def table_key(text: str) -> str:
 @cache
 def all_rows() -> tuple[TableRow, ...]:
     """Every row of every table, recipes by name."""
-    found = []
+    rows = []
     for name in recipe_names():
         entry = paper_entry(name)
         if entry is None:
@@ -68,8 +69,8 @@ def all_rows() -> tuple[TableRow, ...]:
         for row in entry.rows:
             for epochs in row.epochs or [whole]:
                 numbers = numbers_of(entry, epochs)
-                found.append(TableRow(row.table, row.row, name, epochs, epochs == whole, numbers, row.note))
-    return tuple(found)
+                rows.append(TableRow(row.table, row.row, name, epochs, epochs == whole, numbers, row.note))
+    return tuple(rows)
 
 
 def rows_of(table: str) -> list[TableRow]:
@@ -162,24 +163,18 @@ def page() -> str:
     """All tables as Markdown."""
     parts = []
     for table, title in TABLES.items():
-        parts += [f"### {table_title(table)}: {title}", "", "| row | epochs | recipe | paper |", "|---|---|---|---|"]
+        lines = []
         for row in rows_of(table):
             stop = "" if row.whole else f"<br>`--set train.max_steps={row.steps}`"
             note = f"; {row.note}" if row.note else ""
-            parts.append(f"| {row.row} | {row.epochs:g} | `{row.recipe}`{stop} | {number_text(row.numbers)}{note} |")
-        parts.append("")
+            lines.append(f"{row.row} | {row.epochs:g} | `{row.recipe}`{stop} | {number_text(row.numbers)}{note}")
+        listed = markdown.table("row | epochs | recipe | paper", lines)
+        parts.append(f"### {table_title(table)}: {title}\n\n{listed}\n")
     return "\n".join(parts)
 
 
-def between_markers(document: str, block: str) -> str:
-    """`document` with what stands between the markers replaced."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
-
-
 def main() -> None:
-    """Print, or write into the source tree that this module lies in."""
+    """Prints the tables, or writes them into the source tree that this module lies in."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     if not parser.parse_args().write:
@@ -190,7 +185,8 @@ def main() -> None:
         if paper_entry(path.stem) is not None:
             path.write_text(with_header(recipe_text(path.stem), header(path.stem)), encoding="utf-8")
     document = root / "docs" / "recipes.md"
-    document.write_text(between_markers(document.read_text(encoding="utf-8"), page()), encoding="utf-8")
+    text = markdown.replaced(document.read_text(encoding="utf-8"), BEGIN, page(), END, document)
+    document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

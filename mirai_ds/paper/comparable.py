@@ -23,20 +23,20 @@ _ENCODER_LEFT_OUT = {"weights", "pretrained", "compile"}
 
 def comparable_config(config: RunConfig, epochs: float) -> dict[str, Any]:
     """Named values that must agree for two runs to be the same run up to `epochs`."""
-    found: dict[str, Any] = {"data.source": config.data.source}
+    values: dict[str, Any] = {"data.source": config.data.source}
     for section in _SECTIONS:
         for name, value in getattr(config, section).model_dump().items():
             if name not in _LEFT_OUT.get(section, ()):
-                found[f"{section}.{name}"] = value
+                values[f"{section}.{name}"] = value
     for name in ("global_batch_size", "precision", "init_from"):
-        found[f"train.{name}"] = getattr(config.train, name)
-    found["optimizer.schedule"] = _rate(config)
-    found["foresight.method"] = config.foresight.method
+        values[f"train.{name}"] = getattr(config.train, name)
+    values["optimizer.schedule"] = _rate(config)
+    values["foresight.method"] = config.foresight.method
     if config.foresight.active:
-        found |= _foresight(config.foresight)
-        found["foresight.warmup_epochs"] = min(config.foresight.warmup_epochs or 0.0, epochs)
-        found["foresight.schedule"] = _multiplier(config, epochs)
-    return found
+        values |= _foresight(config.foresight)
+        values["foresight.warmup_epochs"] = min(config.foresight.warmup_epochs or 0.0, epochs)
+        values["foresight.schedule"] = _multiplier(config, epochs)
+    return values
 
 
 def _rate(config: RunConfig) -> str:
@@ -60,17 +60,17 @@ def _multiplier(config: RunConfig, epochs: float) -> str:
 
 
 def _foresight(config: ForesightConfig) -> dict[str, Any]:
-    found = {f"foresight.{k}": v for k, v in config.model_dump().items() if k not in _FORESIGHT_LEFT_OUT}
-    found["foresight.offsets"] = [list(offset) for offset in offsets(config)]
+    values = {f"foresight.{k}": v for k, v in config.model_dump().items() if k not in _FORESIGHT_LEFT_OUT}
+    values["foresight.offsets"] = [list(offset) for offset in offsets(config)]
     flat = config.layout == "1d" or config.border == "wrap"  # a line of tokens, without edges
-    found["foresight.border"] = f"flat shifts{_stride(config)}" if flat else config.border
-    found["foresight.teacher_weights"] = "given" if config.teacher_weights else None
+    values["foresight.border"] = f"flat shifts{_stride(config)}" if flat else config.border
+    values["foresight.teacher_weights"] = "given" if config.teacher_weights else None
     if config.head == "mlp":
-        found["foresight.projector_dim"] = config.projector_dim
+        values["foresight.projector_dim"] = config.projector_dim
     if config.encoder is not None:
         encoder = config.encoder.model_dump() | {"name": config.encoder.timm_name}
-        found |= {f"foresight.encoder.{k}": v for k, v in encoder.items() if k not in _ENCODER_LEFT_OUT}
-    return found
+        values |= {f"foresight.encoder.{k}": v for k, v in encoder.items() if k not in _ENCODER_LEFT_OUT}
+    return values
 
 
 def _stride(config: ForesightConfig) -> str:

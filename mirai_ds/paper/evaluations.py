@@ -36,14 +36,14 @@ class Evaluation:
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
-    """All of a run, by name, and what could not be read."""
-    found, problems = [], []
+    """All evaluations of a run in order of name, and what could not be read."""
+    evaluations, problems = [], []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
-            found.append(_read(path))
+            evaluations.append(_read(path))
         except UserError as error:
             problems.append(str(error))
-    return found, problems
+    return evaluations, problems
 
 
 def _read(path: Path) -> Evaluation:
@@ -66,8 +66,8 @@ def _read(path: Path) -> Evaluation:
 
 
 def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
-    found = data.get(name)
-    return found if isinstance(found, dict) else {}
+    section = data.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _is_number(value: object) -> bool:
@@ -86,22 +86,22 @@ def last_step(config: RunConfig, steps_per_epoch: int) -> int:
 
 def protocol_differences(evaluation: Evaluation, wanted: SamplingConfig) -> list[str]:
     """In what an evaluation is not the table's: reference, number of samples, guidance, weights, sampling rules."""
-    found = []
+    differences = []
     if evaluation.reference.get("standard") is not True:
-        found.append(f"reference {evaluation.reference.get('name', 'not recorded')} is not the standard one")
+        differences.append(f"reference {evaluation.reference.get('name', 'not recorded')} is not the standard one")
     if evaluation.num_samples != NUM_SAMPLES:
-        found.append(f"{_said(evaluation.num_samples)} samples, not {NUM_SAMPLES}")
-    if not found and isinstance(evaluation.protocol.get("departures"), list):
-        found += [str(departure) for departure in evaluation.protocol["departures"]]
+        differences.append(f"{_said(evaluation.num_samples)} samples, not {NUM_SAMPLES}")
+    if not differences and isinstance(evaluation.protocol.get("departures"), list):
+        differences += [str(departure) for departure in evaluation.protocol["departures"]]
     given = evaluation.sampling
     asked = ["cfg_scale", "weights"]
     asked += [name for name in ("temperature", "top_k", "top_p", "cfg_interval") if name in given]
     for name in asked:
         ours, theirs = given.get(name), getattr(wanted, name)
-        found += [f"{name} {_said(ours)}, not {_said(theirs)}"] if ours != theirs else []
+        differences += [f"{name} {_said(ours)}, not {_said(theirs)}"] if ours != theirs else []
     if given.get("policy", LABELS) != LABELS:
-        found.append(f"{_said(given['policy'])} labels, not {LABELS} ones")
-    return found
+        differences.append(f"{_said(given['policy'])} labels, not {LABELS} ones")
+    return differences
 
 
 def _said(value: object) -> str:

@@ -37,12 +37,12 @@ class MeasuredRow:
         return "measured" if self.good else "other protocol" if self.other else "missing"
 
     def values(self, metric: str) -> list[float]:
-        """One a run, the mean of its evaluations."""
-        by_run = [[e.values[metric] for e in found if metric in e.values] for found in self.good.values()]
+        """One value per run: the mean over its evaluations."""
+        by_run = [[e.values[metric] for e in evaluations if metric in e.values] for evaluations in self.good.values()]
         return [statistics.fmean(values) for values in by_run if values]
 
     def mean(self, metric: str) -> float | None:
-        """Over runs."""
+        """The mean over runs."""
         values = self.values(metric)
         return statistics.fmean(values) if values else None
 
@@ -104,7 +104,7 @@ def _place(run: Path, rows: list[MeasuredRow], seen: dict[str, Path]) -> list[st
 
 
 def _take(run: Path, evaluation: Evaluation, step: int, same: list[MeasuredRow], seen: dict[str, Path]) -> list[str]:
-    """Give an evaluation to the rows of its step; what is wrong with it."""
+    """Adds an evaluation to the rows of its step; returns what is wrong with it."""
     path, fitting = evaluation.path, [m for m in same if m.row.steps == step]
     if not fitting:
         wanted = " or ".join(f"{steps:,}" for steps in sorted({m.row.steps for m in same}))
@@ -137,7 +137,7 @@ def _nearest(run: Path, config: RunConfig, rows: list[MeasuredRow], differing: d
 
 
 def check_runs(runs: list[Path]) -> None:
-    """Raise UserError for the first that is no run folder."""
+    """Raises UserError for the first path that is no run folder."""
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run}: not a run folder (it has no config.yaml)")

@@ -34,16 +34,16 @@ def cells(m: MeasuredRow, metrics: list[str]) -> list[str]:
     """The cells of one row."""
     digits = {"precision": 3, "recall": 3}
     paper = m.row.numbers.values() if m.row.numbers else {}
-    found = []
+    texts = []
     for metric in metrics:
         places, mean, spread = digits.get(metric, 2), m.mean(metric), m.spread(metric)
         theirs = f"{paper[metric]:.{places}f}" if metric in paper else NONE
         ours = (
             NONE if mean is None else f"{mean:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
         )
-        found.append(f"{theirs} / {ours}")
+        texts.append(f"{theirs} / {ours}")
     runs = f"{len(m.good)}" if m.good else m.status
-    return [m.row.row, f"{m.row.epochs:g}", m.recipe, *found, runs]
+    return [m.row.row, f"{m.row.epochs:g}", m.recipe, *texts, runs]
 
 
 def headings(metrics: list[str]) -> list[str]:
@@ -52,7 +52,7 @@ def headings(metrics: list[str]) -> list[str]:
 
 
 def render(table: MeasuredTable) -> list[RenderableType]:
-    """For the terminal."""
+    """The table and its notes for a terminal."""
     metrics = columns(table)
     out = Table(title=title(table))
     for name in headings(metrics):

@@ -35,7 +35,7 @@ class ActivationMemory:
 
     @property
     def rows(self) -> int:
-        """Slots of all sequences."""
+        """The number of slots of all sequences together."""
         return self.micro * student_slots(self.model)
 
     @property
@@ -45,7 +45,7 @@ class ActivationMemory:
 
     @property
     def mtp(self) -> bool:
-        """Whether heads end in logits of their own."""
+        """Whether the heads end in logits of their own (multi-token prediction)."""
         return self.foresight.predicts_tokens
 
     @property
@@ -82,27 +82,27 @@ class ActivationMemory:
 
     @property
     def head_parameters(self) -> int:
-        """All alignment heads."""
+        """The number of parameters of all alignment heads."""
         return heads_parameters(self.foresight, self.model.width, self.feature_dim)
 
     @property
     def parameters(self) -> int:
-        """GPT and heads."""
+        """The number of parameters of GPT and heads."""
         return parameter_count(self.model) + self.head_parameters
 
     @property
     def block_linear(self) -> int:
-        """A block's matrices."""
+        """The number of weights in one block's matrices."""
         return block_parameters(self.model) - 2 * self.model.width
 
     @property
     def output_parameters(self) -> int:
-        """The output matrix and the last norm."""
+        """The number of parameters of the output matrix and the last norm."""
         return (self.model.vocab_size + 1) * self.model.width
 
     @property
     def embedding_parameters(self) -> int:
-        """The token and class tables, and PAR's learnable tokens."""
+        """The number of parameters of the token and class tables and PAR's learnable tokens."""
         m = self.model
         return (m.vocab_size + m.num_classes + 1 + m.learnable_tokens) * m.width
 
@@ -110,12 +110,12 @@ class ActivationMemory:
 
     @property
     def logits(self) -> int:
-        """(B, N, V) in fp32, once."""
+        """Bytes of all logits (B, N, V) once in fp32."""
         return self.predicting * self.model.vocab_size * FP32
 
     @property
     def chunk(self) -> int:
-        """A chunk of logits in fp32."""
+        """Bytes of one chunk of logits in fp32."""
         rows = max(1, CHUNK_BYTES[self.device] // (FP32 * self.model.vocab_size))
         return min(self.predicting, rows) * self.model.vocab_size * FP32
 
@@ -132,7 +132,7 @@ class ActivationMemory:
 
     @property
     def head_logits(self) -> int:
-        """The same of one head of mtp, which predicts at all slots."""
+        """Bytes of one mtp head's logits; it predicts at all slots."""
         return self.rows * self.model.vocab_size * FP32
 
     def norm(self, rows: int, number: int) -> int:
@@ -141,7 +141,7 @@ class ActivationMemory:
         return rows * self.model.width * (FP32 + number + self.compute) + rows * FP32
 
     def mask(self, rate: float) -> int:
-        """A keyed dropout's mask, one byte an element."""
+        """Bytes of a keyed dropout's mask, one an element."""
         return self.rows * self.model.width if rate > 0 else 0
 
     def block(self) -> int:
@@ -170,11 +170,11 @@ class ActivationMemory:
         return self.norm(rows, self.residual) + inside + shared_input + self.mask(0.0 if m.drop_path else m.ffn_dropout)
 
     def block_weights(self) -> int:
-        """bf16 copies of one block's matrices, in autocast."""
+        """Bytes of the bf16 copies of one block's matrices under autocast."""
         return 2 * self.block_linear if self.autocast else 0
 
     def feed_forward_weights(self) -> int:
-        """Of its second half's."""
+        """Bytes of the bf16 copies of the feed-forward's matrices under autocast."""
         return 2 * 3 * self.model.width * self.model.ffn_hidden if self.autocast else 0
 
     def recomputed(self, index: int) -> bool:

@@ -40,12 +40,12 @@ class ClusterShape:
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.nodes * self.gpus
 
     @property
     def known(self) -> bool:
-        """Whether its links' speed is."""
+        """Whether the speed of its links is known."""
         return self.device.link > 0
 
     def bandwidth(self, span: str = "all") -> float:
@@ -56,7 +56,7 @@ class ClusterShape:
         return LINK_EFFICIENCY * {"node": within, "nodes": self.device.network}.get(span, min(within, across))
 
     def seconds(self, c: Collective) -> float:
-        """All calls one after the other, each by the faster protocol."""
+        """Seconds of all calls one after the other, each by the faster protocol."""
         wire = self.bandwidth(c.span)
         bytes_ = 0.0 if math.isinf(wire) else c.sent / wire
         nvlink = self.device.link >= _SLOWEST_NVLINK
@@ -102,7 +102,7 @@ class Compute:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the whole computation."""
         return self.before + self.forward + self.backward
 
 
@@ -116,17 +116,17 @@ class StepTime:
 
     @property
     def expected(self) -> float:
-        """What can hide does."""
+        """Seconds of a step when all communication that can be hidden is."""
         return self.compute + self.communication - self.hidden
 
     @property
     def overlapped(self) -> float:
-        """All communication behind computation."""
+        """Seconds of a step when all communication hides behind computation."""
         return max(self.compute, self.communication)
 
     @property
     def exposed(self) -> float:
-        """None of it."""
+        """Seconds of a step when no communication hides."""
         return self.compute + self.communication
 
 
@@ -137,14 +137,14 @@ def left_over(window: float, sent: float, pieces: float) -> float:
     return max(window + sent / pieces, window / pieces + sent) - window
 
 
-def step_time(cluster: ClusterShape, found: Sequence[Collective], compute: Compute) -> StepTime:
+def step_time(cluster: ClusterShape, sent: Sequence[Collective], compute: Compute) -> StepTime:
     """Gradients hide behind the backward pass that makes them, ZeRO-3's gathers behind the blocks before; the gathers
     after the update and the teacher's behind nothing."""
-    times = {c: cluster.seconds(c) for c in found}
+    times = {c: cluster.seconds(c) for c in sent}
     whole = sum(times.values())
     open_ = sum(t for c, t in times.items() if c.hides == "nothing")
     for name, seconds in (("forward", compute.forward), ("backward", compute.backward)):
-        those = [c for c in found if c.hides == name]
+        those = [c for c in sent if c.hides == name]
         if not those:
             continue
         rounds = max(c.rounds for c in those)

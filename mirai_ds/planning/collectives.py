@@ -49,10 +49,10 @@ def collectives(states: StateMemory, teacher: float) -> list[Collective]:
     out: norms and flags (a few bytes each), and what a first step or a checkpoint sends."""
     if states.world == 1:
         return []
-    found = _stage3(states) if states.stage == 3 else _stages012(states)
+    sent = _stage3(states) if states.stage == 3 else _stages012(states)
     if teacher and states.stage:
-        found.append(Collective("teacher, all-gather", "all-gather", teacher, 2, states.world))
-    return found
+        sent.append(Collective("teacher, all-gather", "all-gather", teacher, 2, states.world))
+    return sent
 
 
 def _buckets(states: StateMemory) -> int:
@@ -91,18 +91,18 @@ def _stage3(states: StateMemory) -> list[Collective]:
         "parameters, all-gather", "all-gather", rounds * number * cut, rounds * states.matrices, world,
         hides="forward", rounds=rounds,
     )  # fmt: skip
-    found = [forward]
+    sent = [forward]
     if again:
         share = again / cut
-        found.append(Collective(
+        sent.append(Collective(
             "parameters again, all-gather", "all-gather", rounds * number * again, rounds * states.matrices * share,
             states.secondary or world, "node" if states.secondary else "all", "backward", rounds,
         ))  # fmt: skip
-    found += _stage3_gradients(states)
+    sent += _stage3_gradients(states)
     if states.persistent:
         size = float(work.parameter * states.persistent)
-        found.append(Collective("small parameters, all-gather", "all-gather", size, 1, world))
-    return found
+        sent.append(Collective("small parameters, all-gather", "all-gather", size, 1, world))
+    return sent
 
 
 def _stage3_gradients(states: StateMemory) -> list[Collective]:

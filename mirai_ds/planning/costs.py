@@ -29,8 +29,8 @@ def _described_by_timm(foresight: ForesightConfig, model: ModelConfig) -> ViT:
 
     encoder = foresight.encoder
     assert encoder is not None
-    found, image = encoder_plan(encoder, model.grid)
-    plan: Any = found  # timm's attributes
+    vit, image = encoder_plan(encoder, model.grid)
+    plan: Any = vit  # timm's attributes
     depth = encoder.layer or len(plan.blocks)
     above = sum(p.numel() for block in plan.blocks[depth:] for p in block.parameters())
     patches = model.grid**2
@@ -55,12 +55,12 @@ class Costs:
 
     @property
     def paper_total(self) -> float:
-        """Table 13's figure."""
+        """FLOPs of an image by Table 13's count."""
         return sum(self.paper.values())
 
     @property
     def paper_overhead(self) -> float:
-        """Over the plain GPT, by the paper's count."""
+        """The overhead over the plain GPT by the paper's count."""
         return self.paper_total / self.paper["gpt"] - 1
 
     @property
@@ -75,22 +75,22 @@ class Costs:
 
     @property
     def total(self) -> float:
-        """What is done."""
+        """FLOPs of an image that are really done."""
         return sum(self.parts.values())
 
     @property
     def forward(self) -> float:
-        """All forward passes: GPT, heads, teacher, encoder."""
+        """FLOPs of all forward passes: GPT, heads, teacher, encoder."""
         return sum(value for name, value in self.parts.items() if name.endswith("forward"))
 
     @property
     def backward(self) -> float:
-        """GPT and heads."""
+        """FLOPs of the backward passes of GPT and heads."""
         return self.total - self.forward
 
     @property
     def overhead(self) -> float:
-        """Over the plain GPT, by what is done."""
+        """The overhead over the plain GPT by what is done."""
         return self.total / (self.parts["gpt forward"] + self.parts["gpt backward"]) - 1
 
 
@@ -114,7 +114,7 @@ def costs_of(config: RunConfig, name: str | None = None) -> Costs:
 def costs_of_sizes(sizes: Sequence[str], methods: Sequence[str], block_size: int, batch: int) -> list[Costs]:
     """Every size with every method as the paper trains it: Mirai-I watches DINOv2-B with GPT-B, DINOv2-L with larger
     models.  Raises UserError for unknown names."""
-    found = []
+    costs = []
     for size in sizes:
         for method in methods:
             foresight: dict[str, Any] = {"method": method}
@@ -125,8 +125,8 @@ def costs_of_sizes(sizes: Sequence[str], methods: Sequence[str], block_size: int
                 "train": {"global_batch_size": batch},
                 "data": {"source": "npz", "path": "unread.npz"},
             })  # fmt: skip
-            found.append(costs_of(config, f"{size} {'baseline' if method == 'none' else method}"))
-    return found
+            costs.append(costs_of(config, f"{size} {'baseline' if method == 'none' else method}"))
+    return costs
 
 
 def costs_json(rows: Sequence[Costs]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ NOTES = (
 
 
 def render(rows: Sequence[Costs]) -> list[RenderableType]:
-    """Tables for people."""
+    """Tables of both counts for a terminal."""
     from rich.table import Table
     from rich.text import Text
 

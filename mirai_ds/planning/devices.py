@@ -89,5 +89,5 @@ def needed(peak: float, allowance: Allowance) -> float:
 
 
 def fits(peak: float, device: Device, world: int) -> bool:
-    """Whether it does, with a margin."""
+    """Whether `peak` bytes of tensors fit the device with a margin."""
     return needed(peak, Allowance.of(device, world)) <= (1 - MARGIN) * device.memory * GIB

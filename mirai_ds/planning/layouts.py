@@ -14,6 +14,7 @@ from mirai_ds.planning import devices
 from mirai_ds.planning.devices import GIB, fits
 from mirai_ds.planning.memory import predict
 from mirai_ds.planning.plan import POLICIES, PlanRequest, TrainingPlan, configured, make_plan
+from mirai_ds.runtime import markdown
 
 PAGE = Path("docs/layouts.md")
 MIRAI_E = ("mirai-e-b", "mirai-e-l", "mirai-e-xl")
@@ -60,55 +61,52 @@ def best(machine: Machine, recipe: str) -> TrainingPlan:
     raise AssertionError(f"{recipe} does not fit {machine.name} under {machine.file}")
 
 
-def machines_table() -> list[str]:
+def machines_table() -> str:
     """A line a machine and recipe."""
-    lines = [
-        "| machine | file | recipe | micro batch x accumulation, recompute | GiB of | MFU | step, s | images/s "
-        "| efficiency | why |",
-        "|---|---|---|---|---:|---|---:|---:|---:|---|",
-    ]
+    header = "machine | file | recipe | micro batch x accumulation, recompute | GiB of | MFU | step, s | images/s"
+    lines = []
     for machine in MACHINES:
         for recipe in machine.recipes:
-            found = best(machine, recipe)
+            plan = best(machine, recipe)
             time = "- | - | - | -"
-            if found.time:
-                step = found.time[2]
-                rate = found.config.train.global_batch_size / step.expected
-                mfu = f"{found.utilisation.mfu:.2f} {found.utilisation.kind}"
+            if plan.time:
+                step = plan.time[2]
+                rate = plan.config.train.global_batch_size / step.expected
+                mfu = f"{plan.utilisation.mfu:.2f} {plan.utilisation.kind}"
                 time = f"{mfu} | {step.expected:.3f} | {rate:,.0f} | {step.compute / step.expected:.0%}"
             lines.append(
-                f"| {machine.name} | `{machine.file}` | `{recipe}` | {found.work.micro} x {found.states.accumulation}, "
-                f"{found.config.train.recompute.policy} | {found.needed / GIB:.1f} of {found.device.memory:g} | "
-                f"{time} | {machine.why} |"
+                f"{machine.name} | `{machine.file}` | `{recipe}` | {plan.work.micro} x {plan.states.accumulation}, "
+                f"{plan.config.train.recompute.policy} | {plan.needed / GIB:.1f} of {plan.device.memory:g} | "
+                f"{time} | {machine.why}"
             )
-    return lines
+    return markdown.table(f"{header} | efficiency | why", lines, "llllrlrrrl")
 
 
-def files_table() -> list[str]:
+def files_table() -> str:
     """GPT-XL on eight nodes under each file, on a fast and on a slow network; 32 images a GPU."""
-    lines = [
-        "| network | file | precision | MB in the node, a rank | MB over the network, a node | communication, ms "
-        "| not hidden, ms | efficiency | at 512 GPUs |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    header = (
+        "network | file | precision | MB in the node, a rank | MB over the network, a node | communication, ms"
+        " | not hidden, ms | efficiency | at 512 GPUs"
+    )
+    lines = []
     known = devices.DEVICES["a100-80g"]
     try:
         for label, network in NETWORKS.items():
             devices.DEVICES["a100-80g"] = dataclasses.replace(known, network=network)
             for file, precision in FILES:
                 overrides = (f"train.precision={precision}", "train.global_batch_size=2048")
-                found = make_plan(PlanRequest("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
-                here, far = (next(r for r in found.scaling if r["gpus"] == count) for count in (64, 512))
-                near, far_off = sum(row["link_bytes"] for row in found.sent), here["network_bytes_a_node"]
+                plan = make_plan(PlanRequest("mirai-e-xl", 8, 8, "a100-80g", file, overrides=overrides), False)
+                here, far = (next(r for r in plan.scaling if r["gpus"] == count) for count in (64, 512))
+                near, far_off = sum(row["link_bytes"] for row in plan.sent), here["network_bytes_a_node"]
                 left = here["communication_s"] - here["hidden_s"]
                 lines.append(
-                    f"| {label} | `{file}` | {precision} | {near / 1e6:,.0f} | {far_off / 1e6:,.0f} | "
+                    f"{label} | `{file}` | {precision} | {near / 1e6:,.0f} | {far_off / 1e6:,.0f} | "
                     f"{here['communication_s'] * 1e3:.0f} | {left * 1e3:.0f} | {here['efficiency']:.1%} | "
-                    f"{far['efficiency']:.1%} |"
+                    f"{far['efficiency']:.1%}"
                 )
     finally:
         devices.DEVICES["a100-80g"] = known
-    return lines
+    return markdown.table(header, lines, "lllrrrrrr")
 
 
 TABLES = {"machines": machines_table, "files": files_table}
@@ -117,10 +115,8 @@ TABLES = {"machines": machines_table, "files": files_table}
 def written(page: str) -> str:
     """The page with every table between its two marks made anew."""
     for name, make in TABLES.items():
-        head, tail = f"<!-- {name}: made by mirai_ds.planning.layouts -->", f"<!-- end of {name} -->"
-        before, _, rest = page.partition(head)
-        _, _, after = rest.partition(tail)
-        page = "\n".join([before + head, *make(), tail + after])
+        begin, end = f"<!-- {name}: made by mirai_ds.planning.layouts -->", f"<!-- end of {name} -->"
+        page = markdown.replaced(page, begin, make(), end, PAGE)
     return page
 
 
@@ -132,7 +128,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
     for make in TABLES.values():
-        print("\n".join(make()), end="\n\n")
+        print(make(), end="\n\n")
     return 0
 
 

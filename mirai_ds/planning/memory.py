@@ -20,27 +20,27 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class PeakCandidate:
-    """What is alive at one point of a step, in bytes by what it is."""
+    """The bytes in use at one moment of a step, by what they hold."""
 
     name: str
     parts: Parts
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts in bytes."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One rank's memory: between steps, and each moment's."""
+    """The memory of one rank between steps and at each moment of a step."""
 
     resting: Parts
     moments: list[PeakCandidate]
 
     @property
     def peak(self) -> PeakCandidate:
-        """The moment with most alive."""
+        """The moment at which most memory is in use."""
         return max(self.moments, key=lambda moment: moment.total)
 
 

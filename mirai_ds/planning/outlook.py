@@ -17,7 +17,7 @@ SCALES = (8, 64, 512)
 Row = dict[str, float]
 
 
-def sent_rows(cluster: ClusterShape, found: Sequence[Collective]) -> list[dict[str, Any]]:
+def sent_rows(cluster: ClusterShape, sent: Sequence[Collective]) -> list[dict[str, Any]]:
     """One row a collective: bytes of a step, calls, seconds, behind what it hides."""
     return [
         {
@@ -25,7 +25,7 @@ def sent_rows(cluster: ClusterShape, found: Sequence[Collective]) -> list[dict[s
             "network_bytes_a_node": cluster.over_network(c), "calls": c.calls, "ranks": c.ranks,
             "seconds": cluster.seconds(c) if cluster.known else None, "hides_behind": c.hides,
         }
-        for c in found
+        for c in sent
     ]  # fmt: skip
 
 
@@ -49,11 +49,11 @@ def scaling_rows(
         gpus = min(count, cluster.gpus)
         bigger = ClusterShape(cluster.device, -(-count // gpus), gpus)
         rounds = states.accumulation if grows else max(1, batch // count // states.work.micro)
-        found = collectives(StateMemory(states.work, states.zero, count, rounds), teacher)
-        time = step_time(bigger, found, compute(1.0 if grows else batch / count / own, rounds))
+        sent = collectives(StateMemory(states.work, states.zero, count, rounds), teacher)
+        time = step_time(bigger, sent, compute(1.0 if grows else batch / count / own, rounds))
         rows.append({
             "gpus": count, "nodes": bigger.nodes, "global_batch": count * own if grows else float(batch),
-            "sent_bytes": sum(c.sent for c in found), "network_bytes_a_node": sum(map(bigger.over_network, found)),
+            "sent_bytes": sum(c.sent for c in sent), "network_bytes_a_node": sum(map(bigger.over_network, sent)),
             "compute_s": time.compute, "communication_s": time.communication, "hidden_s": time.hidden,
             "step_s": time.expected, **_efficiency(time),
             "images_per_s": (count * own if grows else batch) / time.expected,
@@ -96,7 +96,7 @@ def _latencies() -> str:
 
 
 def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
-    """`sent_rows` for people."""
+    """A table of `sent_rows` for a terminal."""
     from rich.table import Table
 
     table = Table(
@@ -112,7 +112,7 @@ def sent_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def scaling_table(rows: Sequence[Row], title: str) -> RenderableType:
-    """`scaling_rows` for people."""
+    """A table of `scaling_rows` for a terminal."""
     from rich.table import Table
 
     table = Table("GPUs", "nodes", "global batch", "compute", "communication", "of it hidden", "step", "efficiency",

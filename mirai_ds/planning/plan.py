@@ -36,7 +36,7 @@ POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the user asks."""
+    """What the user asks for."""
 
     recipe: str
     nodes: int
@@ -50,7 +50,7 @@ class PlanRequest:
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.nodes * self.gpus
 
 
@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Answers; sizes in bytes, times in seconds."""
+    """What a plan says; sizes are in bytes, times in seconds."""
 
     request: PlanRequest
     config: RunConfig
@@ -91,22 +91,22 @@ class TrainingPlan:
 
     @property
     def allowance(self) -> Allowance:
-        """Beside tensors."""
+        """Device memory that is set aside beside tensors."""
         return Allowance.of(self.device, self.request.world)
 
     @property
     def needed(self) -> float:
-        """Device memory for the configuration as it is."""
+        """Bytes of device memory that the configuration needs."""
         return needed(self.memory.peak.total, self.allowance)
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """Whether the configuration fits the device."""
         return fits(self.memory.peak.total, self.device, self.request.world)
 
     @property
     def cluster(self) -> ClusterShape:
-        """Where it runs."""
+        """The machines that it runs on."""
         return ClusterShape(self.device, self.request.nodes, self.request.gpus)
 
     def run_seconds(self) -> tuple[float, float] | None:
@@ -148,12 +148,12 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     recomputed += flops["heads forward"] if work.heads_again else 0.0
     cluster, teacher = ClusterShape(device, request.nodes, request.gpus), refreshed_bytes(config)
     seconds = _seconds(device, work, flops, recomputed)
-    found = collectives(states, teacher)
+    sent = collectives(states, teacher)
     used = utilisation(device, config, work.micro, request.mfu)
     times = scaling = same = None
     if device.peak(work.precision):
         fast, slow, likely = (
-            step_time(cluster, found, seconds(used.mfu * factor, 1.0, states.accumulation))
+            step_time(cluster, sent, seconds(used.mfu * factor, 1.0, states.accumulation))
             for factor in (1 + MFU_SPREAD, 1 - MFU_SPREAD, 1.0)
         )
         times = fast, slow, likely
@@ -166,7 +166,7 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     choices = _choices(request, config, device) if other_choices else []
     return TrainingPlan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,
-        sent_rows(cluster, found), used, times, min(1.0, warmup / steps), steps, per_epoch,
+        sent_rows(cluster, sent), used, times, min(1.0, warmup / steps), steps, per_epoch,
         4.0 * FP32_COPIES * work.parameters, _kept(config, steps), scaling or [], same or [],
     )  # fmt: skip
 
@@ -216,7 +216,7 @@ def _choices(request: PlanRequest, config: RunConfig, device: Device) -> list[Ch
     """Every stage (with the recipe's own DeepSpeed file otherwise) and recompute policy."""
     per_rank = config.train.global_batch_size // request.world
     divisors = [d for d in range(per_rank, 0, -1) if per_rank % d == 0]
-    found = []
+    choices = []
     for stage in range(4):
         if stage == 0 and config.train.precision == "bf16":
             continue  # refused: DeepSpeed steps once before training
@@ -227,8 +227,8 @@ def _choices(request: PlanRequest, config: RunConfig, device: Device) -> list[Ch
                 if fits(peak, device, request.world):
                     best = Choice(stage, name, micro, needed(peak, Allowance.of(device, request.world)))
                     break
-            found.append(best)
-    return found
+            choices.append(best)
+    return choices
 
 
 def suggest(choices: list[Choice]) -> Choice | None:

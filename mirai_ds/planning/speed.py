@@ -88,7 +88,7 @@ def utilisation(device: Device, config: RunConfig, micro: int, asked: float | No
 
 
 def _apart(row: MeasuredSpeed, micro: int) -> float:
-    """How many times one batch is the other."""
+    """The ratio of two batch sizes, at least 1."""
     return max(row.batch / micro, micro / row.batch)
 
 

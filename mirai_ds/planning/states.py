@@ -36,12 +36,12 @@ class StateMemory:
 
     @classmethod
     def of(cls, work: ActivationMemory, ds_config: dict[str, Any], world: int) -> StateMemory:
-        """ds_config: as `config.deepspeed_file.resolve` returns it."""
+        """Builds it from `ds_config` as `config.deepspeed_file.resolve` returns it."""
         return cls(work, ds_config["zero_optimization"], world, ds_config["gradient_accumulation_steps"])
 
     @property
     def stage(self) -> int:
-        """ZeRO stage."""
+        """The ZeRO stage."""
         return int(self.zero["stage"])
 
     @property
@@ -66,7 +66,7 @@ class StateMemory:
 
     @property
     def whole_bf16_gradients(self) -> bool:
-        """BF16_Optimizer."""
+        """Whether BF16_Optimizer keeps whole bf16 gradients."""
         return self.stage == 1 and self.bf16
 
     @property
@@ -81,7 +81,7 @@ class StateMemory:
     # --- there between steps ----------------------------------------------------------------------------------------
 
     def resting(self) -> dict[str, float]:
-        """What stays between steps, by what it is."""
+        """Bytes that stay between steps, by what they hold."""
         w = self.work
         on_device = not self.offloaded("offload_optimizer")
         shared = self.stage == 0  # the masters are the parameters
@@ -108,7 +108,7 @@ class StateMemory:
         return (0.0 if self.offloaded("offload_param") else self.part) + self.persistent * (self.world > 1)
 
     def _tensors(self) -> list[int]:
-        """Elements of each parameter."""
+        """The number of elements of each parameter."""
         m, f = self.work.model, self.work.foresight
         width = m.width
         in_block = [3 * width**2, width**2, *[width * m.ffn_hidden] * 3, width, width]

@@ -25,7 +25,7 @@ BEAT_SECONDS = 5.0
 
 
 class Problem(NamedTuple):
-    """What was found about an image; kept: whether it is in the store all the same."""
+    """What a user must know of an image; kept: whether it is in the store all the same."""
 
     image: int
     name: str
@@ -60,7 +60,7 @@ def part_file(folder: Path, block: int) -> Path:
 
 def write_part(path: Path, part: Part) -> None:
     """Write a part whole or not at all."""
-    problems = np.frombuffer(json.dumps([list(problem) for problem in part.problems]).encode(), np.uint8)
+    problems = np.frombuffer(json.dumps(part.problems).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, kept=part.kept, problems=problems, **part.arrays)  # type: ignore[arg-type]
     write_whole(path, buffer.getvalue())
@@ -114,7 +114,7 @@ def load_or_redo_shard(
     arrays: bool = True,
     whole: Callable[[Part], bool] = lambda _: True,
 ) -> Part:
-    """A finished part; done anew where it is damaged or not `whole`."""
+    """Reads a finished part; does it anew where it is damaged or not `whole`."""
     path = part_file(folder, block)
     part = read_part(path, arrays)
     if part is None or not whole(part):

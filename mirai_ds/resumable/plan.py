@@ -51,14 +51,14 @@ class Listing:
 
 
 def pillow_version() -> str:
-    """What decides pixels."""
+    """Pillow's version, which decides pixels."""
     import PIL
 
     return str(PIL.__version__)
 
 
 def torch_version() -> dict[str, str]:
-    """What decides codes, beside the device."""
+    """The versions that decide codes, beside the device."""
     import torch
 
     return {"torch": torch.__version__, "machine": platform.machine()}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from mirai_ds.resumable.parts import missing_blocks
 from mirai_ds.resumable.plan import WorkPlan
+from mirai_ds.runtime.log import LOG
 
 LINE_SECONDS, LOOK_SECONDS = 30.0, 1.0
 
@@ -23,13 +24,14 @@ class WorkProgress:
         self._began = self._looked = self._spoke = time.monotonic()
         self._first = self._done()
         self._bar: Bar | None = None
-        if speaks and sys.stderr.isatty():
+        console = Console(stderr=True)
+        if speaks and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[rate]}"))
+            self._bar = Bar(*columns, TextColumn("{task.fields[rate]}"), console=console)
             self._task = self._bar.add_task("images", total=plan.num_images, completed=self._first, rate="")
             self._bar.start()
-        elif speaks and self._first:
-            print(f"mirai-ds: going on after {self._first} of {plan.num_images} images", file=sys.stderr, flush=True)
+        elif self._first:
+            LOG.info("going on after %d of %d images", self._first, plan.num_images)
 
     def _done(self) -> int:
         if not self.speaks:
@@ -38,7 +40,7 @@ class WorkProgress:
         return self.plan.num_images - missing
 
     def tell(self) -> None:
-        """Look again, at most once a second."""
+        """Counts again and reports, at most once a second."""
         now = time.monotonic()
         if not self.speaks or now - self._looked < LOOK_SECONDS:
             return
@@ -49,10 +51,9 @@ class WorkProgress:
         elif now - self._spoke >= LINE_SECONDS:
             self._spoke = now
             left = (self.plan.num_images - done) / rate / 60 if rate else float("inf")
-            said = f"{done} of {self.plan.num_images} images, {rate:.1f}/s, {left:.0f} minutes left"
-            print(f"mirai-ds: {said}", file=sys.stderr, flush=True)
+            LOG.info("%d of %d images, %.1f/s, %.0f minutes left", done, self.plan.num_images, rate, left)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Takes the bar off the terminal."""
         if self._bar is not None:
             self._bar.stop()

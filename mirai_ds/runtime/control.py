@@ -30,28 +30,28 @@ class Control:
         self._flying = torch.empty(0)
 
     def post(self, mine: Facts) -> None:
-        """Collective: hand over this rank's facts."""
+        """Hands over this rank's facts; collective."""
         self._flying = torch.tensor([-mine.stop, mine.written, -int(mine.lost)], dtype=torch.int64)
         self._work = dist.all_reduce(self._flying, dist.ReduceOp.MIN, group=self.group, async_op=True)
 
     def arrived(self) -> Facts:
-        """What all ranks posted last."""
+        """The facts that all ranks posted last."""
         self._work.wait()
         stop, written, lost = self._flying.tolist()
         self.facts = Facts(-stop, written, bool(lost))
         return self.facts
 
     def now(self, mine: Facts) -> Facts:
-        """Collective: what all ranks say at this moment."""
+        """The facts that all ranks have at this moment; collective."""
         self.post(mine)
         return self.arrived()
 
     def gather(self, mine: T) -> list[T]:
-        """Collective: everybody's object, by rank."""
+        """The objects of all ranks in order of rank; collective."""
         everyone = [mine] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
     def barrier(self) -> None:
-        """Collective: wait for all."""
+        """Waits for all ranks; collective."""
         dist.barrier(group=self.group)

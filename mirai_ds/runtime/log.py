@@ -58,7 +58,7 @@ class _Quiet(logging.FileHandler):
             return
 
     def handleError(self, record: Any) -> None:  # noqa: N802  # the standard library's name
-        """Nothing."""
+        """Does nothing."""
 
 
 def log_crash(error: BaseException) -> None:
@@ -72,7 +72,7 @@ def log_crash(error: BaseException) -> None:
 
 
 def close_log() -> None:
-    """Leave the run's file."""
+    """Closes the run's log file."""
     for handler in [handler for handler in LOG.handlers if isinstance(handler, _Quiet)]:
         LOG.removeHandler(handler)
         handler.close()

@@ -81,13 +81,13 @@ def chosen_classes(text: str | None, config: RunConfig) -> list[int]:
     if text is None:
         return list(range(config.sampling.classes))
     try:
-        found = [int(part) for part in text.split(",")]
+        classes = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--classes {text}: write numbers with commas, e.g. 0,3,7") from None
-    bad = [c for c in found if not 0 <= c < config.model.num_classes]
+    bad = [c for c in classes if not 0 <= c < config.model.num_classes]
     if bad:
         raise UserError(f"--classes {text}: {bad[0]} is outside 0..{config.model.num_classes - 1}")
-    return found
+    return classes
 
 
 def check_vocabulary(decoder: TokenDecoder, config: RunConfig) -> None:

@@ -45,7 +45,7 @@ class DrawJob:
         return self._sampler
 
     def prepare(self, images: range) -> range:
-        """Nothing is read."""
+        """There is nothing to read."""
         return images
 
     def finish(self, prepared: range, block: int) -> Part:
@@ -90,12 +90,12 @@ class DrawJob:
 
 
 def png_name(image: int) -> str:
-    """As LlamaGen's sampler names them."""
+    """The name that LlamaGen's sampler gives an image."""
     return f"{image:06d}.png"
 
 
 def write_pngs(folder: Path, numbers: range, images: Array) -> None:
-    """Each under its name only when it is complete."""
+    """Writes the images; a file appears under its name only when it is complete."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def _check_balance(request: SamplingRequest, classes: list[int]) -> None:
 
 
 def _short(classes: list[int]) -> list[int] | str:
-    """0..n-1 needs no list of a thousand numbers."""
+    """Shortens labels 0..n-1, which need no list of a thousand numbers."""
     return f"0..{len(classes) - 1}" if classes == list(range(len(classes))) else classes
 
 

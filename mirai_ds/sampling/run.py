@@ -114,7 +114,7 @@ def _begin(files: Files, plan: WorkPlan, needed: int) -> None:
 
 
 def record_of(plan: WorkPlan) -> dict[str, Any]:
-    """What the record says of the protocol."""
+    """The protocol as the record states it."""
     return {"source": plan.source, **{name: json.loads(text) for name, text in plan.settings.items()}}
 
 

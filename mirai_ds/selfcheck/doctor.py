@@ -42,8 +42,8 @@ def examine(self_test: bool | None = None) -> tuple[list[str], bool]:
     lines.append(f"cpu         {cpu_name()}, {len(os.sched_getaffinity(0))} cores")
     advice = f"has {', '.join(fast)}: bf16 pays" if fast else "no bf16 instructions: use train.precision: fp32 on CPU"
     lines.append(f"            {advice}")
-    found, usable = _gpu_lines(torch)
-    lines += found
+    gpu_lines, usable = _gpu_lines(torch)
+    lines += gpu_lines
     healthy = healthy and usable
     lines.append(f"compiler    {_compiler()}")
     lines.append(f"nvcc        {_nvcc()}")

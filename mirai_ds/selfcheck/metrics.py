@@ -62,8 +62,8 @@ def _of_features(vector: Vector) -> dict[str, Tensor]:
         distance = frechet_distance(gaussian_statistics(samples), gaussian_statistics(reference))
         out["fid"] = torch.tensor(distance, dtype=torch.float64)
         for suffix, arithmetic in (("", "adm"), ("_exact", "exact")):
-            found = precision_recall(torch.from_numpy(reference), torch.from_numpy(samples), arithmetic)  # type: ignore[arg-type]
-            for name, value in (("precision", found.precision), ("recall", found.recall)):
+            scored = precision_recall(torch.from_numpy(reference), torch.from_numpy(samples), arithmetic)  # type: ignore[arg-type]
+            for name, value in (("precision", scored.precision), ("recall", scored.recall)):
                 shape = vector.arrays[name + suffix].shape if name + suffix in vector else ()
                 out[name + suffix] = torch.full(shape, value, dtype=torch.float64)
     except UserError as error:

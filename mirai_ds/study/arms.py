@@ -93,7 +93,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.arm.name}-s{self.seed}"
 
 
@@ -103,7 +103,7 @@ def runs_folder(folder: Path, planned: Planned) -> Path:
 
 
 def find_study(name: str) -> Study:
-    """Raises UserError for an unknown name."""
+    """The study of that name; raises UserError for an unknown one."""
     if name not in STUDIES:
         raise UserError(f"study {name!r}: {nearest(name, list(STUDIES))}")
     return STUDIES[name]
@@ -125,13 +125,13 @@ def choose_arms(names: str | None) -> list[StudyArm]:
 def planned_runs(study: Study, arms: list[StudyArm], seeds: int | None) -> list[Planned]:
     """In the order they are run: seed by seed the main arms, then seed by seed the others.  So whatever ends the study
     leaves pairs."""
-    found = [Planned(arm, seed) for seed in range(seeds or study.main_seeds) for arm in arms if arm.main]
-    return found + [Planned(arm, seed) for seed in range(seeds or study.side_seeds) for arm in arms if not arm.main]
+    planned = [Planned(arm, seed) for seed in range(seeds or study.main_seeds) for arm in arms if arm.main]
+    return planned + [Planned(arm, seed) for seed in range(seeds or study.side_seeds) for arm in arms if not arm.main]
 
 
 def overrides(study: Study, arm: StudyArm, seed: int, folder: Path) -> list[str]:
     """What `mirai-ds train RECIPE --set ...` is given for a run in the study's `folder`."""
-    found = [
+    settings = [
         f"name={arm.name}-s{seed}",
         f"seed={seed}",
         f"output_dir={folder / 'runs'}",
@@ -141,8 +141,8 @@ def overrides(study: Study, arm: StudyArm, seed: int, folder: Path) -> list[str]
     words = {"WARMUP": f"{warmup:g}", "ENCODER": str(encoder_file(folder))}
     for one in arm.sets:
         key, _, value = one.partition("=")
-        found.append(f"{key}={words.get(value, value)}")
-    return found
+        settings.append(f"{key}={words.get(value, value)}")
+    return settings
 
 
 def data_overrides(study: Study, folder: Path) -> list[str]:

@@ -37,16 +37,16 @@ def measure_costs(study: Study, arms: list[StudyArm], folder: Path) -> Costs:
         sessions = {name: _session(config, Path(scratch) / name) for name, config in configs.items()}
         seconds = _rounds(sessions)
     base = np.median(seconds[BASELINE])
-    found: Costs = {}
+    costs: Costs = {}
     for name, session in sessions.items():
         ratios = np.asarray(seconds[name]) / np.asarray(seconds[BASELINE])
         low, ratio, high = np.percentile(ratios, (25, 50, 75))
-        found[name] = {
+        costs[name] = {
             "step_ms": float(1000 * base * ratio), "ratio": float(ratio), "ratio_low": float(low),
             "ratio_high": float(high), "flops_ratio": _flops(session) / _flops(sessions[BASELINE]),
             "aligned_from": float(first_aligned(configs[name], session.order.steps_per_epoch)),
         }  # fmt: skip
-    return found
+    return costs
 
 
 def first_aligned(config: RunConfig, steps_per_epoch: int) -> int:
@@ -78,7 +78,7 @@ def _rounds(sessions: dict[str, Any]) -> dict[str, list[float]]:
     """Seconds of a step, round by round; the first round warms up and is left out."""
     from mirai_ds.train.step import train_step
 
-    found: dict[str, list[float]] = {name: [] for name in sessions}
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for count in range(ROUNDS + 1):
         for name, session in sessions.items():
             began = _now(session.device)
@@ -86,12 +86,12 @@ def _rounds(sessions: dict[str, Any]) -> dict[str, list[float]]:
                 train_step(session, session.step)
                 session.count_step()
             if count:
-                found[name].append((_now(session.device) - began) / STEPS)
-    return found
+                seconds[name].append((_now(session.device) - began) / STEPS)
+    return seconds
 
 
 def _now(device: Any) -> float:
-    """Seconds of the clock that costs are measured by."""
+    """Seconds of the clock of costs: CPU time, or on a GPU wall time once its work is done."""
     if device.type != "cuda":
         return time.process_time()
     import torch

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mirai_ds.config import UserError
+from mirai_ds.runtime import markdown
 from mirai_ds.study.arms import ARMS, BASELINE, STUDIES
 from mirai_ds.study.results import Estimate, Results
 from mirai_ds.study.rows import read_rows
@@ -35,7 +36,7 @@ def write_document(folder: Path, check: bool = False) -> list[str]:
     for name in rows.studies():
         results = Results(rows, name)
         for part, make in PARTS.items():
-            new = replaced(text, marker(part, name), make(results), path)
+            new = markdown.replaced(text, marker(part, name), make(results), END, path)
             changed += [f"{part} {name}"] if new != text else []
             text = new
         if not check:
@@ -43,15 +44,6 @@ def write_document(folder: Path, check: bool = False) -> list[str]:
     if not check:
         path.write_text(text, encoding="utf-8")
     return changed
-
-
-def replaced(text: str, begin: str, content: str, path: Path) -> str:
-    """`text` with what stands between `begin` and the next end marker replaced.  Raises UserError."""
-    head, found, rest = text.partition(begin + "\n")
-    _, closed, tail = rest.partition(END)
-    if not found or not closed:
-        raise UserError(f"{path}: lacks the line {begin!r} and {END!r} after it, between which a part is written")
-    return f"{head}{begin}\n{content}\n{END}{tail}"
 
 
 def facts_part(results: Results) -> str:
@@ -86,44 +78,41 @@ def _seeds(results: Results) -> str:
 
 
 def values_part(results: Results) -> str:
-    """A row an arm: means over its seeds."""
-    head = (
-        "| arm | held-out loss, raw | held-out loss, EMA | Frechet distance | precision | recall | recognised "
-        "| smoothness |"
+    """A table with a row per arm: means over its seeds."""
+    columns = {
+        "held-out loss, raw": ("ntp_raw", 4), "held-out loss, EMA": ("ntp_ema", 4), "Frechet distance": ("frechet", 2),
+        "precision": ("precision", 3), "recall": ("recall", 3), "recognised": ("accuracy", 3),
+        "smoothness": ("smoothness", 3),
+    }  # fmt: skip
+    lines = (
+        " | ".join([TITLES[arm], *(shown(results.mean(arm, what), digits) for what, digits in columns.values())])
+        for arm in results.arms
     )
-    columns = (
-        ("ntp_raw", 4), ("ntp_ema", 4), ("frechet", 2), ("precision", 3), ("recall", 3), ("accuracy", 3),
-        ("smoothness", 3),
-    )  # fmt: skip
-    lines = [head, "|---|" + "---|" * len(columns)]
-    for arm in results.arms:
-        cells = [shown(results.mean(arm, what), digits) for what, digits in columns]
-        lines.append(f"| {TITLES[arm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown.table(" | ".join(["arm", *columns]), lines)
 
 
 def differences_part(results: Results) -> str:
     """A row an arm: paired differences to the baseline, at equal epochs and equal compute, and speed-ups."""
-    lines = [
-        "| arm less baseline | loss, EMA | loss, EMA, equal compute | loss, raw | Frechet distance | recognised "
+    header = (
+        "arm less baseline | loss, EMA | loss, EMA, equal compute | loss, raw | Frechet distance | recognised "
         "| smoothness | speed-up, half-way | speed-up, end | baseline's epochs to the arm's loss | step cost, CPU "
-        "| step cost, FLOPs |",
-        "|---|" + "---|" * 11,
-    ]
+        "| step cost, FLOPs"
+    )
+    lines = []
     for arm in results.arms:
         if arm == BASELINE:
             continue
         cost = results.costs.get(arm)
-        cells = [
+        lines.append(" | ".join((
+            TITLES[arm],
             signed(results.difference(arm, "ntp_ema"), 4), signed(results.equal_compute(arm, "ntp_ema"), 4),
             signed(results.difference(arm, "ntp_raw"), 4), signed(results.difference(arm, "frechet"), 2),
             signed(results.difference(arm, "accuracy"), 3), signed(results.difference(arm, "smoothness"), 3),
             shown(results.speed_up_halfway(arm, "ntp_ema"), 2), shown(results.speed_up(arm, "ntp_ema"), 2),
             _epochs(results.baseline_epochs(arm, "ntp_ema"), results),
             "-" if cost is None else f"{cost['ratio']:.2f}", "-" if cost is None else f"{cost['flops_ratio']:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {TITLES[arm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        )))  # fmt: skip
+    return markdown.table(header, lines)
 
 
 # Questions about single fields: (what, arm, against).
@@ -142,18 +131,15 @@ PAIRS = (
 
 
 def pairs_part(results: Results) -> str:
-    """A row a question: one arm less another, paired."""
-    lines = [
-        "| question | loss, EMA | loss, raw | Frechet distance | smoothness | pairs |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A table with a row per question: one arm less another, paired by seed."""
+    lines = []
     for question, arm, against in PAIRS:
         if arm not in results.arms or against not in results.arms:
             continue
-        found = [results.difference(arm, what, against) for what in ("ntp_ema", "ntp_raw", "frechet", "smoothness")]
-        cells = [signed(one, digits) for one, digits in zip(found, (4, 4, 2, 3), strict=True)]
-        lines.append(f"| {question} | " + " | ".join(cells) + f" | {found[0].pairs} |")
-    return "\n".join(lines)
+        estimates = [results.difference(arm, what, against) for what in ("ntp_ema", "ntp_raw", "frechet", "smoothness")]
+        cells = [signed(one, digits) for one, digits in zip(estimates, (4, 4, 2, 3), strict=True)]
+        lines.append(" | ".join([question, *cells, str(estimates[0].pairs)]))
+    return markdown.table("question | loss, EMA | loss, raw | Frechet distance | smoothness | pairs", lines)
 
 
 def shown(one: Estimate, digits: int) -> str:
@@ -164,18 +150,18 @@ def shown(one: Estimate, digits: int) -> str:
 
 
 def signed(one: Estimate, digits: int) -> str:
-    """With a sign, in bold where the interval leaves out zero."""
+    """The value with its sign, in bold where its interval leaves out zero."""
     if not math.isfinite(one.mean):
         return "-"
     text = f"{one.mean:+.{digits}f}" + ("" if math.isnan(one.half) else f" ± {one.half:.{digits}f}")
     return f"**{text}**" if one.differs else text
 
 
-def _epochs(found: list[float], results: Results) -> str:
+def _epochs(epochs: list[float], results: Results) -> str:
     """Mean over seeds that reached it; `> 6` where the baseline did not."""
     last = float(results.curve(BASELINE, results.seeds(BASELINE)[0], "ntp_raw")[0][-1])
-    reached = [one for one in found if math.isfinite(one)]
-    late = f"> {last:g} ({len(found) - len(reached)} of {len(found)})" if len(reached) < len(found) else ""
+    reached = [one for one in epochs if math.isfinite(one)]
+    late = f"> {last:g} ({len(epochs) - len(reached)} of {len(epochs)})" if len(reached) < len(epochs) else ""
     mean = f"{sum(reached) / len(reached):.2f}" if reached else ""
     return ", ".join(one for one in (mean, late) if one)
 

@@ -89,7 +89,7 @@ def draw_samples(study: Study, folder: Path, arms: list[StudyArm], path: Path) -
 
 
 def draw_maps(folder: Path, arms: list[StudyArm], path: Path) -> None:
-    """`mirai-ds map` of seed 0's runs."""
+    """Draws what `mirai-ds map` draws, of the runs with seed 0."""
     from mirai_ds.analysis.maps import make_maps
     from mirai_ds.study.arms import runs_folder
 

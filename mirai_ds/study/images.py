@@ -39,10 +39,10 @@ def prepare(study: Study, folder: Path, source: Path | None) -> dict[str, float]
     """
     if study.train_images is None:
         return {}
-    found = source or FASHION
-    if not found.is_dir():
-        raise UserError(f"{found}: no such folder; apt-get install dataset-fashion-mnist, or give --images FOLDER")
-    train, test = IdxImages(found, "train"), IdxImages(found, "t10k")
+    source = source or FASHION
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; apt-get install dataset-fashion-mnist, or give --images FOLDER")
+    train, test = IdxImages(source, "train"), IdxImages(source, "t10k")
     book = _codebook(study, train.pixels)
     count = study.train_images
     for path, one, n in (
@@ -50,7 +50,7 @@ def prepare(study: Study, folder: Path, source: Path | None) -> dict[str, float]
         (held_out_file(folder), test, study.held_out_images or len(test.labels)),
     ):
         if n > len(one.labels):
-            raise UserError(f"{found}: holds {len(one.labels)} images, the study takes {n}")
+            raise UserError(f"{source}: holds {len(one.labels)} images, the study takes {n}")
         if not path.is_file():
             _write(path, one.pixels[:n], one.labels[:n], book)
     error = reconstruction_error(book, test.pixels[:, :, :, None].copy())
@@ -76,8 +76,8 @@ def real_images(study: Study, folder: Path, source: Path | None) -> tuple[Pixels
     """(training, test) images: all of them, for the judge."""
     if study.train_images is None:
         return digit_pixels(study)
-    found = source or FASHION
-    train, test = IdxImages(found, "train"), IdxImages(found, "t10k")
+    source = source or FASHION
+    train, test = IdxImages(source, "train"), IdxImages(source, "t10k")
     return Pixels(train.pixels, train.labels.astype(np.int64)), Pixels(test.pixels, test.labels.astype(np.int64))
 
 

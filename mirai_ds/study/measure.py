@@ -30,13 +30,13 @@ SMOOTHED = 256  # held-out images whose features are measured
 
 def curve(study: Study, planned: Planned, run: Path) -> list[CurveRow]:
     """Held-out losses of a run, from its metrics.jsonl."""
-    found = []
+    rows = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "held_out/ntp_raw" in record:
             losses = record["held_out/ntp_raw"], record["held_out/ntp_ema"]
-            found.append(CurveRow(study.name, planned.arm.name, planned.seed, record["step"], record["epoch"], *losses))
-    return found
+            rows.append(CurveRow(study.name, planned.arm.name, planned.seed, record["step"], record["epoch"], *losses))
+    return rows
 
 
 @cache

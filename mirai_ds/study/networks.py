@@ -123,12 +123,12 @@ def _about(model: MaskedPatches, held_out: TokenSource) -> dict[str, float]:
 
 
 def decayed(step: int, steps: int) -> float:
-    """Cosine from 1 to 0."""
+    """A cosine that falls from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """A .safetensors file, whole or not at all."""
+    """Writes a .safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     with replacing(path) as part:
@@ -190,6 +190,6 @@ def open_judge(folder: Path) -> Judge:
 @torch.no_grad()
 def judged(judge: Judge, pixels: Pixels) -> tuple[Array, Array]:
     """features (n, 64) fp32 of grey images, and whether each is recognised (n,) bool."""
-    found = [judge(part) for part in torch.from_numpy(np.ascontiguousarray(pixels.images)).split(500)]
-    features = torch.cat([one[0] for one in found]).numpy()
-    return features, torch.cat([one[1] for one in found]).argmax(-1).numpy() == pixels.labels
+    outputs = [judge(part) for part in torch.from_numpy(np.ascontiguousarray(pixels.images)).split(500)]
+    features = torch.cat([one[0] for one in outputs]).numpy()
+    return features, torch.cat([one[1] for one in outputs]).argmax(-1).numpy() == pixels.labels

@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Of the mean of independent values."""
+    """The mean of independent values and the interval around it."""
     from scipy import stats
 
     array = np.asarray(values, np.float64)
@@ -87,11 +87,11 @@ class Results:
         self.name, self.facts = name, rows.facts.get(name, {})
         self.runs = {(row.arm, row.seed): row for row in rows.runs if row.study == name}
         self.costs: dict[str, dict[str, Any]] = {row.arm: asdict(row) for row in rows.costs if row.study == name}
-        found: dict[tuple[str, int], list[Any]] = {}
+        curves: dict[tuple[str, int], list[Any]] = {}
         for row in rows.curves:
             if row.study == name:
-                found.setdefault((row.arm, row.seed), []).append(row)
-        self._curves = {key: sorted(points, key=lambda row: row.step) for key, points in found.items()}
+                curves.setdefault((row.arm, row.seed), []).append(row)
+        self._curves = {key: sorted(points, key=lambda row: row.step) for key, points in curves.items()}
         self.arms = [arm.name for arm in ARMS if self.seeds(arm.name)]
         if BASELINE not in self.arms:
             raise UserError(f"study {name}: the rows hold no run of the arm {BASELINE!r}; run it first")
@@ -104,38 +104,38 @@ class Results:
         return sorted(seed for name, seed in self.runs if name == arm)
 
     def values(self, arm: str, what: str) -> dict[int, float]:
-        """By seed: a column of the runs."""
+        """A column of the runs, by seed."""
         return {seed: float(getattr(self.runs[arm, seed], what)) for seed in self.seeds(arm)}
 
     def steps(self, arm: str) -> Array:
-        """(p,) of the curve's points."""
+        """The steps (p,) of the curve's points."""
         return np.array([row.step for row in self._curves[arm, self.seeds(arm)[0]]])
 
     def curve(self, arm: str, seed: int, what: str) -> tuple[Array, Array]:
-        """(epochs (p,), losses (p,)) of a run."""
+        """A run's curve: epochs (p,) and losses (p,)."""
         rows = self._curves[arm, seed]
         return np.array([row.epoch for row in rows]), np.array([getattr(row, what) for row in rows])
 
     def curves(self, arm: str, what: str) -> tuple[Array, Array]:
-        """(epochs (p,), losses (seeds, p))."""
-        found = [self.curve(arm, seed, what) for seed in self.seeds(arm)]
-        return found[0][0], np.stack([values for _, values in found])
+        """The curves of all seeds: epochs (p,) and losses (seeds, p)."""
+        curves = [self.curve(arm, seed, what) for seed in self.seeds(arm)]
+        return curves[0][0], np.stack([values for _, values in curves])
 
     def paired_seeds(self, arm: str) -> list[int]:
         """Seeds that the arm shares with the baseline."""
         return sorted(set(self.seeds(arm)) & set(self.seeds(BASELINE)))
 
     def curve_differences(self, arm: str, what: str) -> Array:
-        """(seeds, p): arm less baseline at every point."""
+        """The arm's losses less the baseline's at every point, (seeds, p)."""
         pairs = [(self.curve(arm, s, what)[1], self.curve(BASELINE, s, what)[1]) for s in self.paired_seeds(arm)]
         return np.stack([ours - theirs for ours, theirs in pairs])
 
     def mean(self, arm: str, what: str) -> Estimate:
-        """Over seeds."""
+        """The mean of a column over seeds."""
         return estimate(list(self.values(arm, what).values()))
 
     def difference(self, arm: str, what: str, against: str = BASELINE) -> Estimate:
-        """To another arm's, paired."""
+        """The paired difference to another arm."""
         return paired_difference(self.values(arm, what), self.values(against, what))
 
     def equal_compute(self, arm: str, what: str) -> Estimate:
@@ -151,25 +151,25 @@ class Results:
         return paired_difference(ours, {s: float(self.curve(BASELINE, s, what)[1][-1]) for s in ours})
 
     def speed_up(self, arm: str, what: str) -> Estimate:
-        """In epochs, over seeds."""
+        """The speed-up in epochs, over seeds."""
         pairs = [(self.curve(BASELINE, s, what), self.curve(arm, s, what)) for s in self.paired_seeds(arm)]
         return estimate([speed_up(theirs, ours) for theirs, ours in pairs])
 
     def speed_up_halfway(self, arm: str, what: str) -> Estimate:
         """Epochs that the baseline needs to what the arm has after half of its run, over that half.  Infinite where the
         baseline never gets there."""
-        found = []
+        ratios = []
         for seed in self.paired_seeds(arm):
             epochs, values = self.curve(arm, seed, what)
             half = float(epochs[-1]) / 2
             reached = first_reached(*self.curve(BASELINE, seed, what), value_at(epochs, values, half))
-            found.append(reached / half)
-        return estimate(found)
+            ratios.append(reached / half)
+        return estimate(ratios)
 
     def baseline_epochs(self, arm: str, what: str) -> list[float]:
         """Epochs the baseline needs to reach the arm's last value, seed by seed; infinity: it did not."""
-        found = []
+        epochs = []
         for seed in self.paired_seeds(arm):
             target = float(self.curve(arm, seed, what)[1][-1])
-            found.append(first_reached(*self.curve(BASELINE, seed, what), target))
-        return found
+            epochs.append(first_reached(*self.curve(BASELINE, seed, what), target))
+        return epochs

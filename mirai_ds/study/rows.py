@@ -69,7 +69,7 @@ Row = TypeVar("Row", RunRow, CurveRow, CostRow)
 
 @dataclass(frozen=True)
 class Rows:
-    """All of them; facts by study."""
+    """All rows, and the facts of each study."""
 
     runs: list[RunRow]
     curves: list[CurveRow]
@@ -81,7 +81,7 @@ class Rows:
         return list(self.facts)
 
     def replaced(self, new: Rows, study: str) -> Rows:
-        """These, with `new` in place of what is here of `study`."""
+        """These rows with `new` in place of the rows of `study`."""
         return Rows(
             [row for row in self.runs if row.study != study] + new.runs,
             [row for row in self.curves if row.study != study] + new.curves,
@@ -101,25 +101,25 @@ def to_csv(rows: Sequence[Any], kind: type) -> str:
 
 
 def from_csv(path: Path, kind: type[Row]) -> list[Row]:
-    """Raises UserError for a file that is missing or holds something else."""
+    """Reads rows.  Raises UserError for a file that is missing or holds something else."""
     try:
         lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `mirai-ds study rows` writes it") from None
     names = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(kind)}
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=2):
         try:
             if set(line) != set(names):
                 raise ValueError(f"columns must be {', '.join(names)}")
-            found.append(kind(**{name: convert(line[name]) for name, convert in names.items()}))
+            rows.append(kind(**{name: convert(line[name]) for name, convert in names.items()}))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    return found
+    return rows
 
 
 def write_rows(rows: Rows, folder: Path) -> None:
-    """The four files."""
+    """Writes the four files."""
     (folder / FACTS).parent.mkdir(parents=True, exist_ok=True)
     for name, part, kind in ((RUNS, rows.runs, RunRow), (CURVES, rows.curves, CurveRow), (COSTS, rows.costs, CostRow)):
         write_whole(folder / name, to_csv(part, kind))

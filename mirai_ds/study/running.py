@@ -63,7 +63,7 @@ class StudyPlan:
 
     @property
     def seconds(self) -> float:
-        """Of all chosen runs."""
+        """Seconds of all chosen runs."""
         return sum(seconds for _, seconds in self.chosen)
 
 
@@ -221,7 +221,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def finished_rows(folder: Path) -> list[RunRow]:
-    """Rows of the measured runs in a study's folder."""
+    """The rows of the finished runs in a study's folder."""
     return [RunRow(**read_json(path)) for path in sorted(folder.glob(f"runs/*/{ROW}"))]
 
 
@@ -245,12 +245,12 @@ def rows_of(folder: Path) -> Rows:
     from mirai_ds.study.measure import curve
 
     study = study_of(folder)
-    found = {(row.arm, row.seed): row for row in finished_rows(folder)}
-    most = 1 + max(seed for _, seed in found)
-    order = [p for p in planned_runs(study, list(ARMS), most) if (p.arm.name, p.seed) in found]
+    finished = {(row.arm, row.seed): row for row in finished_rows(folder)}
+    most = 1 + max(seed for _, seed in finished)
+    order = [p for p in planned_runs(study, list(ARMS), most) if (p.arm.name, p.seed) in finished]
     curves = [point for p in order for point in curve(study, p, runs_folder(folder, p))]
     facts = {study.name: read_json(folder / FACTS)}
-    return Rows([found[p.arm.name, p.seed] for p in order], curves, cost_rows(study.name, folder), facts)
+    return Rows([finished[p.arm.name, p.seed] for p in order], curves, cost_rows(study.name, folder), facts)
 
 
 def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
@@ -274,12 +274,12 @@ def collect(folders: list[Path], out: Path, pictures: bool) -> list[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Writes a JSON file, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError."""
+    """Reads a JSON file.  Raises UserError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

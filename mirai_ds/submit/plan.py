@@ -164,13 +164,13 @@ def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[S
 
 
 def training(recipe: str, overrides: tuple[str, ...], deepspeed: str | None) -> list[str]:
-    """Arguments of `mirai-ds train` as the user gave them."""
+    """The arguments of `mirai-ds train` as the user gave them."""
     passed = [recipe, *[part for override in overrides for part in ("--set", override)]]
     return passed + (["--deepspeed", deepspeed] if deepspeed else [])
 
 
 def refuse_finished(run: Path) -> None:
-    """A job for a finished run would end at once; raises UserError."""
+    """Raises UserError for a finished run, whose job would end at once."""
     try:
         word = (run / "outcome").read_text(encoding="utf-8").split()[:1]
     except (OSError, UnicodeDecodeError):

@@ -20,8 +20,8 @@ def _read(name: str) -> str:
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
-    """One pass: what is filled in is not looked at again."""
-    return _PLACEHOLDER.sub(lambda found: values[found[1]], text)
+    """Fills the placeholders in one pass; what is filled in is not looked at again."""
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
 
 
 def log_pattern(job: SlurmJob) -> str:

@@ -61,10 +61,10 @@ def _submit(command: list[str]) -> str:
         lines = [re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines()]
         reason = "; ".join(dict.fromkeys(line for line in lines if line)) or f"exit code {done.returncode}"
         raise UserError(f"sbatch refused the job: {reason}")
-    found = re.fullmatch(r"([0-9]+)(;.*)?", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
-    if found is None:
+    match = re.fullmatch(r"([0-9]+)(;.*)?", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
+    if match is None:
         raise UserError(f"sbatch gave no job id but {done.stdout.strip()[:80]!r}")
-    return found[1]
+    return match[1]
 
 
 def log_path(job: SlurmJob, job_id: str) -> str:

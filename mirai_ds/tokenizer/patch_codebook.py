@@ -75,8 +75,8 @@ class PatchCodebook:
         """
         side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0
         if tokens.is_floating_point() or not side or side * side != tokens.shape[1]:
-            found = f"{tokens.dtype} {tuple(tokens.shape)}"
-            raise UserError(f"a patch codebook decodes square grids of codes, int64 (B, g * g), not {found}")
+            given = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise UserError(f"a patch codebook decodes square grids of codes, int64 (B, g * g), not {given}")
         numbers = tokens.cpu().numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.vocab_size:
             spread = f"{numbers.min()}..{numbers.max()}"

@@ -102,8 +102,8 @@ class VQTokenizer:
             or pixels.shape[3] != 3
             or pixels.shape[1] != pixels.shape[2]
         ):
-            found = f"{pixels.dtype} {tuple(pixels.shape)}"
-            raise UserError(f"{self.name} encodes square images, uint8 (B, H, W, 3), not {found}")
+            given = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise UserError(f"{self.name} encodes square images, uint8 (B, H, W, 3), not {given}")
         cells = self.grid(pixels.shape[1]) ** 2
         codes = [torch.empty(0, cells, dtype=torch.int64)]
         with float32_products("tf32" if self.precision == "tf32" else "ieee"):
@@ -124,8 +124,8 @@ class VQTokenizer:
         """
         side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0
         if tokens.is_floating_point() or not side or side * side != tokens.shape[1]:
-            found = f"{tokens.dtype} {tuple(tokens.shape)}"
-            raise UserError(f"{self.name} decodes square grids of codes, int64 (B, g * g), not {found}")
+            given = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise UserError(f"{self.name} decodes square grids of codes, int64 (B, g * g), not {given}")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             spread = f"{int(tokens.min())}..{int(tokens.max())}"
             raise UserError(
@@ -204,16 +204,16 @@ def _select(data: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a tokenizer's weights")
     name = next((name for name in WRAPPERS if name in data), None)
-    found = data if name is None else data[name]
-    if not isinstance(found, dict) or not found:
-        where = f"holds {shown(found)}" if name is None else f"holds {shown(found)} in {name!r}"
+    state = data if name is None else data[name]
+    if not isinstance(state, dict) or not state:
+        where = f"holds {shown(state)}" if name is None else f"holds {shown(state)} in {name!r}"
         raise UserError(f"{path}: {where}, not a state dict of tensors")
-    for key, value in found.items():
+    for key, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             held = ", ".join(shown(key, 30) for key in list(data)[:6])
             raise UserError(f"{path}: {shown(key)} is {kind}, not a tensor of floats; the file holds {held}")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in state.items()}
 
 
 def infer_config(weights: Mapping[str, Tensor], path: Path) -> VQConfig:

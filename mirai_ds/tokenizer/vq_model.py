@@ -35,7 +35,7 @@ class VQConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a code spans on a side."""
+        """Pixels that a code spans on a side."""
         return int(2 ** (len(self.multipliers) - 1))
 
     @property
@@ -61,7 +61,7 @@ def _conv3(inside: int, outside: int) -> nn.Conv2d:
 
 
 class _Residual(nn.Module):
-    """Twice (norm, swish, 3x3), plus the input."""
+    """Adds two rounds of (norm, swish, 3x3 convolution) to the input."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _Residual(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One head over all positions, plus the input."""
+    """Adds one attention head over all positions to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Downsample(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Every pixel twice in both directions, then 3x3."""
+    """Repeats every pixel twice in both directions, then convolves with 3x3."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

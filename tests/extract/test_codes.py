@@ -22,6 +22,7 @@ from mirai_ds.extract import extract_codes
 from mirai_ds.extract.run import automatic_block
 from mirai_ds.resumable import parts
 from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.log import LOG
 from mirai_ds.tokenizer import open_tokenizer
 from tests.extract.conftest import ALONE, content, options
 
@@ -98,6 +99,18 @@ def test_other_settings_do_not_go_on_with_an_unfinished_store(photos: Path, code
     shutil.copytree(photos, other)
     refused("begun with images = ", other, out, codebook)
     extract_codes(options(photos, out), ALONE, codebook, batch=7)
+
+
+def test_the_log_says_from_where_it_goes_on(
+    photos: Path, codebook: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+    caplog.set_level("INFO", LOG.name)
+    with pytest.raises(UserError, match="blocks are missing"):
+        extract_codes(options(photos, tmp_path / "s", block=4, patience=0.0), World(0, 0, 2, 2), codebook)
+    assert caplog.messages == []
+    extract_codes(options(photos, tmp_path / "s", block=4), ALONE, codebook)
+    assert [message.startswith("going on after ") for message in caplog.messages] == [True]
 
 
 def test_a_folder_in_use_is_not_written_into(photos: Path, codebook: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mirai_ds.config.load import TWIN, paper_entry, read_recipe
 from mirai_ds.config.paper_rows import TABLES, read_entry
 from mirai_ds.paper import catalogue
 from mirai_ds.paper.comparable import comparable_config, differences
+from mirai_ds.runtime import markdown
 from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,11 +175,11 @@ def test_a_header_says_what_is_promised() -> None:
 
 def test_the_documentation_is_the_catalogue() -> None:
     document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert document == catalogue.between_markers(document, catalogue.page())
+    assert document == markdown.replaced(document, catalogue.BEGIN, catalogue.page(), catalogue.END, "recipes.md")
     assert document.count("| `mirai-e-b-80` |") == 7
 
 
-def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_recipe_and_the_reports_template(tmp_path: Path) -> None:
     """By the build script alone: an older list of sources in the tree (egg-info) would hide what it leaves out."""
     (tmp_path / "info").mkdir()
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path / "info")]
@@ -187,6 +188,7 @@ def test_the_wheel_holds_every_recipe(tmp_path: Path) -> None:
     shipped = tmp_path / "lib" / "mirai_ds" / "config" / "recipes"
     wanted = {file.relative_to(FOLDER): file.read_bytes() for file in FOLDER.rglob("*.yaml")}
     assert {file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.yaml")} == wanted
+    assert (tmp_path / "lib" / "mirai_ds" / "analysis" / "report.html.j2").is_file()
 
 
 # --- twins ---------------------------------------------------------------------------------------------------------

@@ -84,16 +84,16 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
 
 
 class _Blocks:
-    """Distances block by block, and how many blocks were done and redone."""
+    """Computes distances block by block and counts the blocks that were done and redone."""
 
     def __init__(self, arithmetic: Arithmetic, size: int) -> None:
         self.distances: Callable[[Tensor, Tensor], Tensor] = exact_distances if arithmetic == "exact" else self._adm
         self.size, self.done, self.redone = size, 0, 0
 
     def _adm(self, u: Tensor, v: Tensor) -> Tensor:
-        found, redone = adm_distances(u, v)
+        distances, redone = adm_distances(u, v)
         self.redone += redone
-        return found
+        return distances
 
     def of(self, u: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """(rows, columns, distances) of every block, all columns of some rows before the next rows."""
@@ -106,11 +106,11 @@ class _Blocks:
     def radii(self, features: Tensor) -> Tensor:
         """(n,) squared distance of each row to its 3rd nearest neighbour: the 4th smallest, itself included."""
         count = NEIGHBOUR + 1
-        found: list[Tensor] = []
+        blocks: list[Tensor] = []
         for _, columns, distances in self.of(features, features):
             nearest = distances.topk(min(count, distances.shape[1]), dim=1, largest=False).values
             if columns.start:
-                nearest = torch.cat([found.pop(), nearest], dim=1)
+                nearest = torch.cat([blocks.pop(), nearest], dim=1)
                 nearest = nearest.topk(min(count, nearest.shape[1]), dim=1, largest=False).values
-            found.append(nearest)
-        return torch.cat([nearest.amax(dim=1) for nearest in found])
+            blocks.append(nearest)
+        return torch.cat([nearest.amax(dim=1) for nearest in blocks])
