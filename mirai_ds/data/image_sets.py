@@ -53,13 +53,13 @@ class FolderImages:
         self.names: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(self.classes):
-            found = _files_below(root, name)
-            if not found:
+            files = _files_below(root, name)
+            if not files:
                 raise UserError(
                     f"{root / name}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it"
                 )
-            self.names += found
-            labels += [label] * len(found)
+            self.names += files
+            labels += [label] * len(files)
         self.labels = np.array(labels, dtype=np.int32)
 
     def load(self, index: int, mode: str = "RGB") -> Loaded:
@@ -138,15 +138,15 @@ def open_image_set(path: Path, split: str | None = None) -> ImageSet:
             return IdxImages(path, split or "train")
         if split is not None:
             raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
-        found = FolderImages(path)
+        images = FolderImages(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    if not found.names:
+    if not images.names:
         raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
-    bad = next((name for name in found.names if "\n" in name or "\r" in name or not _is_text(name)), None)
+    bad = next((name for name in images.names if "\n" in name or "\r" in name or not _is_text(name)), None)
     if bad is not None:
         raise UserError(f"{path}: the file name {bad!r} holds a line break or is not UTF-8; rename it")
-    return found
+    return images
 
 
 def read_image(path: Path, mode: str = "RGB") -> Loaded:
@@ -210,18 +210,18 @@ def read_idx(path: Path) -> Array:
 
 
 def _idx_file(root: Path, split: str, what: str, dimensions: int) -> Path:
-    found = sorted(root.glob(f"{split}-{what}[-.]idx{dimensions}-ubyte*"), key=lambda path: path.suffix == ".gz")
-    if not found:
+    files = sorted(root.glob(f"{split}-{what}[-.]idx{dimensions}-ubyte*"), key=lambda path: path.suffix == ".gz")
+    if not files:
         raise UserError(f"{root}: has no {split}-{what}-idx{dimensions}-ubyte or .gz")
-    return found[0]
+    return files[0]
 
 
 def _files_below(root: Path, name: str) -> list[str]:
-    found = []
+    names = []
     for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
         inside = os.path.relpath(folder, root)
-        found += [f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-    return found
+        names += [f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+    return names
 
 
 def _is_text(name: str) -> bool:

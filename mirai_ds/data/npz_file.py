@@ -35,8 +35,8 @@ def from_npz(path: str) -> TokenSource:
             raise ConfigError("data.path", path, f"has no array `{name}`; it holds {sorted(arrays) or 'nothing'}")
     codes, labels = arrays["codes"], arrays["labels"]
     if codes.dtype.kind not in "iu" or codes.ndim not in (2, 3):
-        found = f"{codes.dtype} {codes.shape}"
-        raise ConfigError("data.path", path, f"codes must be integers (n, [views,] tokens), not {found}")
+        given = f"{codes.dtype} {codes.shape}"
+        raise ConfigError("data.path", path, f"codes must be integers (n, [views,] tokens), not {given}")
     codes = codes if codes.ndim == 3 else codes[:, None]
     if codes.size == 0:
         raise ConfigError("data.path", path, f"codes are empty: {arrays['codes'].shape}; write at least two images")
@@ -74,6 +74,6 @@ def _codebook(arrays: dict[str, Array], path: str) -> Array | None:
         return None
     square = codebook.ndim == 4 and codebook.shape[1] == codebook.shape[2] and codebook.shape[3] == 3
     if not square or codebook.dtype != np.uint8:
-        found = f"{codebook.dtype} {codebook.shape}"
-        raise ConfigError("data.path", path, f"codebook must be uint8 (V, p, p, 3), not {found}")
+        given = f"{codebook.dtype} {codebook.shape}"
+        raise ConfigError("data.path", path, f"codebook must be uint8 (V, p, p, 3), not {given}")
     return codebook

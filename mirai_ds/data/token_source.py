@@ -57,14 +57,14 @@ class TokenSource:
 
     def digest(self) -> str:
         """sha256 that changes with any code, label or choice of samples; reads all codes where no seal is known."""
-        found = hashlib.sha256((self.seal or "").encode())
+        digest = hashlib.sha256((self.seal or "").encode())
         if self.seal is None:
-            found.update(f"{self.codes.dtype} {self.codes.shape}".encode())
-            found.update(np.ascontiguousarray(self.codes).data)
+            digest.update(f"{self.codes.dtype} {self.codes.shape}".encode())
+            digest.update(np.ascontiguousarray(self.codes).data)
         for array in (self.labels, self.rows):
             if array is not None:
-                found.update(np.ascontiguousarray(array).astype(np.int64).data)
-        return found.hexdigest()
+                digest.update(np.ascontiguousarray(array).astype(np.int64).data)
+        return digest.hexdigest()
 
     def subset(self, indices: Array) -> TokenSource:
         """The samples at `indices`; codes and images stay where they are."""

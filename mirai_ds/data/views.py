@@ -46,15 +46,15 @@ class FileViews:
 
     def gather(self, images: Array, views: Array) -> Array:
         """See `ViewSource.gather`."""
-        found = []
+        pixels = []
         for image, view in zip(images.tolist(), views.tolist(), strict=True):
             try:
                 crop = centre_crop(self.images.load(image).image, self.geometry.side)
             except BadImageError as error:
                 path = self.images.root / self.images.name(image)
                 raise UserError(f"{path}: {error}; it could be read when its codes were made") from None
-            found.append(self.geometry.view(crop, view))
-        return _channels_first(found)
+            pixels.append(self.geometry.view(crop, view))
+        return _channels_first(pixels)
 
 
 class PackedViews:

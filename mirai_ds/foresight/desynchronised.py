@@ -64,10 +64,10 @@ class DesynchronisedTeacher(EmaTeacher):
         """See `EmaTeacher.features`."""
         if self.remembers < NEGLIGIBLE:
             return super().features(tokens, labels, images)
-        found = []
+        features = []
         for rank, (part, label) in enumerate(zip(tokens.chunk(self.ranks), labels.chunk(self.ranks), strict=True)):
             offset = self.offsets[rank]
             super().load((name, value + self.remembers * offset[name]) for name, value in self.average.items())
-            found.append(super().features(part, label, images))
+            features.append(super().features(part, label, images))
         super().load(self.average.items())
-        return torch.cat(found)
+        return torch.cat(features)

@@ -65,10 +65,10 @@ def patch_features(encoder: nn.Module, config: EncoderConfig, x: Tensor) -> Tens
     if config.layer is None and config.final_norm:
         return encoder.forward_features(x)[:, _prefix(encoder) :]  # type: ignore[operator]
     layer = config.layer or len(encoder.blocks)  # type: ignore[arg-type]
-    found: list[Tensor] = encoder.forward_intermediates(  # type: ignore[operator]
+    features: list[Tensor] = encoder.forward_intermediates(  # type: ignore[operator]
         x, indices=[layer - 1], norm=bool(config.final_norm), output_fmt="NLC", intermediates_only=True, stop_early=True
     )
-    return found[0]
+    return features[0]
 
 
 # --- attention within blocks of patches ----------------------------------------------------------------------------
@@ -110,11 +110,11 @@ def restrict_attention(encoder: nn.Module, patches: int, config: EncoderConfig) 
 
 def _maskable(encoder: nn.Module, config: EncoderConfig) -> list[nn.Module]:
     modules = [getattr(block, "attn", None) for block in encoder.blocks]  # type: ignore[union-attr]
-    found = [m for m in modules if m is not None and "attn_mask" in inspect.signature(m.forward).parameters]
-    if len(found) != len(modules):
+    maskable = [m for m in modules if m is not None and "attn_mask" in inspect.signature(m.forward).parameters]
+    if len(maskable) != len(modules):
         problem = f"the attention of {config.name} takes no mask; use another encoder, e.g. dinov2-b"
         raise ConfigError("foresight.encoder.block_causal", config.block_causal, problem)
-    return found
+    return maskable
 
 
 def _prefix(encoder: nn.Module) -> int:

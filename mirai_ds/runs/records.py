@@ -128,15 +128,15 @@ def read_lines(path: Path) -> list[Json]:
         lines = path.read_bytes().split(b"\n")
     except OSError:
         return []
-    found = []
+    rows = []
     for line in lines:
         try:
             data = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(data, dict):
-            found.append(data)
-    return found
+            rows.append(data)
+    return rows
 
 
 def flatten(data: Json, above: str = "") -> Json:

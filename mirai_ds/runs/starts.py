@@ -32,18 +32,18 @@ class StartRecord:
 
 def read_starts(run: Path) -> list[StartRecord]:
     """All starts, oldest first."""
-    found = []
+    starts = []
     for line in read_lines(run / "starts.jsonl"):
         packages = line.get("packages")
         torch = packages.get("torch") if isinstance(packages, dict) else None
         resume = _resume_request(line.get("command"))
         when, ranks = _number(line.get("unix_time")), _number(line.get("world_size"))
-        found.append(
+        starts.append(
             StartRecord(
                 when, None if ranks is None else int(ranks), str(line.get("code") or "unknown"), str(torch), resume
             )
         )
-    return found
+    return starts
 
 
 def _resume_request(command: Any) -> str | None:

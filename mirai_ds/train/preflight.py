@@ -138,8 +138,8 @@ def check_device(device: torch.device, multiply: Callable[[Tensor, Tensor], Tens
     side = 64
     left = (torch.arange(side * side) % 3).view(side, side).float()
     expected = left @ left
-    found = multiply(left.to(device), left.to(device)).cpu()
-    if not torch.equal(found, expected):
+    product = multiply(left.to(device), left.to(device)).cpu()
+    if not torch.equal(product, expected):
         raise UserError(f"device {device} multiplies matrices wrongly; take the node out of service")
 
 

@@ -82,8 +82,8 @@ def _run_and_step(path: Path) -> tuple[Path, str]:
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names and fp32 values in the names' order: the same for a run's weights and for their export."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].float().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensors[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

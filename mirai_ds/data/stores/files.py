@@ -88,9 +88,9 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); the file is damaged") from None
-    found, wanted = data.get("format") if isinstance(data, dict) else None, kind.model_fields["format"].default
-    if found != wanted:
-        raise UserError(f"{path}: format = {shown(found)}: this must be a store of format {wanted!r}")
+    form, wanted = data.get("format") if isinstance(data, dict) else None, kind.model_fields["format"].default
+    if form != wanted:
+        raise UserError(f"{path}: format = {shown(form)}: this must be a store of format {wanted!r}")
     try:
         manifest = kind.model_validate(data)
     except ValidationError as error:
@@ -104,10 +104,10 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
 def store_format(folder: Path) -> str | None:
     """`format` of the manifest in `folder`; None where there is none that can be read."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format")
+        form = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return found if isinstance(found, str) else None
+    return form if isinstance(form, str) else None
 
 
 def write_array(path: Path, array: Array) -> None:
@@ -167,13 +167,13 @@ def check_digest(path: Path, digest: str) -> None:
 
 def complaints(*checks: Callable[[], object]) -> list[str]:
     """What those of `checks` say that raise UserError."""
-    found = []
+    messages = []
     for check in checks:
         try:
             check()
         except UserError as error:
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
 def write_lists(folder: Path, names: Iterable[str], labels: Array, problems: list[dict[str, Any]]) -> dict[str, Any]:

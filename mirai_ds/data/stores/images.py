@@ -85,11 +85,11 @@ class ImageStore:
 
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the shards read so far."""
-        found = complaints(self.names, partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest))
+        damages = complaints(self.names, partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest))
         for shard, digest in enumerate(self.manifest.shard_digests):
-            found += complaints(partial(check_digest, self.path / shard_name(shard), digest))
+            damages += complaints(partial(check_digest, self.path / shard_name(shard), digest))
             progress(shard + 1)
-        return found
+        return damages
 
 
 def shard_name(shard: int) -> str:

@@ -87,16 +87,16 @@ class TokenStore:
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the images read so far."""
         problems = partial(check_digest, self.path / PROBLEMS, self.manifest.problems_digest)
-        found = complaints(self.names, self.codebook, problems)
+        damages = complaints(self.names, self.codebook, problems)
         step = self.manifest.digest_images
         for block, digest in enumerate(code_digests(self.codes, step)):
             if digest != self.manifest.codes_digests[block]:
                 last = min((block + 1) * step, len(self.codes)) - 1
-                found.append(
+                damages.append(
                     f"{self.path / CODES}: images {block * step} to {last} do not have the digest of their codes"
                 )
             progress(min((block + 1) * step, len(self.codes)))
-        return found
+        return damages
 
 
 def code_digests(codes: Array, step: int = DIGEST_IMAGES) -> Iterator[str]:

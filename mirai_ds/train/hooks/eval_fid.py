@@ -130,8 +130,8 @@ def _spread(batches: Iterable[Array], mine: Tensor, count: int, session: Session
             session.beat("evaluating")
             yield batch
 
-    found = extract_features(alive(), network, BATCH) if len(mine) else None
-    mine_wide = [0 if rows is None else rows.shape[1] for rows in found or ()]
+    features = extract_features(alive(), network, BATCH) if len(mine) else None
+    mine_wide = [0 if rows is None else rows.shape[1] for rows in features or ()]
     widths = next(filter(None, session.control.gather(mine_wide)))  # a rank without an image has to be told
 
     def whole(rows: Array | None, width: int) -> Array:
@@ -141,8 +141,8 @@ def _spread(batches: Iterable[Array], mine: Tensor, count: int, session: Session
         dist.all_reduce(out, group=session.control.group)  # of each row one rank's is not zero: exact
         return out.numpy()
 
-    pooled = whole(found and found.pooled, widths[0])
-    return Features(pooled, whole(found and found.spatial, widths[1]) if widths[1] else None)
+    pooled = whole(features and features.pooled, widths[0])
+    return Features(pooled, whole(features and features.spatial, widths[1]) if widths[1] else None)
 
 
 def _network(config: FidConfig, device: torch.device) -> FeatureNetwork:
