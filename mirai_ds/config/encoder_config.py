@@ -41,7 +41,9 @@ class EncoderConfig(Section):
     image_size: int | None = Field(None, ge=1, description="encoder input side; default patch size * token grid")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)  # YAML has lists, not tuples
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), strict=False)
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="auto: tf32, as the authors ran it, in a run that is not fp32; a CPU computes tf32 in fp32"
+    )
     layer: int | None = Field(None, ge=1, description="block whose output is the feature, 1-based; default the last")
     final_norm: bool | None = Field(None, description="the encoder's last norm on it; default true without layer")
     block_causal: int | None = Field(None, ge=1, description="patch i sees patch j iff j // b <= i // b; default all")

@@ -311,6 +311,8 @@ class RunConfig(Section):
         if f.teacher == "encoder" and traits is not None and traits.parts and self.data.images is None:
             problem = f"foresight.method = {f.method!r} watches images; give an image store or the original folder"
             raise ConfigError("data.images", None, problem)
+        if f.encoder is not None and f.encoder.dtype == "auto":
+            f.encoder.__dict__["dtype"] = "fp32" if self.train.precision == "fp32" else "tf32"
         self._check_guards()
         if self.sampling.classes > self.model.num_classes:
             self._give_up_classes()

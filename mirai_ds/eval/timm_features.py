@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mirai_ds.config import UserError
 from mirai_ds.foresight.encoders import fitting_weights, name_problem
 from mirai_ds.runtime.disk import digest_of_file
-from mirai_ds.tokenizer.vq import float32_products
+from mirai_ds.runtime.precision import float32_products
 
 
 class PooledFeatures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from mirai_ds.config import ConfigError, EncoderConfig, UserError
 from mirai_ds.config.encoder_config import ENCODERS
 from mirai_ds.config.errors import nearest
 from mirai_ds.foresight.teachers import Teacher
+from mirai_ds.runtime.precision import float32_products
 from mirai_ds.runtime.weight_files import read_weight_file
 
 
@@ -26,7 +27,8 @@ class EncoderTeacher(Teacher):
     def __init__(self, config: EncoderConfig, grid: int, device: torch.device) -> None:
         """grid: side of the token grid, to which the patch grid is made equal.  Raises what load_encoder raises."""
         self.config, self.grid = config, grid
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+        self.dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+        self.products: Literal["ieee", "tf32"] = "tf32" if config.dtype == "tf32" else "ieee"
         self.encoder, self.image_size = load_encoder(config, grid)
         self.encoder.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         if config.block_causal is not None:
@@ -46,7 +48,8 @@ class EncoderTeacher(Teacher):
             problem = "the data has no images; set data.images, or give npz data an `images` array"
             raise ConfigError("foresight.method", "mirai-i", problem)
         x = encoder_input(images, self.mean, self.std, self.image_size)
-        return self._forward(self.encoder, self.config, x.to(self.dtype))
+        with float32_products(self.products):
+            return self._forward(self.encoder, self.config, x.to(self.dtype))
 
 
 def encoder_input(images: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mirai_ds.config import ConfigError, EncoderConfig
+from mirai_ds.config import ConfigError, EncoderConfig, build
 from mirai_ds.config.encoder_config import ENCODERS
 from mirai_ds.foresight import EncoderTeacher
 from mirai_ds.foresight import encoders as module
@@ -187,6 +187,37 @@ def test_features_of_a_block(saved: Path, layer: int) -> None:
     assert torch.allclose(last, raw, rtol=1e-5, atol=1e-5) == (layer == 6)
 
 
+def products_on_a_gpu() -> str:
+    """How fp32 matrices would be multiplied there."""
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "exact"
+    return "exact" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("fp32", "exact"), ("tf32", "tf32")])
+def test_tf32_is_the_encoders_alone(saved: Path, dtype: str, wanted: str) -> None:
+    """And on a CPU it changes nothing."""
+    teacher, images, seen = teacher_of(saved, dtype=dtype), random_images(64), []
+    teacher.encoder.patch_embed.register_forward_pre_hook(lambda *_: seen.append(products_on_a_gpu()))
+    before = products_on_a_gpu()
+    features = teacher.features(TOKENS, LABELS, images)
+    assert (seen, products_on_a_gpu()) == ([wanted], before)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, teacher_of(saved).features(TOKENS, LABELS, images))
+
+
+def test_the_runs_precision_decides_the_encoders() -> None:
+    given = {"foresight": {"method": "mirai-i"}, "data": {"source": "npz", "path": "x.npz"}}
+    found = {
+        precision: build({**given, "train": {"precision": precision}}).foresight.encoder.dtype  # type: ignore[union-attr]
+        for precision in ("fp32", "bf16", "bf16-autocast")
+    }
+    assert found == {"fp32": "fp32", "bf16": "tf32", "bf16-autocast": "tf32"}
+    given["foresight"]["encoder"] = {"dtype": "fp32"}  # type: ignore[assignment]
+    assert build(given).foresight.encoder.dtype == "fp32"  # type: ignore[union-attr]
+
+
 def test_later_blocks_are_not_run() -> None:
     model, seen = make_encoder("test_vit", img_size=64), []
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
@@ -209,7 +240,7 @@ def test_wrong_layers_names_and_kinds(saved: Path) -> None:
 
 SCRIPT = """
 import json, sys, torch
-from mirai_ds.config import ConfigError, EncoderConfig
+from mirai_ds.config import ConfigError, EncoderConfig, build
 from mirai_ds.foresight import EncoderTeacher
 out = []
 for name, grid in json.loads(sys.argv[1]):

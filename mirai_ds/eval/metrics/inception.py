@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mirai_ds.config import UserError
 from mirai_ds.runtime.disk import digest_of_file
+from mirai_ds.runtime.precision import float32_products
 from mirai_ds.runtime.weight_files import read_weight_file
-from mirai_ds.tokenizer.vq import float32_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

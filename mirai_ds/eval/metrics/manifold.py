@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import UserError
-from mirai_ds.tokenizer.vq import float32_products
+from mirai_ds.runtime.precision import float32_products
 
 NEIGHBOUR = 3
 Arithmetic = Literal["adm", "exact"]
