@@ -14,7 +14,8 @@ from mirai_ds.config.yaml_text import number_in
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, types are exact (`true` is no number), numbers are finite.
 
-    The one kindness: `1e-4` (text to YAML) is a number, and 1e5 or 8.0 a whole one, where a number is wanted.
+    Two kindnesses: `1e-4` (text to YAML) is a number, and 1e5 or 8.0 a whole one, where a number is wanted; `off` and
+    `on` (true and false to YAML) are words where those are a choice.
     """
 
     model_config = ConfigDict(
@@ -27,9 +28,16 @@ class Section(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            key: _as_number(value, _leaf_types(cls.model_fields[key].annotation)) if key in cls.model_fields else value
+            key: _as_meant(value, cls.model_fields[key].annotation) if key in cls.model_fields else value
             for key, value in data.items()
         }
+
+
+def _as_meant(value: Any, annotation: Any) -> Any:
+    word = "on" if value is True else "off"
+    if isinstance(value, bool) and get_origin(annotation) is Literal and word in get_args(annotation):
+        return word
+    return _as_number(value, _leaf_types(annotation))
 
 
 def _leaf_types(annotation: Any) -> set[Any]:

@@ -80,6 +80,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "bf16-autocast"] = "bf16-autocast"
     recompute: RecomputeConfig = RecomputeConfig()
     compile: Literal["none", "blocks"] = Field("none", description="blocks: torch.compile of one block for all of them")
+    cuda_graph: Literal["auto", "off"] = Field(
+        "auto", description="auto: on GPUs a whole step is captured as one CUDA graph, where that is possible"
+    )
     cross_entropy: Literal["chunked", "whole"] = Field(
         "chunked", description="whole: all logits in memory, and in fp32"
     )

@@ -102,9 +102,13 @@ class BatchLoader:
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The accumulation steps of global step `step` (0-based).  Raises LocalError for data that cannot be read."""
-        for number in range(step * self.accumulation, (step + 1) * self.accumulation):
-            batch = self._read(number)
+        for batch in self.host_batches(step):
             yield Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in batch))  # type: ignore[arg-type]
+
+    def host_batches(self, step: int) -> Iterator[Batch]:
+        """The same in host memory, pinned where there is a GPU."""
+        for number in range(step * self.accumulation, (step + 1) * self.accumulation):
+            yield self._read(number)
 
     def _read(self, number: int) -> Batch:
         if self.workers == 0:

@@ -76,6 +76,17 @@ class TrainEngine:
         self._write_initial_masters()
         self.ema = ShardedEma(self.layout, config.ema.decay)
         self.update = Update(self.ds, self.stage, self.layout.base_optimizer, device)
+        self._rates = self._rates_on_the_device()
+
+    def _rates_on_the_device(self) -> Tensor | None:
+        """(2,) float32: the learning rates of all groups but the heads', and the heads'; None where AdamW keeps them on
+        the host.  A captured step reads them at each replay, and a plain one computes the same bits."""
+        if self.device.type != "cuda" or self.stage == 3 or self.update.offloaded:
+            return None
+        rates = torch.zeros(2, device=self.device)
+        for group in self.layout.base_optimizer.param_groups:
+            group["lr"], group["capturable"] = rates[int(group["owner"] == "heads")], True
+        return rates
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         o = self.config.optimizer
@@ -133,8 +144,12 @@ class TrainEngine:
         """Learning rate of the coming step.  Inactive heads get neither rate nor decay."""
         for group in self.layout.base_optimizer.param_groups:
             asleep = group["owner"] == "heads" and not heads_active
-            group["lr"] = 0.0 if asleep else lr
+            if self._rates is None:
+                group["lr"] = 0.0 if asleep else lr
             group["weight_decay"] = 0.0 if asleep else group["decay"]
+        if self._rates is not None:
+            rates = torch.tensor([lr, lr if heads_active else 0.0]).pin_memory()
+            self._rates.copy_(rates, non_blocking=True)
 
     def wake_heads(self) -> None:
         """Before the first aligned step after a warm-up: AdamW starts anew for the heads, as in plain PyTorch for
@@ -150,6 +165,12 @@ class TrainEngine:
         """fp32 copies of all tensors whose names start with `prefix`, without it, on every rank."""
         names = {p.name for s in self.layout.shards for p in s.parameters if p.name.startswith(prefix)}
         return {n.removeprefix(prefix): t.clone() for n, t in self.gather_named(kind, torch.float32, names)}
+
+    def count_replayed(self, step: int) -> None:
+        """The device has made 0-based step `step` by a replay; DeepSpeed, the average and the refusals count it."""
+        self.resume_counters(step + 1)
+        self.update.count_replayed()
+        self.ema.version += 1
 
     def resume_counters(self, step: int) -> None:
         """Tell DeepSpeed how many steps are behind it."""

@@ -32,6 +32,9 @@ class Update:
         )
         self._clip = float(ds.gradient_clipping())  # read before `_take_over` sets DeepSpeed's own to zero
         self._since = 0  # updates since the host looked
+        # The same number on the device, where a captured step counts it too: what follows is written in place, so that
+        # a replay and a plain step read and write the same memory.
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._judged = -1  # the last of them whose norm was looked into
         self._told = False  # by DeepSpeed, offloaded, that the last one was refused
         self._first = torch.full((), -1, dtype=torch.int64, device=device)  # the first refused of them
@@ -89,6 +92,12 @@ class Update:
             # A DeepSpeed that took the norm elsewhere would have applied gradients that nobody judged or clipped.
             if self._judged != self._since:
                 raise unexpected(type(self.zero).__name__, "its step did not ask for the gradients' norm")
+        self._count += 1
+        self._since += 1
+
+    def count_replayed(self) -> None:
+        """The device has made a captured step: the host counts what it did not see."""
+        self._judged = self._since
         self._since += 1
 
     @property
@@ -101,6 +110,7 @@ class Update:
         device, and lets updates be made again.  The same on every rank."""
         first, since = int(self._first), self._since
         self._since, self._judged, self._told = 0, -1, False
+        self._count.zero_()
         if first < 0:
             return 0
         self._first.fill_(-1)
@@ -140,8 +150,8 @@ class Update:
 
     def _refuse(self, bad: Tensor) -> None:
         # `torch.where` and not `if`, which would wait for the device to know `bad`.
-        self._first = torch.where((self._first < 0) & bad, self._since, self._first)
-        self.refusing = (self._first >= 0).float()
+        torch.where((self._first < 0) & bad, self._count, self._first, out=self._first)
+        torch.ge(self._first, 0, out=self.refusing)
 
     @contextmanager
     def _without_questions(self) -> Iterator[None]:

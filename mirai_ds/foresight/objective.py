@@ -47,10 +47,17 @@ class MiraiObjective(nn.Module):
             self.register_buffer("head_weights", torch.tensor(foresight.weights), persistent=False)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, keys: Tensor | None, target: Tensor | None = None, multiplier: float = 0.0
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        keys: Tensor | None,
+        target: Tensor | None = None,
+        multiplier: Tensor | float = 0.0,
+        expected: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens (B, N) in raster order, labels (B,), keys (B,) int64 (None: no dropout); target: what the teacher
-        gives, (B, M, C) or of mtp (B, N) tokens, or None (no alignment).
+        gives, (B, M, C) or of mtp (B, N) tokens, or None (no alignment).  multiplier: a number, or () float32 on the
+        device; expected: the number that it is thought to be, for which the loss's kernel prepares its gradient.
 
         Returns the scalar total loss and detached metrics: `ntp`, and with a target `alignment` (weighted, before the
         multiplier) and, one value a head, `cosine` or `entropy`.
@@ -69,16 +76,17 @@ class MiraiObjective(nn.Module):
         assert layer is not None
         assert self.method is not None
         states = hidden[layer]
-        alignment, per_head = self.align(states, target, multiplier)
+        expected = float(multiplier) if expected is None else expected
+        alignment, per_head = self.align(states, target, expected)
         metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
         return ntp + multiplier * alignment, metrics
 
-    def align(self, states: Tensor, target: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+    def align(self, states: Tensor, target: Tensor, expected: float) -> tuple[Tensor, Tensor]:
         """The method's loss of states (B, S, D) against the target: a weighted scalar, before the multiplier, and one
-        detached value a head."""
+        detached value a head.  expected: what it will be multiplied by."""
         heads = Heads(
             self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
-            multiplier / self.grad_accum_steps, self.recompute_heads,
+            expected / self.grad_accum_steps, self.recompute_heads,
         )  # fmt: skip
         assert self.method is not None
         return self.method.loss(heads, states, target)

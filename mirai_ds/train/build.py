@@ -19,6 +19,7 @@ from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.engine import TrainEngine
+from mirai_ds.engine.step_graphs import StepGraphs, enter_capturable_stream
 from mirai_ds.foresight import MiraiObjective, seam_notes
 from mirai_ds.model import initialise
 from mirai_ds.runs.lock import RunLock
@@ -61,6 +62,8 @@ def build_session(
         ds_config["gradient_accumulation_steps"],
     )  # fmt: skip
     initialise(objective, config.seed, config.model.init_std)
+    if device.type == "cuda" and config.train.cuda_graph == "auto":
+        enter_capturable_stream(device)
     engine = TrainEngine(objective, config, ds_config, device)
     if config.train.compile == "blocks" and teacher is not None:
         compile_blocks(teacher.blocks)
@@ -82,7 +85,10 @@ def build_session(
         notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     for note in [*notes, *seam_notes(config.foresight, config.model)]:
         LOG.info("%s", note)
-    return Session(config, run, world, device, dataset, loader, engine, teacher, control, stop, run_lock, checkpoints)
+    return Session(
+        config, run, world, device, dataset, loader, engine, teacher, control, stop, run_lock, checkpoints,
+        StepGraphs(engine, control),
+    )  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:

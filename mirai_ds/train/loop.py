@@ -78,6 +78,7 @@ def run_loop(session: Session, named: Mapping[str, Hook]) -> None:
             if session.checkpoints.rollbacks != rollbacks or session.ended is not None:
                 break
         if session.checkpoints.rollbacks != rollbacks:
+            session.graphs.forget()
             for hook in hooks:
                 hook.on_rewind(session)
     if session.ended is None:

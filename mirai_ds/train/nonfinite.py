@@ -95,7 +95,7 @@ def _examine(session: Session, step: int) -> tuple[StepRecord, list[Finding]]:
     finding = Finding(session.world.rank)
     bad = [name for name, fine in _weights(session) if not fine]
     with eager(), instruments(session, step, finding):  # hooks are no part of compiled graphs
-        record = train_step(session, step)
+        record = train_step(session, step, plainly=True)
     if bad:
         finding.order, finding.what, finding.module, finding.samples = 0, "weight", bad[0], []
     return record, session.control.gather(finding)

@@ -13,6 +13,7 @@ from mirai_ds.config import RunConfig, Weights
 from mirai_ds.config.schedule import total_steps
 from mirai_ds.data import BatchLoader, DataOrder, Dataset
 from mirai_ds.engine.engine import AverageOf, TrainEngine
+from mirai_ds.engine.step_graphs import StepGraphs
 from mirai_ds.foresight import Teacher
 from mirai_ds.model import GPT, gpt_from_weights
 from mirai_ds.runs.lock import RunLock
@@ -40,6 +41,7 @@ class Session:
     stop: StopRequests
     run_lock: RunLock
     checkpoints: Checkpoints
+    graphs: StepGraphs
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     beat: Callable[[str], None] = lambda phase: None  # tells the watchdog what this rank is about to do
     ended: tuple[Verdict, str] | None = None  # set by a hook: leave the loop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mirai_ds.config.schedule import horizon_steps, learning_rate
+from mirai_ds.engine.step_graphs import Inputs
 from mirai_ds.foresight import alignment_active, alignment_multiplier
 from mirai_ds.train.session import Session
 
@@ -26,8 +28,8 @@ class StepRecord:
     applied: bool = True  # unless `nonfinite.confirm_step` found out otherwise
 
 
-def train_step(session: Session, step: int) -> StepRecord:
-    """Run 0-based step `step` and return its record."""
+def train_step(session: Session, step: int, plainly: bool = False) -> StepRecord:
+    """Run 0-based step `step` and return its record; `plainly`: not as a captured graph, in which no hook runs."""
     config, engine = session.config, session.engine
     epoch = step / session.order.steps_per_epoch
     aligned = alignment_active(config.foresight, epoch)
@@ -35,24 +37,49 @@ def train_step(session: Session, step: int) -> StepRecord:
     horizon = horizon_steps(config.train, session.order.steps_per_epoch)
     lr = learning_rate(config.optimizer, step, horizon)
     engine.set_rates(lr, heads_active=aligned)
+    # A function of the step, not of what this process has seen: a resume at the boundary wakes them too.
+    if aligned and step > 0 and not alignment_active(config.foresight, (step - 1) / session.order.steps_per_epoch):
+        engine.wake_heads()
+    place = step + session.progress.batch_offset
+    # The kernel prepares its gradient for one multiplier and corrects it where another comes: a schedule of steps is
+    # captured again at each of them, one that changes all the time is corrected.
+    changing = session.device.type == "cuda" and config.foresight.schedule.kind == "cosine"
+    expected = 1.0 if changing else multiplier
+
+    def body(batches: Iterable[Inputs], multiplier: Tensor | float) -> dict[str, Tensor]:
+        return _step_on_device(session, batches, aligned, multiplier, expected)
+
+    means = None
+    if not plainly:
+        means = session.graphs.run(
+            (aligned, expected), step, lambda: list(session.loader.host_batches(place)), multiplier, body
+        )
+    if means is None:
+        means = body(session.loader.micro_batches(place), multiplier)
+    norm = means.pop("grad_norm")
+    return StepRecord(step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, norm, means)
+
+
+def _step_on_device(
+    session: Session, batches: Iterable[Inputs], aligned: bool, multiplier: Tensor | float, expected: float
+) -> dict[str, Tensor]:
+    """What the device does in a step, and nothing that asks it: means of the metrics over the micro-batches, and
+    `grad_norm`.  A graph repeats exactly this; Python that should run in every step belongs to `train_step`."""
+    engine = session.engine
     if aligned:
-        # A function of the step, not of what this process has seen: a resume at the boundary wakes them too.
-        if step > 0 and not alignment_active(config.foresight, (step - 1) / session.order.steps_per_epoch):
-            engine.wake_heads()
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
     grad_norm: Tensor | None = None
-    for batch in session.loader.micro_batches(step + session.progress.batch_offset):
-        target = session.teacher.features(batch.tokens, batch.labels, batch.images) if aligned else None  # type: ignore[union-attr]
-        loss, metrics = engine.forward(batch.tokens, batch.labels, batch.keys, target, multiplier)
+    for tokens, labels, keys, images in batches:
+        target = session.teacher.features(tokens, labels, images) if aligned else None  # type: ignore[union-attr, arg-type]
+        loss, metrics = engine.forward(tokens, labels, keys, target, multiplier, expected)
         engine.backward(propagate_nonfinite_loss(loss))
         grad_norm = engine.step()
         metrics["loss"] = loss.detach()
         for name, value in metrics.items():
             sums[name] = sums[name] + value if name in sums else value
-    means = {name: value / session.loader.accumulation for name, value in sums.items()}
     assert grad_norm is not None
-    return StepRecord(step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, grad_norm, means)
+    return {name: value / session.loader.accumulation for name, value in sums.items()} | {"grad_norm": grad_norm}
 
 
 def propagate_nonfinite_loss(loss: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ NOTES = [
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was said yet, on rank 0, before a log is started."""
     monkeypatch.setattr(old_names, "_SAID", set())
-    monkeypatch.setattr(logging.getLogger("mirai_ds"), "handlers", [])
+    log = logging.getLogger("mirai_ds")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)  # pytest listens in by a handler at loggers that do not
     for name in ("RANK", "SLURM_PROCID", "MIRAI_DS_PARENT"):
         monkeypatch.delenv(name, raising=False)
 

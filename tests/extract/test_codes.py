@@ -107,7 +107,7 @@ def test_the_log_says_from_where_it_goes_on(
     monkeypatch.setattr(LOG, "propagate", True)
     caplog.set_level("INFO", LOG.name)
     with pytest.raises(UserError, match="blocks are missing"):
-        extract_codes(options(photos, tmp_path / "s", block=4, patience=0.0), World(0, 0, 2, 2), codebook)
+        extract_codes(options(photos, tmp_path / "s", block=4, stall_timeout=0.0), World(0, 0, 2, 2), codebook)
     assert caplog.messages == []
     extract_codes(options(photos, tmp_path / "s", block=4), ALONE, codebook)
     assert [message.startswith("going on after ") for message in caplog.messages] == [True]

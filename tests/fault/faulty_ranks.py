@@ -63,7 +63,7 @@ def around_steps(wrap: Callable[[Callable[[Any, int], Any], Any, int], Any]) -> 
 
     inner = loop.train_step
 
-    def stepped(session: Any, number: int) -> Any:
+    def stepped(session: Any, number: int, plainly: bool = False) -> Any:
         return wrap(inner, session, number)
 
     loop.train_step = guarded.train_step = stepped

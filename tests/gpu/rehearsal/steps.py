@@ -7,6 +7,7 @@ on the CPU.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from mirai_ds.train.session import Session
 from mirai_ds.train.step import train_step
 
 WARM, TRACED = 2, 2  # allocators, buckets and AdamW's moments are there after two
+WARM_CAPTURED = 4  # the last of them is captured
 
 
 def main(cases: Path, results: Path, device: torch.device) -> None:
@@ -47,18 +49,39 @@ def main(cases: Path, results: Path, device: torch.device) -> None:
 
 
 def run_case(settings: dict[str, Any], world: World, device: torch.device) -> dict[str, Any]:
-    """Warm and traced steps of one configuration.  Counts are of the traced steps, divided by their number."""
+    """Warm and traced steps of one configuration.  Counts are of the traced steps, divided by their number.
+
+    `rehearsal` in the settings is no section: it may say how many steps are `warm`.
+    """
     watched = device.type == "cuda"
     losses, norms = [], []
+    told = settings.pop("rehearsal", {})
+    config = build(settings)
+    warm = told.get("warm", WARM if config.train.cuda_graph == "off" else WARM_CAPTURED)
     torch._dynamo.reset()  # else the ninth case of a process would run uncompiled: torch stops at eight graphs
-    with random_session(build(settings), world, device, WARM + TRACED + 1) as session:
-        for _ in range(WARM):
+    with random_session(config, world, device, warm + TRACED + 1) as session:
+        for _ in range(warm):
             one_step(session, losses, norms)
         counts = watch(session, losses, norms) if watched else {}
         for _ in range(0 if watched else TRACED):
             one_step(session, losses, norms)
         numbers = [[float(value) for value in values] for values in (losses, norms)]
+        counts |= {
+            "refused": session.engine.confirm_updates(),
+            "state": digest(session),
+            "plain": session.graphs.problem,
+        }
     return {"losses": numbers[0], "norms": numbers[1], **counts}
+
+
+def digest(session: Session) -> str:
+    """sha256 of masters, moments, step counters and average."""
+    layout = session.engine.layout
+    tensors = [*layout.masters, *layout.moments("exp_avg"), *layout.moments("exp_avg_sq"), *layout.steps()]
+    found = hashlib.sha256()
+    for tensor in [*tensors, *session.engine.ema.values]:
+        found.update(tensor.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def one_step(session: Session, losses: list[Any], norms: list[Any]) -> None:
@@ -81,7 +104,8 @@ def watch(session: Session, losses: list[Any], norms: list[Any]) -> dict[str, An
         for _ in range(TRACED):
             one_step(session, losses, norms)
     return {
-        "launches": trace.count("kernel") / TRACED,
+        "launches": trace.count("kernel") / TRACED, "graphs": trace.count("graph") / TRACED,
+        "copies": (trace.count("copy") + trace.count("memset")) / TRACED,
         "pageable": trace.bytes("copy", "pageable"),
         "pinned": trace.bytes("copy", "pinned") / TRACED,
         "waits": {f"{call} in {who}": count / TRACED for (call, who), count in trace.waits.items()},

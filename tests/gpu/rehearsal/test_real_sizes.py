@@ -39,6 +39,7 @@ def case(
         "deepspeed": {"zero_optimization": {"stage": stage, **overlap}},
         "train": {
             "global_batch_size": 32, "precision": precision, "compile": compiled, "recompute": {"policy": policy},
+            "cuda_graph": "off",
         },
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Training steps on a fake GPU: the CPU's numbers, one device, no waits, no pageable copies."""
+"""Plain training steps on a fake GPU: the CPU's numbers, one device, no waits, no pageable copies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def case(
         "model": MODEL | (model or {}),
         "foresight": {"method": method, **warm, **mirai, **(foresight or {})},
         "deepspeed": {"zero_optimization": {"stage": stage, **overlap, **(zero or {})}},
-        "train": {"global_batch_size": 8, "precision": precision, **(train or {})},
+        "train": {"global_batch_size": 8, "precision": precision, "cuda_graph": "off", **(train or {})},
     }
 
 
