@@ -104,6 +104,7 @@ def test_other_settings_do_not_go_on_with_an_unfinished_store(photos: Path, code
 def test_the_log_says_from_where_it_goes_on(
     photos: Path, codebook: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(LOG, "handlers", [])  # pytest's own among them
     monkeypatch.setattr(LOG, "propagate", True)
     caplog.set_level("INFO", LOG.name)
     with pytest.raises(UserError, match="blocks are missing"):
