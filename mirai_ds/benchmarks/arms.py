@@ -155,9 +155,11 @@ class Stopwatch:
 
 
 class Steppable(Protocol):
-    """What a worker steps: `step` reads the loss, `launch` need not, `parts` are (owner, method, name) to time."""
+    """What a worker steps: `step` reads the loss, `launch` need not, `parts` are (owner, method, name) to time in steps
+    that run `plainly` until that is set back."""
 
     device: Any
+    plainly: bool
 
     def step(self) -> float: ...
     def launch(self) -> Any: ...
@@ -169,6 +171,7 @@ class _Trainer:
 
     def __init__(self, session: Any) -> None:
         self.session, self.device = session, session.device
+        self.plainly = False
 
     def step(self) -> float:
         return float(self.launch())
@@ -177,11 +180,12 @@ class _Trainer:
         """A step whose loss stays on the device, as between logging points."""
         from mirai_ds.train.step import train_step
 
-        record = train_step(self.session, self.session.step)
+        record = train_step(self.session, self.session.step, self.plainly)
         self.session.count_step()
         return record.metrics["loss"]
 
     def parts(self) -> list[tuple[Any, str, str]]:
+        self.plainly = True  # a captured step has no parts to look at
         s = self.session
         parts: list[tuple[Any, str, str]] = [
             (s, "refresh_teacher", "teacher refresh"), (s.loader, "_read", "data"), (s.engine, "forward", "forward"),
@@ -213,7 +217,7 @@ class _Plain:
                                   prefetch=2, workers=0)  # fmt: skip
         encoder = build_teacher(config, device)[0] if watches else None
         self.trainer = PlainTrainer(config, device, encoder, compiled)
-        self.config, self.device, self.done = config, device, 0
+        self.config, self.device, self.done, self.plainly = config, device, 0, True
 
     def step(self) -> float:
         from mirai_ds.foresight import alignment_multiplier
@@ -266,6 +270,7 @@ def _parts(what: Steppable) -> dict[str, Any]:
             stack.enter_context(watch.watching(dist, name, "communication"))
         with watch.part("rest"):
             what.step()
+    what.plainly = False
     return {"parts": watch.seconds}
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mirai_ds.config import RunConfig, build
+from mirai_ds.config.own import is_own
 from mirai_ds.model import GPT
 from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.distributed import World, wait_for_ranks
@@ -63,11 +64,13 @@ def on_random_data(config: RunConfig, folder: Path, world: World, steps: int) ->
     given = config.model_dump(mode="json")
     if config.foresight.teacher_weights is not None:
         given["foresight"]["teacher_weights"] = str(folder / "teacher.pt")
-    if config.foresight.encoder is not None and config.foresight.encoder.weights is None:
+    encoder = config.foresight.encoder
+    write_encoder = encoder is not None and encoder.weights is None and not is_own(encoder.name)
+    if write_encoder:
         given["foresight"]["encoder"] |= {"weights": str(folder / "encoder.safetensors"), "pretrained": False}
     if world.rank == 0:
         _write_data(config, folder / "data.npz", steps)
-        if config.foresight.encoder is not None:
+        if write_encoder:
             _write_encoder(config, folder / "encoder.safetensors")
         if config.foresight.teacher_weights is not None:
             torch.save({"model": GPT(config.model).state_dict()}, folder / "teacher.pt")

@@ -34,8 +34,9 @@ FIELDS = ("date", "device", "python", "torch", "deepspeed", "command", "comparis
           "memory_ratio", "states_gb", "resident_gb", "mfu", "last_loss", "parts")  # fmt: skip
 METHODS = {"none": "llamagen-{}", "E": "mirai-e-{}", "I": "mirai-i-{}"}
 COMPARISONS = ("plain", "overhead", "ranks", "switches")
-WARM_UP = 3  # steps: compilation, AdamW's moments, the allocator
+WARM_UP = 5  # steps: compilation, AdamW's moments, the allocator, the capture
 SWITCHES: dict[str, list[str]] = {
+    "not captured": ["train.cuda_graph=off"],
     "not compiled": ["train.compile=none"],
     "all logits at once": ["train.cross_entropy=whole"],
     "recompute mlp": ["train.recompute.policy=mlp"],

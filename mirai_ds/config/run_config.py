@@ -79,7 +79,9 @@ class TrainConfig(Section):
     grad_accum_steps: int | None = Field(None, ge=1)
     precision: Literal["fp32", "bf16", "bf16-autocast"] = "bf16-autocast"
     recompute: RecomputeConfig = RecomputeConfig()
-    compile: Literal["none", "blocks"] = Field("none", description="blocks: torch.compile of one block for all of them")
+    compile: Literal["auto", "none", "blocks"] = Field(
+        "auto", description="blocks: torch.compile of one block for all of them; auto: blocks on GPUs"
+    )
     cuda_graph: Literal["auto", "off"] = Field(
         "auto", description="auto: on GPUs a whole step is captured as one CUDA graph, where that is possible"
     )
@@ -88,6 +90,10 @@ class TrainConfig(Section):
     )
     init_from: str | None = Field(None, description="weights to start from: a LlamaGen file, an export or a run")
     deterministic: bool = Field(True, description="deterministic kernels where torch has them")
+
+    def compiles_on(self, device: str) -> bool:
+        """Whether blocks are compiled on a `cuda` or `cpu` device."""
+        return self.compile == "blocks" or (self.compile == "auto" and device == "cuda")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -6,6 +6,9 @@ first step takes seconds instead of minutes, and what DeepSpeed hooks onto modul
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +16,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirai_ds.config import RecomputeConfig
+from mirai_ds.config import RecomputeConfig, TrainConfig
+from mirai_ds.runtime.log import LOG
+
+
+def wanted(config: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled.  Where `auto` would and no C compiler is there, which Triton needs for each kernel's
+    launcher, they are not, and the user is told."""
+    if not config.compiles_on(device.type):
+        return False
+    if config.compile == "auto" and not can_compile():
+        LOG.warning("blocks are not compiled (train.compile: auto): no Triton or no C compiler here; steps are slower")
+        return False
+    return True
+
+
+def can_compile() -> bool:
+    """Whether Triton and a C compiler are there."""
+    compilers = (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def compile_blocks(blocks: Iterable[nn.Module], recompute: RecomputeConfig | None = None) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mirai_ds.config import RunConfig, UserError, Weights
-from mirai_ds.engine.compiled import compile_blocks
+from mirai_ds.engine.compiled import compile_blocks, wanted
 from mirai_ds.engine.layout import StateLayout, join_instead_of_waiting, release_memory
 from mirai_ds.engine.recompute import block_runner, recompute_halves
 from mirai_ds.engine.sharded_ema import ShardedEma, gather
@@ -65,7 +65,8 @@ class TrainEngine:
         objective.recompute_heads = config.train.recompute.policy != "none"
         objective.chunked_loss = config.train.cross_entropy == "chunked"
         recompute_halves(objective.gpt.layers, config.train.recompute)
-        if config.train.compile == "blocks":
+        self.compiled = wanted(config.train, device)
+        if self.compiled:
             compile_blocks(objective.gpt.layers, config.train.recompute)
         forget_earlier_engines()
         groups = parameter_groups(objective, config)

@@ -52,7 +52,7 @@ def predict(config: RunConfig, world: int, compiled_loss: bool = True, device: s
     work = ActivationMemory(
         config.model, config.foresight, vit.width if vit else config.model.width, config.train.precision,
         ds_config["train_micro_batch_size_per_gpu"], config.train.recompute, compiled_loss,
-        config.train.cross_entropy == "chunked", device, config.train.compile == "blocks",
+        config.train.cross_entropy == "chunked", device, config.train.compiles_on(device),
     )  # fmt: skip
     states = StateMemory.of(work, ds_config, world)
     resting: Parts = {**states.resting(), "teacher": teacher_bytes(config, vit)}

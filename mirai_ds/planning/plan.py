@@ -149,7 +149,9 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
     cluster, teacher = ClusterShape(device, request.nodes, request.gpus), refreshed_bytes(config)
     seconds = _seconds(device, work, flops, recomputed)
     sent = collectives(states, teacher)
-    used = utilisation(device, config, work.micro, request.mfu)
+    offloads = any(states.offloaded(what) for what in ("offload_param", "offload_optimizer"))
+    captured = config.train.cuda_graph == "auto" and states.stage < 3 and not offloads
+    used = utilisation(device, config, work.micro, request.mfu, captured)
     times = scaling = same = None
     if device.peak(work.precision):
         fast, slow, likely = (

@@ -23,12 +23,13 @@ SAME_PEAK = {"h100": "h200"}  # a family that was not measured: one with the sam
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """family: a device's name before its memory.  compiled: `train.compile`.  stage: of ZeRO.  note: what was odd."""
+    """family: a device's name before its memory.  way: `none`, compiled `blocks`, those in a `captured` step.  stage:
+    of ZeRO.  note: what was odd."""
 
     family: str
     size: str
     batch: int
-    compiled: str
+    way: str
     stage: int
     milliseconds: float
     source: str
@@ -46,6 +47,7 @@ class Utilisation:
 
 _H200 = "measured on NVIDIA H200, torch 2.11, 2026-11-27"
 _MENDED = "compiled blocks with a fault mended by hand"
+_PROTOTYPE = "a prototype of the captured step"
 MEASURED = (
     MeasuredSpeed("h200", "GPT-B", 32, "none", 2, 101.6, _H200),
     MeasuredSpeed("h200", "GPT-B", 128, "none", 2, 171.9, _H200),
@@ -55,7 +57,14 @@ MEASURED = (
     MeasuredSpeed("h200", "GPT-B", 128, "blocks", 0, 85.1, _H200, _MENDED),
     MeasuredSpeed("h200", "GPT-L", 32, "blocks", 0, 130.8, _H200, _MENDED),
     MeasuredSpeed("h200", "GPT-XL", 16, "blocks", 0, 116.8, _H200, _MENDED),
+    MeasuredSpeed("h200", "GPT-B", 32, "captured", 0, 23.2, _H200, _PROTOTYPE),
+    MeasuredSpeed("h200", "GPT-B", 128, "captured", 0, 77.8, _H200, _PROTOTYPE),
+    MeasuredSpeed("h200", "GPT-L", 32, "captured", 0, 59.3, _H200, _PROTOTYPE),
+    MeasuredSpeed("h200", "GPT-XL", 16, "captured", 2, 76.0, _H200, _PROTOTYPE),
 )  # fmt: skip
+
+
+_WAYS = {"none": "compile none", "blocks": "compile blocks", "captured": "compiled and captured"}
 
 
 @cache
@@ -67,20 +76,24 @@ def mfu_of(row: MeasuredSpeed) -> float:
     return flops / (1e-3 * row.milliseconds * peak)
 
 
-def utilisation(device: Device, config: RunConfig, micro: int, asked: float | None = None) -> Utilisation:
+def utilisation(
+    device: Device, config: RunConfig, micro: int, asked: float | None = None, captured: bool = False
+) -> Utilisation:
     """The MFU that was asked for; else the measured one of this card's family, size and a batch like this; else what
-    such measurements make likely for another batch or size; else the assumption.  Each says what it is."""
+    such measurements make likely for another batch or size; else the assumption.  Each says what it is.  captured:
+    whether steps can be CUDA graphs."""
     if asked is not None:
         return Utilisation(asked, "given (--mfu)", "given")
-    family, size, compiled = device.name.partition("-")[0], config.model.size, config.train.compile
-    rows = [row for row in MEASURED if row.compiled == compiled and row.family in (family, SAME_PEAK.get(family))]
+    family, size = device.name.partition("-")[0], config.model.size
+    way = ("captured" if captured else "blocks") if config.train.compiles_on(device.kind) else "none"
+    rows = [row for row in MEASURED if row.way == way and row.family in (family, SAME_PEAK.get(family))]
     if not rows or config.train.precision == "fp32":
         return Utilisation(ASSUMED_MFU, f"an assumption: no step like this was measured on {device.name}", "assumed")
     near = min((row for row in rows if row.size == size), key=lambda row: _apart(row, micro), default=None)
     if near is not None and _apart(near, micro) <= REACH:
         there = near.family == family
         return Utilisation(mfu_of(near), _told(near), "measured" if there else "estimated")
-    if near is not None and micro < near.batch:
+    if near is not None and micro < near.batch and way != "captured":
         why = "where the host is the bottleneck a smaller batch takes as long; "
         return Utilisation(mfu_of(near) * micro / near.batch, why + _told(near), "estimated")
     best = max(rows, key=mfu_of)
@@ -95,6 +108,6 @@ def _apart(row: MeasuredSpeed, micro: int) -> float:
 def _told(row: MeasuredSpeed) -> str:
     note = f" ({row.note})" if row.note else ""
     return (
-        f"{row.source}: {row.size}, Mirai-E, batch {row.batch}, bf16-autocast, ZeRO-{row.stage}, compile {row.compiled}"
+        f"{row.source}: {row.size}, Mirai-E, batch {row.batch}, bf16-autocast, ZeRO-{row.stage}, {_WAYS[row.way]}"
         + note
     )

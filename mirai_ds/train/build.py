@@ -65,7 +65,7 @@ def build_session(
     if device.type == "cuda" and config.train.cuda_graph == "auto":
         enter_capturable_stream(device)
     engine = TrainEngine(objective, config, ds_config, device)
-    if config.train.compile == "blocks" and teacher is not None:
+    if engine.compiled and teacher is not None:
         compile_blocks(teacher.blocks)
     if config.train.init_from:
         engine.load_weights(initial_weights(config))
@@ -85,9 +85,15 @@ def build_session(
         notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     for note in [*notes, *seam_notes(config.foresight, config.model)]:
         LOG.info("%s", note)
+    graphs = StepGraphs(engine, control)
+    if device.type == "cuda":
+        LOG.info(
+            "steps: blocks %scompiled, %s", "" if engine.compiled else "not ",
+            f"run plainly, since {graphs.problem}" if graphs.problem else "captured as CUDA graphs",
+        )  # fmt: skip
     return Session(
         config, run, world, device, dataset, loader, engine, teacher, control, stop, run_lock, checkpoints,
-        StepGraphs(engine, control),
+        graphs,
     )  # fmt: skip
 
 

@@ -359,7 +359,7 @@ CROSS_FIELD = {
     "recompute-budget": recipe(
         "train: {compile: blocks, recompute: {policy: budget, budget: 1.5}}", "train.recompute.budget = 1.5"
     ),
-    "compile": recipe("train: {compile: true}", "train.compile = true", "use one of: blocks, none"),
+    "compile": recipe("train: {compile: true}", "train.compile = true", "use one of: auto, blocks, none"),
     "cross-entropy": recipe("train: {cross_entropy: chunks}", "train.cross_entropy = 'chunks'", "'chunked'?"),
     "recompute-partition": recipe(
         "train: {recompute: {partition_activations: true}}",

@@ -123,7 +123,7 @@ SLICES = (
         Step("planned", module("tests.gpu.check.planned"), 20, 90, "lines"),
         step_times("GPT-B", 32, "plain", "E", 45), step_times("GPT-XL", 16, "overhead", "E", 70),
         step_times("GPT-L", 32, "overhead", "E", 60), step_times("GPT-B", 128, "overhead", "E", 45),
-        step_times("GPT-B", 32, "switches", "E", 80, "--switches", "not compiled,ZeRO-2"),
+        step_times("GPT-B", 32, "switches", "E", 80, "--switches", "not captured,not compiled,ZeRO-2"),
         step_times("GPT-B", 32, "overhead", "E,I", 100), step_times("GPT-B", 32, "plain", "none", 40),
     )),
     Slice(6, "roofline", (

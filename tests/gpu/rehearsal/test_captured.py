@@ -115,3 +115,31 @@ def test_what_cannot_be_captured_runs_plainly_and_says_why(fake_gpu: FakeGpu, tm
     for name, (_, reason) in PLAINLY.items():
         assert reason in done[name]["plain"], name
         assert (done[name]["graphs"], len(set(done[name]["losses"]))) == (0, len(done[name]["losses"])), name
+
+
+def test_a_capture_that_fails_falls_back(fake_gpu: FakeGpu, tmp_path: Any) -> None:
+    """A teacher of the user's own that reads from the device: the fourth step finds out, is run plainly, and so on; the
+    numbers are those of a run that never tried."""
+    own = {"encoder": {"name": "tests.gpu.rehearsal.refused:AskingTeacher"}}
+    tries = captured("mirai-i", foresight=own) | {"rehearsal": {"warm": 4}}
+    never = case("mirai-i", foresight=own) | {"rehearsal": {"warm": 4}}
+    (tmp_path / "cases.json").write_text(json.dumps({"tries": tries, "never": never}), "utf-8")
+    said = fake_gpu("-m", "tests.gpu.rehearsal.steps", str(tmp_path / "cases.json"), str(tmp_path / "done.json"))
+    done = json.loads((tmp_path / "done.json").read_text("utf-8"))
+    assert "error" not in done["tries"], done["tries"]["error"]
+    assert "captur" in done["tries"]["plain"]
+    assert "the step cannot be captured as a CUDA graph (" in said.stdout + said.stderr
+    for quantity in ("losses", "norms", "state"):
+        assert done["tries"][quantity] == done["never"][quantity], quantity
+
+
+def test_a_refused_replay_is_examined_and_made_again(fake_gpu: FakeGpu) -> None:
+    """NaN comes into one replay from outside, as from a fault of memory: the step is found finite when it is run again
+    plainly, and the run goes on, captured, as if nothing had been.  Graphs that were forgotten are captured anew."""
+    done = json.loads(fake_gpu("-m", "tests.gpu.rehearsal.refused").stdout.splitlines()[-1])
+    refused, undisturbed = done["refused"], done["undisturbed"]
+    assert [step.pop("made again") for step in refused["steps"]] == [number == 5 for number in range(10)]
+    assert not any(step.pop("made again") for step in undisturbed["steps"])
+    assert refused == undisturbed
+    assert refused["plain"] == ""
+    assert len({step["loss"] for step in refused["steps"]}) == 10
