@@ -20,11 +20,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["none", "mirai-e"])
+@pytest.mark.parametrize(("method", "cuda_graph"), [("none", "off"), ("mirai-e", "off"), ("mirai-e", "auto")])
 @pytest.mark.parametrize(("stage", "precision"), [
     (0, "fp32"), (0, "bf16-autocast"), (1, "bf16"), (2, "bf16-autocast"), (2, "bf16"),
 ])  # fmt: skip
-def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str, method: str) -> None:
+def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str, method: str, cuda_graph: str) -> None:
     from mirai_ds.benchmarks.sessions import random_session
     from mirai_ds.engine.start import start_process_group
     from mirai_ds.runtime.distributed import World
@@ -37,10 +37,11 @@ def test_a_training_step_does_not_wait_for_the_device(stage: int, precision: str
         "model": {"size": "custom", "dim": 128, "n_layer": 3, "n_head": 4, "vocab_size": 512, "block_size": 64},
         "foresight": {"method": method, "warmup_epochs": 0, **({} if method == "none" else {"projector_dim": 128})},
         "deepspeed": {"zero_optimization": {"stage": stage, "overlap_comm": False}},
-        "train": {"global_batch_size": 8, "precision": precision},
+        "train": {"global_batch_size": 8, "precision": precision, "cuda_graph": cuda_graph},
     })  # fmt: skip
     with random_session(config, world, torch.device("cuda", 0), 8) as session:
-        for _ in range(3):  # allocators, kernels and buckets get warm
+        assert (session.graphs.problem == "") == (cuda_graph == "auto")
+        for _ in range(4):  # allocators, kernels and buckets get warm, and the step is captured
             train_step(session, session.step)
             session.count_step()
         torch.cuda.synchronize()

@@ -112,7 +112,8 @@ SLICES = (
         Step("reference vectors", module("mirai_ds", "verify", "tests/fixtures/*.npz"), 60, 240, "verdict", "kernel"),
     )),
     Slice(3, "ZeRO steps", (
-        gpu_tests("gpu", 180, "tests"), gpu_tests("no_waiting", 90, "tests"), gpu_tests("resilience", 240, "tests"),
+        gpu_tests("captured", 120, "tests"), gpu_tests("gpu", 180, "tests"), gpu_tests("no_waiting", 90, "tests"),
+        gpu_tests("resilience", 240, "tests"),
     )),
     Slice(4, "losses", tuple(
         Step(f"losses {precision}", module("tests.gpu.check.losses", "--precision", precision), 120, 300, "lines",

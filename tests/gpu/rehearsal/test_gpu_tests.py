@@ -29,7 +29,8 @@ def skip_without_kernel() -> None:
 
 @pytest.mark.parametrize(("file", "chosen", "count"), [
     ("test_gpu", "not zero_trains and not vq16", 6),
-    ("test_no_waiting", "", 10),
+    ("test_no_waiting", "", 15),
+    ("test_captured", "", 6),
     ("test_sampling", "graphs and (all or change or cached) or cached or many_images", 4),
     ("test_resilience", "zero2", 1),
     ("test_foresight_cosine", "not 2_to_the_31 and not stops_the_kernel", 9),
