@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.engine.host_state import HostState
+from mirai_ds.foresight import Teacher
 from mirai_ds.runtime.control import Control
 from mirai_ds.runtime.log import LOG
 
@@ -36,8 +37,8 @@ class _Captured(NamedTuple):
     shapes: dict[str, torch.Size]
 
 
-def why_plain(engine: TrainEngine) -> str | None:
-    """Why the steps of an engine cannot be captured; None: they can be."""
+def why_plain(engine: TrainEngine, teacher: Teacher | None) -> str | None:
+    """Why the steps of an engine with this teacher cannot be captured; None: they can be."""
     if engine.config.train.cuda_graph == "off":
         return "train.cuda_graph is off"
     if engine.device.type != "cuda":
@@ -46,6 +47,8 @@ def why_plain(engine: TrainEngine) -> str | None:
         return "the optimizer is in host memory"
     if engine.stage == 3:
         return "ZeRO-3 asks the device while it gathers"
+    if teacher is not None and not teacher.capturable:
+        return f"{type(teacher).__name__} is not `capturable`"
     recompute = engine.config.train.recompute
     if recompute.policy != "none" and recompute.implementation == "deepspeed":
         return "DeepSpeed's recomputation saves the state of random generators"
@@ -67,9 +70,9 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 class StepGraphs:
     """The captured steps of one engine.  All methods are collective."""
 
-    def __init__(self, engine: TrainEngine, control: Control) -> None:
+    def __init__(self, engine: TrainEngine, teacher: Teacher | None, control: Control) -> None:
         self.engine, self.control = engine, control
-        self.problem = why_plain(engine) or ""  # why steps run plainly
+        self.problem = why_plain(engine, teacher) or ""  # why steps run plainly
         self._plain: dict[Hashable, int] = {}  # steps of each kind that ran plainly
         self._graphs: dict[Hashable, _Captured] = {}
         self._inputs: list[Inputs] = []

@@ -27,6 +27,8 @@ NEGLIGIBLE = 1e-7  # of the wrong start: below fp32's resolution of the weights 
 class DesynchronisedTeacher(EmaTeacher):
     """As many teachers as `foresight.desynchronised_ranks`: part r of a micro-batch, cut evenly, sees rank r's."""
 
+    capturable = False  # `remembers` is another number in each step
+
     def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device, autocast: bool) -> None:
         super().__init__(config.model, config.foresight, dtype, device, autocast)
         assert config.foresight.desynchronised_ranks is not None

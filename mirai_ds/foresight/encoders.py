@@ -22,7 +22,7 @@ from mirai_ds.runtime.weight_files import read_weight_file
 class EncoderTeacher(Teacher):
     """Patch features of a frozen timm encoder in raster order, prefix tokens dropped."""
 
-    reads_images = True
+    reads_images = capturable = True
 
     def __init__(self, config: EncoderConfig, grid: int, device: torch.device) -> None:
         """grid: side of the token grid, to which the patch grid is made equal.  Raises what load_encoder raises."""

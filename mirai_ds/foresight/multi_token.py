@@ -21,6 +21,8 @@ _NONE = -100  # what cross-entropy leaves out
 class TokenTeacher(Teacher):
     """What multi-token prediction learns from: the image's own tokens."""
 
+    capturable = True
+
     def __init__(self, width: int) -> None:
         self.feature_dim = width  # heads map states to states: the network's norm and unembedding follow
 

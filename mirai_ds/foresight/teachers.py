@@ -28,6 +28,9 @@ class Teacher:
 
     feature_dim: int
     reads_images = False  # whether `features` needs the pixels
+    # Whether a CUDA graph may repeat `refresh` and `features`: every call launches the same operations, and no number
+    # that changes is Python's, which a graph would repeat as it was captured.  So nobody is taken for one unasked.
+    capturable = False
     blocks: Sequence[nn.Module] = ()  # of a GPT: what the compiler may replace
 
     def features(self, tokens: Tensor, labels: Tensor, images: Tensor | None) -> Tensor:
@@ -44,6 +47,8 @@ class EmaTeacher(Teacher):
 
     The averages are the run's own, renewed at every step, or (`foresight.teacher_weights`) another's, loaded once.
     """
+
+    capturable = True
 
     def __init__(
         self, model: ModelConfig, foresight: ForesightConfig, dtype: torch.dtype, device: torch.device, autocast: bool

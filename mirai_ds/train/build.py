@@ -85,7 +85,7 @@ def build_session(
         notes.append("no held-out samples, no held-out loss: give data.held_out_path or held_out_fraction")
     for note in [*notes, *seam_notes(config.foresight, config.model)]:
         LOG.info("%s", note)
-    graphs = StepGraphs(engine, control)
+    graphs = StepGraphs(engine, teacher, control)
     if device.type == "cuda":
         LOG.info(
             "steps: blocks %scompiled, %s", "" if engine.compiled else "not ",

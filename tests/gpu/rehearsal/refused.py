@@ -26,9 +26,9 @@ STEPS, REFUSED, FORGOTTEN = 10, 5, 7  # 0-based: the third replay is refused, la
 
 
 class AskingTeacher(Teacher):
-    """An encoder that reads from the device in each step: it cannot be captured."""
+    """An encoder that says it can be captured, and reads from the device in each step."""
 
-    reads_images, feature_dim = True, 8
+    reads_images, capturable, feature_dim = True, True, 8
 
     def __init__(self, section: object, grid: int, device: torch.device) -> None:
         self.cells = grid * grid

@@ -103,6 +103,7 @@ PLAINLY = {
     "deepspeed": (
         captured(train={"recompute": {"policy": "full", "implementation": "deepspeed"}}), "state of random generators",
     ),
+    "desynchronised": (captured(foresight={"desynchronised_ranks": 2}), "DesynchronisedTeacher is not `capturable`"),
     "off": (case(), "train.cuda_graph is off"),
 }  # fmt: skip
 
