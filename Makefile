@@ -84,7 +84,7 @@ bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
 	$(BIN)/mirai-ds bench memory --ranks 2 --out docs/results/memory.csv
 
-gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 15 minutes on 2 cores (C++ compiler, CUDA headers)
+gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 20 minutes on 2 cores (C++ compiler, CUDA headers)
 	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal -n 2 --dist loadfile
 
 gpu-rehearse-oldest: ## the same with the oldest PyTorch that is supported, in .venv-oldest; by hand, before a release

@@ -84,6 +84,7 @@ class TrainEngine:
         the host.  A captured step reads them at each replay, and a plain one computes the same bits."""
         if self.device.type != "cuda" or self.stage == 3 or self.update.offloaded:
             return None
+        self.layout.steps()  # moments before any activation, lest they lie scattered among what a capture gives back
         rates = torch.zeros(2, device=self.device)
         for group in self.layout.base_optimizer.param_groups:
             group["lr"], group["capturable"] = rates[int(group["owner"] == "heads")], True
