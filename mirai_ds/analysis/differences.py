@@ -14,10 +14,12 @@ _NO_EFFECT = (
     "name", "output_dir", "checkpoint.", "logging.", "eval.", "sampling.", "launch.", "data.workers",
     "data.prefetch", "data.tokenizer", "guard.nonfinite_states", "guard.hang_seconds", "guard.first_step_seconds",
     "guard.stop_deadline_seconds", "guard.max_restarts", "guard.preflight", "guard.max_clock_skew_seconds",
+    "train.cuda_graph",  # a replay is the plain step to the last bit
 )  # fmt: skip
 # The same mathematics with sums in another order: see docs/numerics.md.
 _ROUNDING = (
     "deepspeed", "train.micro_batch_size", "train.grad_accum_steps", "train.recompute.", "train.deterministic",
+    "train.compile", "train.cross_entropy",
     "foresight.kernel", "world_size", "alignment_kernel", "packages.", "python", "platform", "cpu", "gpus", "cuda",
 )  # fmt: skip
 _CODE = ("code", "mirai_ds")

