@@ -135,7 +135,8 @@ def test_memory_is_as_planned_and_comes_back(results: dict[str, Any], name: str)
     planned = predict(build((CASES | KEPT_CASES | CAPTURED)[name]), 1, device="cuda").peak.total
     share = (results[name]["peak"] - CUBLAS_WORKSPACES) / planned
     assert 0.95 <= share <= 1.05
-    assert results[name]["left"] <= CUBLAS_WORKSPACES + KEPT
+    streams = 2 if name in CAPTURED else 1  # torch 2.8 keeps a workspace for the default one too
+    assert results[name]["left"] <= streams * CUBLAS_WORKSPACES + KEPT
 
 
 @pytest.mark.parametrize(("graph", "plain"), [
