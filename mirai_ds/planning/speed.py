@@ -93,7 +93,10 @@ def utilisation(
     if near is not None and _apart(near, micro) <= REACH:
         there = near.family == family
         return Utilisation(mfu_of(near), _told(near), "measured" if there else "estimated")
-    if near is not None and micro < near.batch and way != "captured":
+    if near is not None and micro < near.batch and way == "captured":
+        why = "a batch that small fills the device less, by how much was not measured; "
+        return Utilisation(mfu_of(near), why + _told(near), "estimated")
+    if near is not None and micro < near.batch:
         why = "where the host is the bottleneck a smaller batch takes as long; "
         return Utilisation(mfu_of(near) * micro / near.batch, why + _told(near), "estimated")
     best = max(rows, key=mfu_of)

@@ -94,5 +94,5 @@ def test_a_captured_step_is_planned_by_captured_ones() -> None:
         assert (found.kind, found.mfu) == ("measured", pytest.approx(mfu, abs=0.006))
         assert "captured" in found.source
     small = utilisation(h200, load("mirai-e-b", []), 8, captured=True)
-    assert (small.kind, small.mfu) == ("estimated", max(mfu_of(m) for m in MEASURED if m.way == "captured"))
+    assert (small.kind, small.mfu) == ("estimated", pytest.approx(0.31, abs=0.006))  # of 32 images, at most
     assert utilisation(h200, load("mirai-e-b", []), 32).mfu == mfu_of(MEASURED[4])  # on ZeRO-3: compiled only
