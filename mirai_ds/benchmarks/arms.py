@@ -303,7 +303,9 @@ def _memory(what: Steppable, empty: int) -> dict[str, int]:
 
         torch.cuda.reset_peak_memory_stats(what.device)
         resting = torch.cuda.memory_allocated(what.device)
+        what.plainly = True  # a replay allocates nothing: what it needs is a plain step's
         what.step()
+        what.plainly = False
         return {"peak": torch.cuda.max_memory_allocated(what.device), "resting": resting, "resident": 0}
     resting = highest = allocated_by_malloc()
     done = threading.Event()

@@ -127,7 +127,7 @@ def _work(
     with random_session(config, world, device, STEPS) as session:
         for step in range(STEPS):
             resting = counter.restart()
-            train_step(session, step)
+            train_step(session, step, plainly=True)  # a replay allocates nothing: what it needs is a plain step's
             session.count_step()
         peak = counter.peak
         del session

@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, command: str) -> list[Row]:
              "dtype": args.dtype}  # fmt: skip
     return [
         {**about, "variant": name, "ms_step": f"{value / args.tokens * 1e3:.4g}",
-         "images_per_s": f"{args.batch / value:.4g}", "times_as_long": f"{value / ours:.2f}"}
+         "images_per_s": f"{args.batch / value:.4g}", "times_as_long": f"{value / ours:.3g}"}
         for name, value in times.items()
     ]  # fmt: skip
 

@@ -78,6 +78,7 @@ class TrainEngine:
         self.ema = ShardedEma(self.layout, config.ema.decay)
         self.update = Update(self.ds, self.stage, self.layout.base_optimizer, device)
         self._rates = self._rates_on_the_device()
+        self._rates_there = (0.0, 0.0)  # what they are, so that a constant rate is not copied in every step
 
     def _rates_on_the_device(self) -> Tensor | None:
         """(2,) float32: the learning rates of all groups but the heads', and the heads'; None where AdamW keeps them on
@@ -149,9 +150,10 @@ class TrainEngine:
             if self._rates is None:
                 group["lr"] = 0.0 if asleep else lr
             group["weight_decay"] = 0.0 if asleep else group["decay"]
-        if self._rates is not None:
-            rates = torch.tensor([lr, lr if heads_active else 0.0]).pin_memory()
-            self._rates.copy_(rates, non_blocking=True)
+        rates = (lr, lr if heads_active else 0.0)
+        if self._rates is not None and rates != self._rates_there:
+            self._rates.copy_(torch.tensor(rates).pin_memory(), non_blocking=True)
+            self._rates_there = rates
 
     def wake_heads(self) -> None:
         """Before the first aligned step after a warm-up: AdamW starts anew for the heads, as in plain PyTorch for

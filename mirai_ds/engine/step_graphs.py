@@ -76,7 +76,7 @@ class StepGraphs:
         self._plain: dict[Hashable, int] = {}  # steps of each kind that ran plainly
         self._graphs: dict[Hashable, _Captured] = {}
         self._inputs: list[Inputs] = []
-        self._multiplier = torch.zeros((), device=engine.device)
+        self._multiplier, self._multiplier_there = torch.zeros((), device=engine.device), 0.0
         self._pool = torch.cuda.graph_pool_handle() if not self.problem else None
 
     def forget(self) -> None:
@@ -118,7 +118,9 @@ class StepGraphs:
             for mine, given in zip(held, batch, strict=True):
                 if mine is not None and given is not None:
                     mine.copy_(given, non_blocking=True)
-        self._multiplier.copy_(torch.tensor(multiplier).pin_memory(), non_blocking=True)
+        if multiplier != self._multiplier_there:
+            self._multiplier.copy_(torch.tensor(multiplier).pin_memory(), non_blocking=True)
+            self._multiplier_there = multiplier
 
     def _capture(self, kind: Hashable, body: Body) -> bool:
         """Whether all ranks could; if any cannot, no rank will from now on."""

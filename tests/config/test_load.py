@@ -10,6 +10,7 @@ import yaml
 from mirai_ds.config import RunConfig, build, dump, load, recipe_names, recipe_text
 from mirai_ds.config.load import apply_override, merge, read_recipe
 from mirai_ds.config.model_config import ModelConfig
+from tests.one_line import one_line
 
 METHODS = ("none", "mirai-e", "mirai-i", "mtp")
 
@@ -85,6 +86,15 @@ def test_numbers_as_people_write_them(text: str, tmp_path: Path) -> None:
         assert config.optimizer.lr == expected
         assert config.optimizer.betas == (expected, 0.0)
     assert load("digits-baseline", [f"optimizer.lr={text}"]).optimizer.lr == expected
+
+
+def test_off_is_a_word_where_it_is_a_choice(tmp_path: Path) -> None:
+    """To YAML it is false; elsewhere it stays that, and true is no choice of these."""
+    path = tmp_path / "off.yaml"
+    path.write_text("train: {cuda_graph: off, deterministic: off}\nguard: {spike: {action: off}}\n", encoding="utf-8")
+    config = load(str(path), ["train.cuda_graph=off"])
+    assert (config.train.cuda_graph, config.train.deterministic, config.guard.spike.action) == ("off", False, "off")
+    one_line(lambda: load(str(path), ["train.cuda_graph=on"]), "train.cuda_graph = true", "use one of: auto, off")
 
 
 def test_whole_numbers_in_floating_notation() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mirai_ds.config import ModelConfig, RecomputeConfig
-from mirai_ds.engine.compiled import compile_blocks
+from mirai_ds.config import ModelConfig, RecomputeConfig, TrainConfig
+from mirai_ds.engine.compiled import can_compile, compile_blocks, wanted
 from mirai_ds.engine.recompute import recompute_halves
 from mirai_ds.model import GPT, initialise
+from mirai_ds.runtime.log import LOG
 
 SIZES = {"size": "custom", "dim": 64, "n_layer": 10, "n_head": 2, "vocab_size": 20, "num_classes": 5, "block_size": 16}
 TOKENS, LABELS, KEYS = torch.arange(64).view(4, 16) % 20, torch.arange(4), torch.arange(4) * 977
@@ -22,6 +23,23 @@ def gpt() -> GPT:
     network = GPT(ModelConfig(**SIZES))
     initialise(network, 0, 0.1)
     return network
+
+
+def test_where_nothing_can_compile_auto_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU without a C compiler: Triton could not build one launcher."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(LOG, "handlers", [])
+    monkeypatch.setattr(LOG, "propagate", True)
+    assert [wanted(TrainConfig(), device) for device in (cuda, cpu)] == [can_compile(), False]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    caplog.clear()
+    assert not wanted(TrainConfig(), cuda)
+    assert "no Triton or no C compiler here" in caplog.text
+    assert wanted(TrainConfig(compile="blocks"), cuda)  # explicit never falls back
+    assert wanted(TrainConfig(compile="blocks"), cpu)
+    assert not wanted(TrainConfig(compile="none"), cuda)
 
 
 def kept_bytes(network: GPT) -> int:

@@ -116,8 +116,7 @@ def test_operators_move_no_more_bytes_than_budgeted(fake_gpu: FakeGpu, tmp_path:
 def test_a_step_copies_its_batch_and_waits_for_nothing(results: dict[str, Any], name: str) -> None:
     result = results[name]
     assert result["pageable"] == 0
-    rates = 0 if "stage 3" in name else 2 * 4  # stage 3 has its learning rate on the host
-    assert result["pinned"] == 32 * (256 + 2) * 8 + rates  # tokens, label and key of each image
+    assert result["pinned"] == 32 * (256 + 2) * 8  # tokens, label and key of each image
     if "stage 3" not in name:
         assert result["waits"] == {}
 
@@ -135,8 +134,13 @@ def test_memory_is_as_planned_and_comes_back(results: dict[str, Any], name: str)
     planned = predict(build((CASES | KEPT_CASES | CAPTURED)[name]), 1, device="cuda").peak.total
     share = (results[name]["peak"] - CUBLAS_WORKSPACES) / planned
     assert 0.95 <= share <= 1.05
-    streams = 2 if name in CAPTURED else 1  # torch 2.8 keeps a workspace for the default one too
-    assert results[name]["left"] <= streams * CUBLAS_WORKSPACES + KEPT
+    left = results[name]["left"]
+    if (
+        name in CAPTURED
+    ):  # none or whole workspaces, as this torch keeps them for the default stream and the captured one
+        assert left <= 2 * CUBLAS_WORKSPACES + KEPT
+        left = CUBLAS_WORKSPACES + left % CUBLAS_WORKSPACES
+    assert 0 <= left - CUBLAS_WORKSPACES <= KEPT
 
 
 @pytest.mark.parametrize(("graph", "plain"), [
