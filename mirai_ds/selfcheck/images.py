@@ -38,7 +38,10 @@ def read_vq16(vector: Vector) -> Iterator[Reading]:
     if {"latent", "indices"} & vector.arrays.keys():
         pixels = np.random.default_rng(seed).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
         out["latent"] = model.latent(torch.from_numpy(pixels))
-        out["indices"] = model.indices(out["latent"])
+        # Of the file's latent where it has one: two codes may be nearer to each other than two fp32 latents.
+        stored = vector.arrays.get("latent")
+        same_kind = stored is not None and stored.dtype == np.float32 and stored.shape == tuple(out["latent"].shape)
+        out["indices"] = model.indices(torch.from_numpy(stored) if same_kind else out["latent"])
     if "decoded" in vector:
         codes = vector.integers("decode_codes", 0, VQ16.codebook_size - 1)
         side = round(codes.shape[-1] ** 0.5)

@@ -144,10 +144,9 @@ def test_whatever_decides_the_code_decides_its_name(tiny: Path, monkeypatch: pyt
     keys.append(build.digest("cpu"))
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     keys.append(build.digest("cpu"))
-    monkeypatch.setattr(toolchain, "vector_unit", lambda: "AVX2" if keys[0] else "")
-    keys.append(build.digest("cpu"))
-    monkeypatch.setattr(toolchain, "vector_unit", lambda: "DEFAULT")
-    keys.append(build.digest("cpu"))
+    for other in {"AVX512", "AVX2", "DEFAULT"} - {toolchain.vector_unit()}:
+        monkeypatch.setattr(toolchain, "vector_unit", lambda unit=other: unit)
+        keys.append(build.digest("cpu"))
     assert len(set(keys)) == len(keys)
 
 

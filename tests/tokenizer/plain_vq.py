@@ -118,12 +118,33 @@ def latent(w: State, x: Tensor) -> Tensor:
     return _conv(w, "quant_conv", x)
 
 
+def directions(rows: Tensor) -> Tensor:
+    """Rows (..., C) at length 1, in fp64."""
+    rows = rows.double()
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def cosines(w: State, z: Tensor) -> Tensor:
+    """Of latents (B, C, h, w) with all codes in fp64, (B, h * w, codes)."""
+    return directions(z.flatten(2).transpose(1, 2)) @ directions(w["quantize.embedding.weight"]).T
+
+
 def indices(w: State, z: Tensor) -> Tensor:
     """By the largest cosine in fp64, (B, h * w)."""
-    rows = z.double().flatten(2).transpose(1, 2)
-    codes = w["quantize.embedding.weight"].double()
-    cosine = (rows / rows.norm(dim=-1, keepdim=True)) @ (codes / codes.norm(dim=-1, keepdim=True)).T
-    return cosine.argmax(-1)
+    return cosines(w, z).argmax(-1)
+
+
+def assert_nearest(w: State, found: Tensor, of: Tensor, wanted: Tensor) -> None:
+    """The codes `found` (B, h * w) for the latent `of` are the nearest to the latent `wanted`, both (B, C, h, w).
+
+    Two computations of a latent differ by rounding, and then either of two codes is right that are as near to each
+    other: a cosine changes by at most the distance of the two directions, once for the code found and once for the
+    nearest.  8 steps of fp32 are for the distances themselves.
+    """
+    apart = (directions(of.flatten(2).transpose(1, 2)) - directions(wanted.flatten(2).transpose(1, 2))).norm(dim=-1)
+    cosine = cosines(w, wanted)
+    short = cosine.amax(-1) - cosine.gather(-1, found[..., None])[..., 0]
+    assert (short <= 2 * apart + 8 * torch.finfo(torch.float32).eps).all(), f"short by {float(short.max()):.2e}"
 
 
 def decode(w: State, tokens: Tensor, side: int) -> Tensor:
