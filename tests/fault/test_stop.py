@@ -148,7 +148,8 @@ def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGTERM)
 
     ended = run_ranks(run, prepare=hang_in_step, arguments=(0, 6), during=twice)
-    assert ended.codes == [75, 75], ended.out[-3000:]
+    # Whoever hears its second signal last may find its peer gone before: that rank ends with 1.
+    assert 75 in ended.codes and set(ended.codes) <= {1, 75}, ended.out[-3000:]
     assert ended.outcome == "requeue SIGTERM, then SIGTERM: left at once\n"
     assert store.list_steps(run) == [4]
     store.verify(store.folder_of(run, 4))
