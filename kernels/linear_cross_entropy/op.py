@@ -87,9 +87,9 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The factor.  Nothing is changed in place, so that a kept graph can be asked twice."""
-        factor = upstream / ctx.rows
+        factor = upstream / ctx.rows  # of the loss's dtype: in bf16 1/576 is 0.23 % too large, and with it the loss
         grads = [
-            None if grad is None else (grad * factor.to(grad.dtype)).to(dtype)
+            None if grad is None else (grad.to(factor.dtype) * factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None, None, None

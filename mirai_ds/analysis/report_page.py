@@ -30,11 +30,13 @@ METRICS = {
 CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("next-token loss, training batch", "nats a token", ("loss/ntp",), False),
     ("next-token loss, held out", "nats a token", ("held_out/",), False),
-    ("alignment loss", "weighted, before lambda", ("loss/alignment",), False),
+    ("alignment loss", "heads weighted by lambda, before its schedule", ("loss/alignment",), False),
     ("cosine with the teacher", "cosine", ("cosine/",), False),
     ("cross-entropy of later tokens", "nats a token", ("entropy/",), False),
     ("learning rate", "", ("optimizer/lr",), False),
-    ("lambda", "", ("foresight/lambda",), False),
+    ("lambda of each head", "", ("foresight/lambda/",), False),
+    # Earlier versions called the schedule's multiplier lambda.
+    ("schedule of lambda", "multiplier", ("foresight/schedule", "foresight/lambda"), False),
     ("gradient norm before clipping", "", ("optimizer/grad_norm",), True),
     ("speed", "images/s", ("speed/images_per_s",), False),
     ("distance from real images", "", ("quality/fid", "quality/sfid", "quality/frechet_distance"), True),

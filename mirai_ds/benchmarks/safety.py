@@ -197,25 +197,24 @@ def measure(world: World, overrides: list[str], run: Path, rounds: int, block: i
     """Builds one rank's session in `run` and measures; the main rank returns the rows."""
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
-    from mirai_ds.runs.outcome import Outcome
     from mirai_ds.runtime.distributed import local_device
-    from mirai_ds.runtime.signals import StopRequests
+    from mirai_ds.runtime.signals import STOP_FILE, StopRequests
     from mirai_ds.runtime.watchdog import Watchdog
     from mirai_ds.train.build import build_session
-    from mirai_ds.train.run_folder import open_run_folder
+    from mirai_ds.train.run_folder import RunFolder
 
     config = load("digits-mirai-e", ["eval.classifier.enabled=false", "foresight.warmup_epochs=0", *overrides])
     device = local_device(world)
     start_process_group(world, 5)
-    _, run_lock = open_run_folder(config, run, world, None, None, {}, Outcome())
-    stop = StopRequests()
-    stop.watch_file(run)
+    folder = RunFolder.open(config, run, world, resume=None, fresh=False)
+    folder.accept(config, {})
+    run_lock, stop = folder.lock, StopRequests()
+    stop.watch_file(run / STOP_FILE)
     session = build_session(config, run, world, device, run_lock, stop)
     watchdog = Watchdog(600, run / "hang", world.rank, world.size, lambda text: None)
     session.beat = watchdog.beat
     if session.is_main:
         run_lock.watch()
-    run_lock.note_start(0, None)
     millions = sum(p.numel() for p in session.engine.ds.module.parameters()) / 1e6
     about = {**facts(device.type, command), "ranks": str(world.size), "model": f"{millions:.1f} M"}
     rows = rows_of(session, rounds, block, about)

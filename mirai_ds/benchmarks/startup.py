@@ -101,7 +101,7 @@ def rank(arguments: list[str]) -> None:
         assert registry
         stamp("imports")
         _stamped(start, "start_process_group", "group")
-        _stamped(run_folder, "open_run_folder", "folder")
+        _stamped(run_folder.RunFolder, "open", "folder")
         _stamped(build, "build_session", "session")
         _stamped(preflight, "preflight", "preflight")
         _stamped(loop, "train_step", "step", last=True)

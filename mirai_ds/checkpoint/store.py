@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirai_ds.config import UserError
+from mirai_ds.config import RunConfig, UserError, build
 from mirai_ds.runs import lock
+from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runtime.disk import digest_of_file, left_behind
 
 FORMAT = 1
@@ -53,6 +54,7 @@ class CheckpointInfo:
     log_bytes: int = -1  # length of metrics.jsonl at that moment
     metrics: dict[str, float] = field(default_factory=dict)  # measured at this step
     hooks: dict[str, Any] = field(default_factory=dict)  # what guards remember
+    config: dict[str, Any] = field(default_factory=dict)  # the run's, as it was trained; empty: see RUN/config.yaml
     format: int = FORMAT
 
 
@@ -76,6 +78,12 @@ def read_info(folder: Path) -> CheckpointInfo:
 def info_of(data: dict[str, Any]) -> CheckpointInfo:
     """From JSON.  Raises TypeError for fields that are missing, or that this version does not know."""
     return CheckpointInfo(**{name: value for name, value in data.items() if name not in RETIRED})
+
+
+def config_of(folder: Path, info: CheckpointInfo) -> RunConfig:
+    """The configuration that a checkpoint's weights were trained with: its own, or (of an earlier version's) the run's.
+    Raises UserError where neither can be read."""
+    return build(info.config, str(folder / INFO)) if info.config else read_run_config(folder.parent.parent)
 
 
 def check_sizes(folder: Path) -> CheckpointInfo:

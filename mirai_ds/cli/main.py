@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -59,10 +60,10 @@ def train(options: TrainOptions, ranks: int | None) -> None:
     from mirai_ds.config.deepspeed_file import ranks_that_fit, resolve
     from mirai_ds.config.errors import UserError
     from mirai_ds.config.load import load
-    from mirai_ds.runs.outcome import EXIT_CODES, NAME, VARIABLE
+    from mirai_ds.runs.outcome import EXIT_CODES, VARIABLE
     from mirai_ds.runs.outcome import read as read_outcome
     from mirai_ds.runtime.launch import launch, visible_gpus
-    from mirai_ds.runtime.signals import STOP_FILE
+    from mirai_ds.runtime.signals import STOP_FILE, STOP_FILE_VARIABLE
 
     if options.fresh and options.resume:
         raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
@@ -81,8 +82,11 @@ def train(options: TrainOptions, ranks: int | None) -> None:
     resolve(config, count, cpu=gpus == 0)  # mistakes are cheaper to hear of before ranks start
     run = options.run_dir or Path(config.output_dir) / config.name
     check_run_folder(run, options.resume, options.fresh)
-    code = launch("mirai_ds.train", options.arguments(), count, gpus, run / STOP_FILE)
-    outcome = read_outcome(Path(os.environ.get(VARIABLE) or run / NAME))
+    with tempfile.TemporaryDirectory(prefix="mirai-ds-") as private:  # this start's own: nobody else's run is touched
+        stop, said = Path(private) / STOP_FILE, os.environ.setdefault(VARIABLE, f"{private}/outcome")
+        os.environ[STOP_FILE_VARIABLE] = str(stop)
+        code = launch("mirai_ds.train", options.arguments(), count, gpus, stop)
+        outcome = read_outcome(Path(said))
     sys.exit(EXIT_CODES[outcome[0]] if outcome and outcome[0] != "failed" else code)  # launchers lose exit codes
 
 

@@ -172,8 +172,9 @@ def _create(run: Path, mine: Attempt) -> bool:
 class RunLock:
     """The main rank's hold on a run; other ranks have a copy that only looks."""
 
-    def __init__(self, run: Path, mine: Attempt, main: bool = True) -> None:
+    def __init__(self, run: Path, mine: Attempt, main: bool = True, found: str = "") -> None:
         self.run, self.mine, self._main = run, mine, main
+        self._found = found  # the heartbeat file's content before this start
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # `mine` and its file change together
@@ -183,12 +184,28 @@ class RunLock:
     def take(cls, run: Path, patience: float = SILENCE_SECONDS) -> RunLock:
         """Take the run for this process.  Raises UserError while somebody else lives in it."""
         check_free(run, patience)
-        known = read_all(run)
+        known, heartbeat = read_all(run), _heartbeat(run)
         mine = _myself(known[-1].number + 1 if known else 1)
         # Not tried again with the next number: that would take the run from the one who has just won.
         if not _create(run, mine):
             raise UserError(f"{run}: another job is starting in it at this moment; start one of them only")
-        return cls(run, mine)
+        return cls(run, mine, found=heartbeat)
+
+    def withdraw(self) -> None:
+        """Leave the run as it was before `take`, for a start that was refused: no attempt is left to be counted.  Of a
+        folder that `take` made nothing stays."""
+        self._end_heartbeat()
+        try:
+            self.check()
+            if self._found:
+                (self.run / FOLDER / HEARTBEAT).write_text(self._found, encoding="ascii")
+            else:
+                (self.run / FOLDER / HEARTBEAT).unlink(missing_ok=True)
+            path_of(self.run, self.mine.number).unlink()
+            (self.run / FOLDER).rmdir()
+            self.run.rmdir()
+        except (RunTakenOverError, OSError):  # another's, or not empty
+            return
 
     def check(self) -> None:
         """Raises RunTakenOverError when a later start holds the run, or the folder is another's."""
@@ -206,6 +223,7 @@ class RunLock:
 
     def watch(self, on_lost: Callable[[], None] | None = None) -> None:
         """Beat, and look, from a thread of its own until released."""
+        self._stop.clear()
         self._thread = threading.Thread(target=self._beat, args=(on_lost,), daemon=True, name="run_lock")
         self._thread.start()
 
@@ -245,15 +263,18 @@ class RunLock:
 
     def release(self, ended: str) -> None:
         """Note how this start ended; the next need not wait."""
-        self._stop.set()  # no heartbeat after the end was noted
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
+        self._end_heartbeat()
         if not self.lost:
             try:
                 self.check()
                 self._rewrite(ended=ended)
             except (RunTakenOverError, OSError):
                 return
+
+    def _end_heartbeat(self) -> None:
+        self._stop.set()  # no heartbeat after the end was noted
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
 
     def _rewrite(self, **changes: object) -> None:
         self.mine = replace(self.mine, **changes)  # type: ignore[arg-type]

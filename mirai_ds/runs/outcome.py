@@ -1,8 +1,8 @@
 """How a start of a run ended, in one line for whoever started it: exit codes do not survive the launchers.
 
 `RUN/outcome`, and the file that the variable MIRAI_DS_OUTCOME names (a job's own, which exists even when the run folder
-could not be touched).  Its first word is the verdict, the rest the reason.  A start removes it; no file means that the
-processes died without a word.
+could not be touched).  Its first word is the verdict, the rest the reason.  A start that was accepted removes it; no
+file means that the processes died without a word.  One that was refused speaks in the job's file alone.
 """
 
 from __future__ import annotations

@@ -89,11 +89,6 @@ def launch_environment(ranks: int, gpus: int) -> dict[str, str]:
     return env
 
 
-def has_parent() -> bool:
-    """Whether `launch` started this process: then signals reach it as a stop file."""
-    return PARENT in os.environ
-
-
 def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: Path | None = None) -> int:
     """Run `python -m module arguments` on `ranks` local ranks; returns the exit code.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
 NAME = "log.txt"
+_KEPT_LINES = 10_000
 LOG = logging.getLogger("mirai_ds")
 
 
@@ -31,20 +33,26 @@ def _stream(record: logging.LogRecord) -> TextIO:
 
 
 def start_log(rank: int = 0) -> None:
-    """Log to the terminal, once a process: of rank 0 from INFO on, of the others errors."""
+    """Log to the terminal, once a process: of rank 0 from INFO on, of the others errors.  What is said is kept for the
+    file that `log_into` opens."""
     LOG.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     LOG.propagate = False
     if not any(isinstance(handler, _Terminal) for handler in LOG.handlers):
         LOG.addHandler(_Terminal())
+        LOG.addHandler(MemoryHandler(_KEPT_LINES, flushLevel=sys.maxsize))
 
 
 def log_into(run: Path, rank: int) -> None:
-    """Add a run's `log.txt`: time (local, ISO 8601), level, rank, text; exceptions with their stacks.  A disk that is
-    full or gone costs the log, never the run."""
+    """Add a run's `log.txt`: time (local, ISO 8601), level, rank, text; exceptions with their stacks.  What was said
+    since `start_log` comes first.  A disk that is full or gone costs the log, never the run."""
     close_log()
     handler = _Quiet(run / NAME, mode="a", encoding="utf-8", delay=True)
     formatter = logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     handler.setFormatter(formatter)
+    for kept in [kept for kept in LOG.handlers if isinstance(kept, MemoryHandler)]:
+        kept.setTarget(handler)
+        kept.close()  # hands over
+        LOG.removeHandler(kept)
     LOG.addHandler(handler)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 STOP_FILE = "stop"
+STOP_FILE_VARIABLE = "MIRAI_DS_STOP_FILE"  # names one that is for a single start, not for whoever holds the run
 CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One event often arrives twice: Slurm sends TERM, CONT, TERM, launchers repeat what a terminal sent already.
 SAME_EVENT_SECONDS = 5.0
@@ -39,7 +40,7 @@ class StopRequests:
         self.leave: Callable[[str], None] = lambda reason: os._exit(75)
         self.obeyed = False  # set by the loop once the ranks leave because of the request
         self._first = 0.0
-        self._stop_file: Path | None = None
+        self._stop_files: list[Path] = []
         self._looked = 0.0
 
     def install(self) -> None:
@@ -60,12 +61,12 @@ class StopRequests:
                     kind = STOP if number == signal.SIGINT else REQUEUE
                     self.request(kind, signal.Signals(number).name)
 
-    def watch_file(self, run: Path) -> None:
-        """Also obey RUN/stop: empty means stop, the word `requeue` in it means stop and be requeued.
+    def watch_file(self, path: Path) -> None:
+        """Also obey this file: empty means stop, the word `requeue` in it means stop and be requeued.
 
         A thread looks for it too: the main one comes by between steps, and the first may take minutes.
         """
-        self._stop_file = run / STOP_FILE
+        self._stop_files.append(path)
         threading.Thread(target=self._watch, daemon=True, name="stop file").start()
 
     def _watch(self) -> None:
@@ -99,12 +100,14 @@ class StopRequests:
     def poll(self) -> int:
         """What is asked for by now; looks for the file once a second at most."""
         now = time.monotonic()
-        if self._stop_file is not None and self.kind == NOTHING and now - self._looked > 1.0:
+        if self._stop_files and self.kind == NOTHING and now - self._looked > 1.0:
             self._looked = now
-            try:
-                text = self._stop_file.read_text(encoding="utf-8", errors="replace").strip()
-            except OSError:
-                return self.kind
-            word = text.partition(" ")[0]
-            self.request(REQUEUE if word == "requeue" else STOP, text.partition(" ")[2] or "stop file")
+            for path in self._stop_files:
+                try:
+                    text = path.read_text(encoding="utf-8", errors="replace").strip()
+                except OSError:
+                    continue
+                word, _, reason = text.partition(" ")
+                self.request(REQUEUE if word == "requeue" else STOP, reason or "stop file")
+                break
         return self.kind

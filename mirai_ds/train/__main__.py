@@ -17,24 +17,12 @@ import click
 
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
-from mirai_ds.runs.lock import RunLock, RunTakenOverError
+from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import World, read_world
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
-from mirai_ds.runtime.signals import STOP, StopRequests
+from mirai_ds.runtime.signals import STOP, STOP_FILE, STOP_FILE_VARIABLE, StopRequests
 from mirai_ds.train.options import TrainOptions, train_options
-
-
-def set_aside(run: Path) -> None:
-    """Rename an earlier run of this name to the first free NAME.old-N; nothing is deleted."""
-    if not run.exists():
-        return
-    number = 1
-    while (aside := run.with_name(f"{run.name}.old-{number}")).exists():
-        number += 1
-    run.rename(aside)
-    LOG.info("set the earlier run aside as %s", aside)
-
 
 # errno values that a restart cannot fix: disk full, quota, permissions.
 NOT_FIXED_BY_RESTART = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -48,7 +36,7 @@ class RankStartup:
         self.outcome = Outcome()
         self.stop = StopRequests()
         self.stop.leave = self.leave
-        self.run_lock: RunLock | None = None
+        self.folder: Any = None  # a RunFolder, once there is one
         self.watchdog: Any = None
 
     def leave(self, reason: str) -> None:
@@ -58,7 +46,7 @@ class RankStartup:
         LOG.error("%s; the last checkpoint stands", reason)
         os._exit(EXIT_CODES[verdict])
 
-    def train(self, config: RunConfig, run: Path, resume: str | None, fresh: bool) -> tuple[str, str]:
+    def train(self, config: RunConfig, run: Path, options: TrainOptions) -> tuple[str, str]:
         """Build the session, resume if asked, run the loop; the verdict."""
         from mirai_ds.runtime.distributed import local_device
 
@@ -70,24 +58,29 @@ class RankStartup:
         from mirai_ds.train.hooks.log import Sinks
         from mirai_ds.train.hooks.registry import build_hooks
         from mirai_ds.train.loop import run_loop
-        from mirai_ds.train.run_folder import open_run_folder
+        from mirai_ds.train.resume_rules import check_allowed
+        from mirai_ds.train.run_folder import RunFolder
 
         start_process_group(self.world, config.launch.timeout_minutes)
-        agree_on_start(config, self.world, {"--run-dir": str(run), "--resume": resume, "--fresh": fresh})
+        agree_on_start(config, self.world, {
+            "--run-dir": str(run), "--resume": options.resume, "--fresh": options.fresh,
+            "--allow-change": list(options.allow_change),
+        })  # fmt: skip
+        check_allowed(options.allow_change)
         kernel = agree_on_kernel(config, device, self.world)
-        facts = {"alignment_kernel": kernel}
-        resume, run_lock = open_run_folder(
-            config, run, self.world, resume, set_aside if fresh else None, facts, self.outcome
-        )
-        self.run_lock = run_lock
-        self._stand_guard(config, run, run_lock)
-        log_into(run, self.world.rank)
+        folder = self.folder = RunFolder.open(config, run, self.world, options.resume, options.fresh)
+        self._stand_guard(config, folder)
         if kernel is not None:
             LOG.info("alignment loss: %s kernel (foresight.kernel: %s)", kernel, config.foresight.kernel)
-        session = self._session(config, run, device, run_lock, resume)
+        session = self._session(config, folder, device, options.allow_change)
         sinks = Sinks()
+        hooks = build_hooks(config.hooks, sinks)
+        for hook in hooks.values():
+            hook.check(session)
+        folder.accept(config, {"alignment_kernel": kernel})
+        self._note_acceptance(folder)
         try:
-            run_loop(session, build_hooks(config.hooks, sinks))
+            run_loop(session, hooks)
         finally:
             session.loader.close()
             session.checkpoints.saver.close()
@@ -97,40 +90,51 @@ class RankStartup:
         verdict, reason = session.ended
         session.control.barrier()  # nobody leaves before all are done: launchers end the others
         if self.world.rank == 0:
-            run_lock.release(f"{verdict} {reason}")
+            folder.lock.release(f"{verdict} {reason}")
             self.outcome.write(verdict, reason)
             if verdict != "finished":
                 LOG.info("%s: %s", verdict, reason)
         session.control.barrier()
         return verdict, reason
 
-    def _session(self, config: RunConfig, run: Path, device: Any, run_lock: RunLock, resume: str | None) -> Any:
+    def _session(self, config: RunConfig, folder: Any, device: Any, allowed: tuple[str, ...]) -> Any:
         from mirai_ds.train.build import build_session
         from mirai_ds.train.preflight import preflight
 
-        session = build_session(config, run, self.world, device, run_lock, self.stop)
+        session = build_session(config, folder.run, self.world, device, folder.lock, self.stop)
         session.beat = self.watchdog.beat
         if config.guard.preflight:
             preflight(session)
-        if resume is not None:
+        if folder.resume is not None:
             session.beat("loading")
-            session.checkpoints.resume(resume)
-        else:
-            run_lock.note_start(0, None)
+            session.checkpoints.resume(folder.resume, allowed)
         return session
 
-    def _stand_guard(self, config: RunConfig, run: Path, run_lock: RunLock) -> None:
+    def _stand_guard(self, config: RunConfig, folder: Any) -> None:
         from mirai_ds.runtime.watchdog import Watchdog
 
         self.stop.deadline_seconds = config.guard.stop_deadline_seconds
-        self.stop.watch_file(run)
+        if named := os.environ.get(STOP_FILE_VARIABLE):
+            self.stop.watch_file(Path(named))
         if self.world.rank == 0:
-            run_lock.watch()
-        folder = run / "hang" / f"start-{run_lock.mine.number:05d}"
+            folder.lock.watch()
         self.watchdog = Watchdog(
-            config.guard.hang_seconds, folder, self.world.rank, self.world.size,
+            config.guard.hang_seconds, stacks_folder(folder), self.world.rank, self.world.size,
             lambda text: self.outcome.write_in_time("requeue", f"hang: {text}"), config.guard.first_step_seconds,
         )  # fmt: skip
+
+    def _note_acceptance(self, folder: Any) -> None:
+        """From now on what becomes of this start is told in the run's folder too, and a request to stop may lie
+        there."""
+        self.watchdog.folder = stacks_folder(folder)
+        self.outcome.in_run(folder.run, folder.lock.check)
+        self.stop.watch_file(folder.run / STOP_FILE)
+        log_into(folder.run, self.world.rank)
+
+
+def stacks_folder(folder: Any) -> Path:
+    """Where a start writes the stacks of its ranks when it hangs."""
+    return Path(folder.run) / "hang" / f"start-{folder.lock.mine.number:05d}"
 
 
 @click.command()
@@ -152,7 +156,7 @@ def run_rank(options: TrainOptions) -> None:
     try:
         config = load(options.recipe, options.overrides, options.deepspeed)
         run = options.run_dir or Path(config.output_dir) / config.name
-        verdict, _ = start.train(config, run, options.resume, options.fresh)
+        verdict, _ = start.train(config, run, options)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in NOT_FIXED_BY_RESTART:
@@ -162,8 +166,8 @@ def run_rank(options: TrainOptions) -> None:
             )
         if not isinstance(error, RunTakenOverError):
             start.outcome.write("failed", str(error))
-            if start.run_lock is not None and world.rank == 0:
-                start.run_lock.release(f"failed {error}")
+            if start.folder is not None:
+                start.folder.refuse(str(error))
         _say_and_leave(error, world)
     except BaseException as error:
         crash(start, error)
@@ -183,6 +187,8 @@ def crash(start: RankStartup, error: BaseException) -> NoReturn:
         start.outcome.write("requeue", f"rank {rank} lost another rank")
     else:
         traceback.print_exception(error)
+        if start.folder is not None and not start.folder.accepted:  # a crash while building: no mistake of the user
+            log_into(start.folder.run, rank)
         log_crash(error)
         start.outcome.write("requeue", f"crashed: rank {rank}: {type(error).__name__}: {error}")
     sys.stdout.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mirai_ds.runtime.control import Control
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import code_version
 from mirai_ds.runtime.log import LOG
+from mirai_ds.train.resume_rules import check_changes, is_allowed
 from mirai_ds.train.skipped import Stateful
 
 
@@ -92,13 +93,14 @@ class Checkpoints:
             method=config.foresight.method, code=code_version() if self.world.rank == 0 else "",
             applied_steps=progress.applied_steps, incarnation=self.run_lock.mine.number, data=self.origin.data,
             batch_offset=progress.batch_offset, log_bytes=self.log_position(), metrics=dict(progress.measured),
-            hooks=states, teacher=self.origin.teacher,
+            hooks=states, teacher=self.origin.teacher, config=config.model_dump(mode="json"),
         )  # fmt: skip
 
-    def resume(self, request: str) -> None:
+    def resume(self, request: str, allowed: Iterable[str] = ()) -> None:
         """Continue from the checkpoint of step `request`, or the newest whole one (`auto`), which rank 0 verifies and
-        every rank takes.  Raises UserError where there is none, or it is of other data, seed, batch size or teacher."""
-        folder, info = self._load(request)
+        every rank takes.  Raises UserError where there is none, it is of other data or another teacher, or a field of
+        the configuration has changed that must not (`resume_rules`) and is not in `allowed`."""
+        folder, info = self._load(request, allowed)
         self.run_lock.note_start(info.step, info.incarnation)
         LOG.info("resumed after step %d from %s", info.step, folder)
 
@@ -116,21 +118,23 @@ class Checkpoints:
         self.rollbacks += 1
         return info.step
 
-    def _load(self, request: str) -> tuple[str, store.CheckpointInfo]:
+    def _load(self, request: str, allowed: Iterable[str] = ()) -> tuple[str, store.CheckpointInfo]:
         """Fill everything from a checkpoint; its folder and info.  Those passed over are logged with the reason."""
         mine: tuple[str, store.CheckpointInfo | None, list[str], str] = ("", None, [], "")
         if self.world.rank == 0:
             try:
                 folder, newest, passed_over = store.find(self.saver.run, request)
-                mine = (str(folder), newest, passed_over, "")
+                told = check_changes(store.config_of(folder, newest), self.config, str(folder), allowed)
+                notes = [f"skipped {reason}" for reason in passed_over] + [f"changed since: {text}" for text in told]
+                mine = (str(folder), newest, notes, "")
             except UserError as error:
                 mine = ("", None, [], str(error))
-        name, info, skipped, problem = self.control.gather(mine)[0]
+        name, info, notes, problem = self.control.gather(mine)[0]
         if info is None:
             raise UserError(problem)
-        for reason in skipped:
-            LOG.info("skipped %s", reason)
-        self._check_origin(info, name)
+        for note in notes:
+            LOG.info("%s", note)
+        self._check_origin(info, name, allowed)
         reader = StateReader(Path(name))
         read_into(self.engine, reader)
         restore_rng(reader.rng(self.world.rank), self.engine.device)
@@ -144,23 +148,19 @@ class Checkpoints:
         self.engine.resume_counters(progress.step)
         return name, info
 
-    def _check_origin(self, info: store.CheckpointInfo, folder: str) -> None:
+    def _check_origin(self, info: store.CheckpointInfo, folder: str, allowed: Iterable[str]) -> None:
         config = self.config
-        for name, now in (("seed", config.seed), ("global_batch_size", config.train.global_batch_size)):
-            then = getattr(info, name)
-            if then != now:
-                raise UserError(
-                    f"{folder}: was written with {name} = {then}, this run has {now}; the data order would change"
-                )
-        if info.data and info.data != self.origin.data:
+        if info.data and info.data != self.origin.data and not is_allowed("data.path", allowed):
             raise UserError(
                 f"{folder}: was trained on other codes or labels (digest {info.data[:12]}) than data.path = "
-                f"{config.data.path!r} holds now ({self.origin.data[:12]}); give the data it began with"
+                f"{config.data.path!r} holds now ({self.origin.data[:12]}); give the data it began with, or say "
+                "--allow-change data.path"
             )
-        if info.teacher and info.teacher != self.origin.teacher:
+        moved = is_allowed("foresight.teacher_weights", allowed)
+        if info.teacher and info.teacher != self.origin.teacher and not moved:
             raise UserError(
                 f"{folder}: was trained with another teacher (digest {info.teacher[:12]}) than "
                 f"foresight.teacher_weights = {config.foresight.teacher_weights!r} holds now "
                 f"({self.origin.teacher[:12]}); give the weights it began with (of a run that went on: its checkpoint "
-                "folder)"
+                "folder), or say --allow-change foresight.teacher_weights"
             )

@@ -30,6 +30,10 @@ class Hook:
         """What `state_dict` returned at the checkpoint that was resumed; empty where it held nothing.  Called before
         `on_start`, and again when a hook goes back to a checkpoint."""
 
+    def check(self, session: Session) -> None:
+        """After a resume and before the start is accepted: look at what a mistake of the user could spoil, and write
+        nothing.  Raises UserError, on every rank."""
+
     def on_start(self, session: Session) -> None:
         """Before the first step of this process (also after a resume)."""
 

@@ -20,12 +20,14 @@ class TrainOptions:
     run_dir: Path | None = None
     resume: str | None = None
     fresh: bool = False
+    allow_change: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """The words that a rank is started with."""
         words = [self.recipe, *(word for override in self.overrides for word in ("--set", override))]
         for name, value in (("--deepspeed", self.deepspeed), ("--run-dir", self.run_dir), ("--resume", self.resume)):
             words += [name, str(value)] if value else []
+        words += [word for field in self.allow_change for word in ("--allow-change", field)]
         return words + ["--fresh"] * self.fresh
 
 
@@ -52,5 +54,11 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON file, or the name of one in ds_configs/."),
     click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default OUTPUT_DIR/NAME."),
     click.option("--resume", metavar="auto|if-present|STEP", help="Continue from the newest checkpoint, or a step."),
+    click.option(
+        "--allow-change",
+        multiple=True,
+        metavar="FIELD",
+        help="Resume although this field, or section, is another than the checkpoint's; repeatable.",
+    ),
     click.option("--fresh", is_flag=True, help="Set an earlier run of this name aside (renamed, not deleted)."),
 ]

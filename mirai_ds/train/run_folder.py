@@ -1,4 +1,4 @@
-"""A run's folder: taken by one start at a time, explaining itself from the first moment on."""
+"""A run's folder: held by one start at a time, and changed by none that was refused."""
 
 from __future__ import annotations
 
@@ -13,78 +13,108 @@ import torch.distributed as dist
 from mirai_ds.checkpoint import store
 from mirai_ds.config import RunConfig, UserError, dump
 from mirai_ds.config.deepspeed_file import resolve
-from mirai_ds.runs.lock import Attempt, RunLock, check_free, read_all, starts_without_progress
+from mirai_ds.runs.lock import Attempt, RunLock, read_all, starts_without_progress
 from mirai_ds.runs.outcome import NAME as OUTCOME
-from mirai_ds.runs.outcome import Outcome
 from mirai_ds.runtime.disk import left_behind, write_whole
 from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.environment import describe
-from mirai_ds.runtime.launch import has_parent
+from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.signals import STOP_FILE
 
 
-def open_run_folder(
-    config: RunConfig,
-    run: Path,
-    world: World,
-    resume: str | None,
-    set_aside: Callable[[Path], None] | None,
-    facts: dict[str, Any],
-    outcome: Outcome,
-) -> tuple[str | None, RunLock]:
-    """Collective: the main rank takes the folder and writes what explains the run, with `facts` about this start.
+class RunFolder:
+    """This start's hold on a run.  Between `open` and `accept` everything that a mistake of the user could spoil is
+    looked at (data, teacher, checkpoint, hooks); in the folder there is meanwhile only a new file of the run lock, and
+    `refuse` takes that back.
 
-    Returns the resume request to obey (`store.check_run_folder` says what is refused) and this rank's hold on the run.
-    Raises UserError on every rank.
+    resume: the request to obey, None to begin anew; lock: this rank's hold.
     """
-    problem, mine = "", None
+
+    def __init__(self, run: Path, world: World, resume: str | None, fresh: bool, lock: RunLock) -> None:
+        self.run, self.world, self.resume, self.fresh, self.lock = run, world, resume, fresh, lock
+        self.accepted = False
+        self._earlier_stop = _identity(run / STOP_FILE)
+
+    @classmethod
+    def open(cls, config: RunConfig, run: Path, world: World, resume: str | None, fresh: bool) -> RunFolder:
+        """Collective: the main rank takes the folder.  Raises UserError on every rank (`store.check_run_folder` says
+        what is refused)."""
+        lock: RunLock | None = None
+
+        def take() -> tuple[str | None, Attempt]:
+            nonlocal lock
+            store.check_run_folder(run, resume, fresh)
+            run.mkdir(parents=True, exist_ok=True)
+            lock = RunLock.take(run)
+            if resume != "if-present":
+                return resume, lock.mine
+            try:
+                _check_progress(run, config.guard.max_restarts)
+            except UserError:
+                lock.withdraw()
+                raise
+            return (resume if store.list_steps(run) else None), lock.mine
+
+        obeyed, mine = _on_main_rank(world, run, take)
+        return cls(run, world, obeyed, fresh, lock or RunLock(run, mine, main=False))
+
+    def accept(self, config: RunConfig, facts: dict[str, Any]) -> None:
+        """Collective, once nothing is left that could refuse this start: set an earlier run aside if that was asked
+        for, and write what explains this one, with `facts` about it.  Raises UserError on every rank."""
+
+        def write() -> Attempt:
+            if self.fresh and self.resume is None:
+                self.lock.withdraw()
+                set_aside(self.run)
+                self.run.mkdir(parents=True, exist_ok=True)
+                self.lock.mine = RunLock.take(self.run).mine
+                self.lock.watch()
+            for path in left_behind(self.run / "*"):
+                path.unlink(missing_ok=True)
+            (self.run / OUTCOME).unlink(missing_ok=True)
+            if self._earlier_stop == _identity(self.run / STOP_FILE):  # else it is for this start
+                (self.run / STOP_FILE).unlink(missing_ok=True)
+            if self.resume is None:
+                self.lock.note_start(0, None)
+            explain(config, self.run, self.world.size, {"incarnation": self.lock.mine.number, **facts})
+            return self.lock.mine
+
+        self.lock.mine = _on_main_rank(self.world, self.run, write)
+        self.accepted = True
+
+    def refuse(self, reason: str) -> None:
+        """On the main rank: this start ends with `reason`, a mistake of the user.  Before `accept` nothing of it
+        stays."""
+        if self.world.rank == 0:
+            if self.accepted:
+                self.lock.release(f"failed {reason}")
+            else:
+                self.lock.withdraw()
+
+
+def _on_main_rank(world: World, run: Path, do: Callable[[], Any]) -> Any:
+    """Collective: what `do()` returns on rank 0.  What it raises there is a UserError on every rank."""
+    problem, result = "", None
     if world.rank == 0:
         try:
-            mine = _take(config, run, world.size, resume, set_aside, facts, outcome)
-            if resume == "if-present" and not store.list_steps(run):
-                resume = None
-        except (UserError, OSError) as error:
+            result = do()
+        except UserError as error:
             problem = str(error)
-    said: list[Any] = [problem, resume, mine]
+        except OSError as error:
+            problem = f"{run}: cannot be written ({error})"
+    said: list[Any] = [problem, result]
     dist.broadcast_object_list(said, src=0)
-    problem, resume, mine = said
-    if problem or mine is None:
-        raise UserError(problem)
-    run_lock = RunLock(run, mine, main=world.rank == 0)
-    if world.rank != 0:
-        outcome.in_run(run, run_lock.check)
-    return resume, run_lock
+    if said[0]:
+        raise UserError(said[0])
+    return said[1]
 
 
-def _take(
-    config: RunConfig,
-    run: Path,
-    world_size: int,
-    resume: str | None,
-    set_aside: Callable[[Path], None] | None,
-    facts: dict[str, Any],
-    outcome: Outcome,
-) -> Attempt:
-    store.check_run_folder(run, resume, fresh=set_aside is not None)
-    if set_aside is not None and resume is None:
-        check_free(run)
-        set_aside(run)
+def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        run_lock = RunLock.take(run)
-        for path in left_behind(run / "*"):
-            path.unlink(missing_ok=True)
-        mine = run_lock.mine
-        outcome.in_run(run, run_lock.check)
-        (run / OUTCOME).unlink(missing_ok=True)
-        if not has_parent():  # else the file may be what the parent just asked for
-            (run / STOP_FILE).unlink(missing_ok=True)
-        if resume == "if-present":
-            _check_progress(run, config.guard.max_restarts)
-        _explain(config, run, world_size, {"incarnation": mine.number, **facts})
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error})") from None
-    return mine
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_progress(run: Path, most: int) -> None:
@@ -97,18 +127,25 @@ def _check_progress(run: Path, most: int) -> None:
         )
 
 
-def _explain(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:
-    ds_config = resolve(config, world_size)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        path, text = run / "config.yaml", dump(config)
-        if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
-            path.rename(run / f"config.before-{int(time.time())}.yaml")
-        write_whole(path, text)
-        write_whole(run / "deepspeed.json", json.dumps(ds_config, indent=2) + "\n")
-        environment = {**describe(world_size), **facts}
-        write_whole(run / "environment.json", json.dumps(environment, indent=2) + "\n")
-        with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
-            file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error})") from None
+def set_aside(run: Path) -> None:
+    """Rename an earlier run of this name to the first free NAME.old-N; nothing is deleted."""
+    if not run.exists():
+        return
+    number = 1
+    while (aside := run.with_name(f"{run.name}.old-{number}")).exists():
+        number += 1
+    run.rename(aside)
+    LOG.info("set the earlier run aside as %s", aside)
+
+
+def explain(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:
+    """Write the files that say what a start was: settings, DeepSpeed's, the machine's, a line in starts.jsonl."""
+    path, text = run / "config.yaml", dump(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
+        path.rename(run / f"config.before-{int(time.time())}.yaml")
+    write_whole(path, text)
+    write_whole(run / "deepspeed.json", json.dumps(resolve(config, world_size), indent=2) + "\n")
+    environment = {**describe(world_size), **facts}
+    write_whole(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    with (run / "starts.jsonl").open("a", encoding="utf-8") as file:  # one line a start, resumes included
+        file.write(json.dumps({"unix_time": int(time.time()), **environment}) + "\n")

@@ -105,10 +105,16 @@ def start_ranks(
     chosen = [part for o in (SETTINGS + (settings or [])) for part in ("--set", o)]
     argv = [recipe, *chosen, "--run-dir", str(run), *extra]
     processes, logs = [], []
+    outcome = run.with_name(f"{run.name}.outcome")  # as a job's own: a start that is refused writes nowhere else
+    outcome.unlink(missing_ok=True)
     for rank in range(world):
         log = run.with_name(f"{run.name}.rank{rank}.log")
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        names = {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1"} | (env or {})
+        names = (
+            {k: str(v) for k, v in place.items()}
+            | {"MASTER_ADDR": "127.0.0.1", "MIRAI_DS_OUTCOME": str(outcome)}
+            | (env or {})
+        )
         mine = kill if kill is not None and kill.rank == rank else None
         process = context.Process(target=_rank, args=(argv, names, str(log), str(run), mine, prepare, arguments))
         process.start()
@@ -127,8 +133,8 @@ def wait_for(run: Path, processes: list[Any], logs: list[Path], timeout: float =
         process.kill()
     out = "".join(log.read_text(errors="replace") for log in logs if log.exists())
     assert not left, f"ranks {left} did not end within {timeout} s\n{out[-4000:]}"
-    outcome = run / "outcome"
-    return Ended([p.exitcode for p in processes], out, outcome.read_text() if outcome.exists() else "")
+    said = next((path for path in (run.with_name(f"{run.name}.outcome"), run / "outcome") if path.exists()), None)
+    return Ended([p.exitcode for p in processes], out, said.read_text() if said else "")
 
 
 def _rank(

@@ -149,7 +149,7 @@ def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
 
     ended = run_ranks(run, prepare=hang_in_step, arguments=(0, 6), during=twice)
     # Whoever hears its second signal last may find its peer gone before: that rank ends with 1.
-    assert 75 in ended.codes and set(ended.codes) <= {1, 75}, ended.out[-3000:]
+    assert sorted(ended.codes) in ([75, 75], [1, 75]), ended.out[-3000:]
     assert ended.outcome == "requeue SIGTERM, then SIGTERM: left at once\n"
     assert store.list_steps(run) == [4]
     store.verify(store.folder_of(run, 4))
@@ -237,7 +237,7 @@ def test_a_request_before_the_first_step_is_done_need_not_wait_for_it(monkeypatc
 
 def test_the_stop_file_is_seen_while_the_main_thread_is_in_a_step(tmp_path: Path) -> None:
     stop = StopRequests()
-    stop.watch_file(tmp_path)
+    stop.watch_file(tmp_path / "stop")
     (tmp_path / "stop").write_text("requeue SIGTERM")
     until = time.monotonic() + 20
     while stop.kind == 0 and time.monotonic() < until:

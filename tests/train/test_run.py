@@ -21,7 +21,7 @@ from tests.train.conftest import mirai_ds, numbers, records, small_train
 
 SCALARS = {
     "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
-    "cosine/head3_down1_right0", "foresight/lambda", "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
+    "cosine/head3_down1_right0", "foresight/schedule", "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
     "speed/images_per_s", "speed/tokens_per_s", "speed/model_tflops_per_s_per_rank", "memory/peak_gib",
     "held_out/ntp_raw", "held_out/ntp_ema", "score/accuracy_generated", "score/accuracy_real", "checkpoint/stall_s",
     "checkpoint/write_s",
@@ -52,8 +52,9 @@ def test_total_is_ntp_plus_lambda_times_alignment(finished: Path) -> None:
         if "loss/total" in r:
             aligned = r["step"] > 11  # warm-up: half an epoch of 22 steps
             assert ("loss/alignment" in r) == aligned
-            assert r["foresight/lambda"] == float(aligned)
-            expected = r["loss/ntp"] + r["foresight/lambda"] * r.get("loss/alignment", 0.0)
+            lambdas = [value for name, value in r.items() if name.startswith("foresight/lambda/")]
+            assert (r["foresight/schedule"], lambdas) == (float(aligned), [2.0 * aligned] * 3)
+            expected = r["loss/ntp"] + r["foresight/schedule"] * r.get("loss/alignment", 0.0)
             assert r["loss/total"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
             if aligned:  # official: weights 2, summed over heads
                 cosines = sum(v for k, v in r.items() if k.startswith("cosine/"))

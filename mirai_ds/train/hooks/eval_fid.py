@@ -54,7 +54,7 @@ class EvalFidHook(Hook):
         self._network: FeatureNetwork | None = None
         self._reference: Reference | None = None
 
-    def on_start(self, session: Session) -> None:
+    def check(self, session: Session) -> None:
         """Load the network and see the real images once, so that a mistake is heard of before hours of training."""
         config = session.config.eval.fid
         if not config.active:

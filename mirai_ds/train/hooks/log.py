@@ -119,14 +119,17 @@ class LogHook(Hook):
         seconds = time.perf_counter() - self._since - session.hook_seconds
         images = (session.step - self._step) * session.config.train.global_batch_size
         values: dict[str, float] = {"loss/total": means["loss"][0], "loss/ntp": means["ntp"][0]}
+        foresight = session.config.foresight
+        weights = foresight.weights or []
+        heads = [f"head{k + 1}_down{down}_right{right}" for k, (down, right) in enumerate(offsets(foresight))]
         if record.aligned:
             values["loss/alignment"] = means["alignment"][0]
-            method = method_of(session.config.foresight)
+            method = method_of(foresight)
             assert method is not None
-            for k, (down, right) in enumerate(offsets(session.config.foresight)):
-                values[f"{method.metric}/head{k + 1}_down{down}_right{right}"] = means[method.metric][k]
+            values |= {f"{method.metric}/{head}": means[method.metric][k] for k, head in enumerate(heads)}
         values |= {
-            "foresight/lambda": record.multiplier,
+            "foresight/schedule": record.multiplier,  # loss/total = loss/ntp + this * loss/alignment
+            **{f"foresight/lambda/{head}": record.multiplier * weights[k] for k, head in enumerate(heads)},
             "optimizer/lr": record.lr,
             "optimizer/grad_norm": float(record.grad_norm),
             "optimizer/skipped_steps": float(session.step - session.progress.applied_steps),

@@ -95,8 +95,12 @@ class ReportHook(Hook):
             "seconds": time.monotonic() - self._began,
         }
         for name in ("held_out/ntp_raw", "held_out/ntp_ema", "loss/ntp", "loss/alignment"):
-            first = next((r[name] for r in records if name in r), None)
-            out[name] = {"first": first, "last": last_values(records, name)}
+            having = [r for r in records if name in r]
+            # A single measurement is the end, not a start as well.
+            first = having[0] if len(having) > 1 else {}
+            out[name] = {
+                "first": first.get(name), "first_step": first.get("step"), "last": last_values(records, name),
+            }  # fmt: skip
         speeds = [r["speed/images_per_s"] for r in records if "speed/images_per_s" in r]
         out["images_per_s_median"] = float(np.median(speeds)) if speeds else None
         if score is not None:
@@ -113,7 +117,7 @@ def print_table(report: dict[str, Any], run: Path) -> None:
     """The short table at the end of a run."""
     table = Table(title=f"{report['recipe']}: {report['method']}, ZeRO-{report['zero_stage']}, {report['ranks']} ranks")
     table.add_column("what")
-    table.add_column("start", justify="right")
+    table.add_column("first measured", justify="right")
     table.add_column("end", justify="right")
     labels = {
         "held_out/ntp_raw": "held-out loss, raw weights", "held_out/ntp_ema": "held-out loss, EMA weights",
@@ -122,7 +126,8 @@ def print_table(report: dict[str, Any], run: Path) -> None:
     for name, label in labels.items():
         entry = report[name]
         if entry["last"] is not None:
-            table.add_row(label, f"{entry['first']:.4f}", f"{entry['last']:.4f}")
+            began = "" if entry["first"] is None else f"{entry['first']:.4f} (step {entry['first_step']})"
+            table.add_row(label, began, f"{entry['last']:.4f}")
     if "accuracy" in report:
         accuracy = report["accuracy"]
         table.add_row("recognised digits: real held out", "", f"{accuracy['real']:.3f}")
@@ -130,7 +135,7 @@ def print_table(report: dict[str, Any], run: Path) -> None:
     table.add_row("steps", "", str(report["steps"]))
     if report["images_per_s_median"]:
         table.add_row("images/s (median)", "", f"{report['images_per_s_median']:.0f}")
-    table.add_row("seconds", "", f"{report['seconds']:.0f}")
+    table.add_row("seconds (of this start)", "", f"{report['seconds']:.0f}")
     console = Console(width=None if os.isatty(1) else 100)
     console.print(table)
     console.print(f"pictures and numbers: {run}/", highlight=False, soft_wrap=True)
