@@ -27,6 +27,7 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "heads_reduction": "sum",
         "teacher_sees_last_token": False,
         "normalizer": "valid",
+        "heads_in_warmup": "decay",
     },
     "paper": {
         "head_order": "nearest",
@@ -35,6 +36,7 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "heads_reduction": "mean",
         "teacher_sees_last_token": True,
         "normalizer": "valid",
+        "heads_in_warmup": "sleep",
     },
 }
 
@@ -133,6 +135,11 @@ class ForesightConfig(Section):
     schedule: LambdaSchedule = LambdaSchedule()
     warmup_epochs: float | None = Field(
         None, ge=0, description="epochs without alignment; 15 for mirai-e with the run's own EMA, else 0"
+    )
+    heads_in_warmup: Literal["decay", "sleep"] | None = Field(
+        None,
+        description="decay: AdamW goes on with zero gradients, as in the authors' code; sleep: nothing of the heads "
+        "moves, and AdamW begins with the first aligned step",
     )
     head: Literal["mlp", "transformer"] | None = Field(
         None, description="mlp: 3 layers (REPA's); transformer: one block, the default of mtp (Table 9 has both)"

@@ -26,7 +26,10 @@ class StudyArm:
 
 
 def _e(*sets: str, convention: str = "official", warmup: str = "WARMUP") -> tuple[str, ...]:
-    own = ("method=mirai-e", f"convention={convention}", "projector_dim=128", f"warmup_epochs={warmup}", *sets)
+    own = (
+        "method=mirai-e", f"convention={convention}", "projector_dim=128", f"warmup_epochs={warmup}",
+        "heads_in_warmup=sleep", *sets,  # as the committed rows were made
+    )  # fmt: skip
     return tuple(f"foresight.{one}" for one in own)
 
 

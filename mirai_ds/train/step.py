@@ -36,9 +36,15 @@ def train_step(session: Session, step: int, plainly: bool = False) -> StepRecord
     multiplier = alignment_multiplier(config.foresight, epoch, config.train.epochs)
     horizon = horizon_steps(config.train, session.order.steps_per_epoch)
     lr = learning_rate(config.optimizer, step, horizon)
-    engine.set_rates(lr, heads_active=aligned)
+    sleeps = config.foresight.heads_in_warmup == "sleep"
+    engine.set_rates(lr, heads_active=aligned or not sleeps)
     # A function of the step, not of what this process has seen: a resume at the boundary wakes them too.
-    if aligned and step > 0 and not alignment_active(config.foresight, (step - 1) / session.order.steps_per_epoch):
+    if (
+        sleeps
+        and aligned
+        and step > 0
+        and not alignment_active(config.foresight, (step - 1) / session.order.steps_per_epoch)
+    ):
         engine.wake_heads()
     place = step + session.progress.batch_offset
     # The kernel prepares its gradient for one multiplier and corrects it where another comes: a schedule of steps is

@@ -248,6 +248,7 @@ OFFICIAL = {
     "heads_reduction": "sum",
     "teacher_sees_last_token": False,
     "normalizer": "valid",
+    "heads_in_warmup": "decay",
 }
 PAPER = {
     "head_order": "nearest",
@@ -256,6 +257,7 @@ PAPER = {
     "heads_reduction": "mean",
     "teacher_sees_last_token": True,
     "normalizer": "valid",
+    "heads_in_warmup": "sleep",
 }
 E_FIELDS = {
     "num_heads": 3,

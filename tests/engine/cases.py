@@ -297,12 +297,16 @@ def initial_masters_case(stage: int, precision: str) -> list[str]:
     return [name for name, value in wanted.items() if not torch.equal(masters[name], value)]
 
 
-def warmup_case(stage: int, asleep: int = 3, awake: int = 3, wake: bool = True) -> dict[str, Any]:
-    """Heads through `asleep` steps without alignment and `awake` with it, beside plain PyTorch that skips them.
+def warmup_case(
+    stage: int, asleep: int = 3, awake: int = 3, wake: bool = True, decay: bool = False, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Heads through `asleep` steps without alignment and `awake` with it, beside plain PyTorch that skips them; or
+    (decay) that multiplies what they give by zero, as the authors' code does.
 
     A large eps keeps AdamW from blowing up the rounding of gradients near zero.
     """
-    config = toy_config("mirai-e", stage, optimizer={"lr": 1e-2, "grad_clip": 0.0, "weight_decay": 0.05, "eps": 1e-4})
+    rates = {"lr": 1e-2, "grad_clip": 0.0, "weight_decay": 0.05, "eps": 1e-4}
+    config = toy_config("mirai-e", stage, precision, optimizer=rates)
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = toy_engine(config, head_scale=HEAD_SCALE)
     before = engine.gather_weights("raw", prefix="projectors.")
@@ -315,8 +319,8 @@ def warmup_case(stage: int, asleep: int = 3, awake: int = 3, wake: bool = True) 
     slept: list[str] = []
     for step in range(asleep + awake):
         aligned = step >= asleep
-        engine.set_rates(1e-2, heads_active=aligned)
-        if step == asleep and wake:
+        engine.set_rates(1e-2, heads_active=aligned or decay)
+        if step == asleep and wake and not decay:
             engine.wake_heads()
         (batch,) = toy_loader(config, rank, world, 1).micro_batches(step)
         target = fixed_target(config, batch, step) if aligned else None
@@ -326,8 +330,8 @@ def warmup_case(stage: int, asleep: int = 3, awake: int = 3, wake: bool = True) 
         optimizer.zero_grad(set_to_none=True)
         for other in range(world):
             (share,) = toy_loader(config, other, world, 1).micro_batches(step)
-            target = fixed_target(config, share, step) if aligned else None
-            (plain(share.tokens, share.labels, share.keys, target, 1.0)[0] / world).backward()
+            target = fixed_target(config, share, step) if aligned or decay else None
+            (plain(share.tokens, share.labels, share.keys, target, float(aligned))[0] / world).backward()
         optimizer.step()
         if step == asleep - 1:
             after = engine.gather_weights("raw", prefix="projectors.")

@@ -19,6 +19,7 @@ import pytest
 from mirai_ds.analysis.differences import Difference, of_configurations
 from mirai_ds.analysis.inspect_run import inspect_run
 from mirai_ds.checkpoint.store import verify
+from mirai_ds.config import load
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runs.records import read_run
 
@@ -31,6 +32,10 @@ def curve(run: Path) -> dict[int, dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         values = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/", "checkpoint/"))}
+        # What was called lambda is the schedule's multiplier; today lambda is each head's.
+        if "foresight/lambda" in values:
+            values["foresight/schedule"] = values.pop("foresight/lambda")
+        values = {k: v for k, v in values.items() if not k.startswith("foresight/lambda/")}
         steps[line["step"]] = steps.get(line["step"], {}) | values
     return steps
 
@@ -67,6 +72,14 @@ def test_its_attempts_are_counted_on(resumed: Path) -> None:
     now, then = read_run_config(resumed), read_run_config(FIXTURE)
     assert now == then
     assert (then.eval.fid.num_samples, then.eval.loss.at_end, then.eval.classifier.per_class) == (5000, True, 50)
+
+
+def test_its_heads_sleep_during_a_warm_up(resumed: Path) -> None:
+    """As they did before that was a choice; a new run of the same convention does as the authors' code."""
+    assert read_run_config(FIXTURE).foresight.heads_in_warmup == "sleep"
+    assert load(str(FIXTURE / "config.yaml")).foresight.heads_in_warmup == "sleep"
+    assert load("digits-mirai-e").foresight.heads_in_warmup == "decay"
+    assert "heads_in_warmup" not in (resumed / "log.txt").read_text()
 
 
 def test_compare_finds_no_other_settings(resumed: Path) -> None:

@@ -24,7 +24,8 @@ SCALARS = {
     "cosine/head3_down1_right0", "foresight/schedule", "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
     "speed/images_per_s", "speed/tokens_per_s", "speed/model_tflops_per_s_per_rank", "memory/peak_gib",
     "held_out/ntp_raw", "held_out/ntp_ema", "score/accuracy_generated", "score/accuracy_real", "checkpoint/stall_s",
-    "checkpoint/write_s",
+    "checkpoint/write_s", "foresight/lambda/head1_down0_right0", "foresight/lambda/head2_down0_right1",
+    "foresight/lambda/head3_down1_right0",
 }  # fmt: skip
 
 
