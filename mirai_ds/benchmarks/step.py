@@ -3,7 +3,8 @@
 Compared are the trainer as configured (`mirai_ds`) and the plain baseline (`benchmarks/plain.py`: DDP, separate copies
 for the average and the teacher, an fp32 teacher; eager, and on a GPU compiled too), in these comparisons:
 
-  plain      mirai_ds against the baseline, same method, batch and precision
+  plain      mirai_ds against the baseline, same method, batch and precision; of Mirai-E also with the baseline's fp32
+             teacher, which runs in the step's precision otherwise
   overhead   mirai_ds with alignment against mirai_ds without
   ranks      mirai_ds on ZeRO-2 against the baseline's DDP, two ranks (on a CPU), no alignment
   switches   mirai_ds with one thing changed at a time: compiled or not, chunked loss or not, recompute policies, stages
@@ -79,6 +80,8 @@ def comparisons(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Bench
         for method in args.methods:
             plain = arm(args, "plain", method, [], plain=True)
             sides = [plain, arm(args, "mirai_ds", method, best)]
+            if method == "E" and args.precision != "fp32":  # like with like: the baseline's teacher is in fp32
+                sides.append(arm(args, "mirai_ds, fp32 teacher", "E", [*best, "foresight.teacher_dtype=fp32"]))
             if args.gpus:  # as the authors' scripts do; on a CPU it gains nothing
                 sides.insert(1, replace(plain, name="plain, compiled", settings={"compiled": True}))
             yield "plain", method, sides

@@ -87,8 +87,9 @@ def test_rows_come_from_turns(
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     with out.open() as file:
         assert list(csv.DictReader(file)) == printed
-    plain, ours = printed
-    assert (plain["times_as_fast"], ours["times_as_fast"]) == ("1.000", "2.000")
+    plain, ours, alike = printed
+    assert (plain["times_as_fast"], ours["times_as_fast"], alike["times_as_fast"]) == ("1.000", "2.000", "2.000")
+    assert [row["variant"] for row in printed] == ["plain", "mirai_ds", "mirai_ds, fp32 teacher"]
     assert (plain["memory_ratio"], ours["memory_ratio"]) == ("1.000", "0.500")
     assert ours["command"] == "mirai-ds bench step plain --methods E --rounds 3 --batch 8 --json"
 
