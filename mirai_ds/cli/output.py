@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def world_or_launch(verb: str, ranks: int | None) -> World:
     from mirai_ds.runtime.distributed import World, read_world
     from mirai_ds.runtime.launch import launch, visible_gpus
     from mirai_ds.runtime.log import start_log
+    from mirai_ds.runtime.processes import watch_starter
 
     world = read_world()
     if world is None:
@@ -49,5 +51,7 @@ def world_or_launch(verb: str, ranks: int | None) -> World:
             arguments = sys.argv[1:]
             sys.exit(launch(f"mirai_ds.cli.{verb}", arguments[arguments[:1] == [verb] :], count, gpus))
         world = World(0, 0, 1, 1)
+    else:
+        watch_starter(lambda _: os._exit(75))  # what is finished stays, and a later start does the rest
     start_log(world.rank)
     return world

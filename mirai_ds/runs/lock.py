@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from mirai_ds.config import UserError
 from mirai_ds.runtime.disk import write_whole
+from mirai_ds.runtime.processes import Identity, start_time
 
 FOLDER, HEARTBEAT = "incarnations", "heartbeat"
 HEARTBEAT_SECONDS = 2.0
@@ -59,26 +59,10 @@ class Attempt:
         return f"start {self.number} ({job}host {self.host}, pid {self.pid}, since {began})"
 
 
-def _pid_started(pid: int) -> str:
-    """Start time of a process in clock ticks, empty when there is none: pids are used again."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _space() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def _myself(number: int) -> Attempt:
-    env, pid = os.environ, os.getpid()
+    env, me = os.environ, Identity.of(os.getpid())
     return Attempt(
-        number, uuid.uuid4().hex, socket.gethostname(), _space(), pid, _pid_started(pid), env.get("SLURM_JOB_ID", ""),
+        number, uuid.uuid4().hex, me.host, me.space, me.pid, me.started, env.get("SLURM_JOB_ID", ""),
         int(env.get("SLURM_RESTART_COUNT") or 0), time.time(),
     )  # fmt: skip
 
@@ -134,7 +118,7 @@ def _is_alive(holder: Attempt, run: Path, me: Attempt, patience: float) -> bool:
         return False  # the scheduler requeued it: whatever is left of it must not write
     # Certain at once, unlike the heartbeat; a process that took the holder's pid later has another start time.
     if holder.space and holder.space == me.space:
-        return _pid_started(holder.pid) == holder.pid_started
+        return start_time(holder.pid) == holder.pid_started
     before, until = _heartbeat(run), time.monotonic() + patience
     while time.monotonic() < until:
         if _heartbeat(run) != before:

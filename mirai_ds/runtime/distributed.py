@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mirai_ds.config.errors import UserError
-from mirai_ds.runtime.launch import visible_gpus
+from mirai_ds.runtime.launch import free_port, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def export_world(world: World) -> None:
     unknown names.
     """
     address, port = rendezvous(world)
+    if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # nobody has to find it: any free port will do
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
     index = device_index(world, torch.cuda.device_count()) if use_cuda() else world.local_rank

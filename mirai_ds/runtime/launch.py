@@ -16,6 +16,7 @@ from pathlib import Path
 from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.log import LOG, start_log
+from mirai_ds.runtime.processes import as_parent
 from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
@@ -66,7 +67,6 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-PARENT = "MIRAI_DS_PARENT"  # set for ranks that `launch` started
 # glibc maps large blocks anew at each malloc and gives them back at each free: thousands of page faults a step.
 # Without mappings all come from the heap, which is not trimmed below 4 GiB of free space at its end.
 CPU_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
@@ -108,7 +108,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
     start_log()
     if stop_file is not None:
         stop_file.unlink(missing_ok=True)
-    env = {**launch_environment(ranks, gpus), PARENT: "1"}
+    env = {**launch_environment(ranks, gpus), **as_parent()}
     # A session of its own: a terminal's Ctrl-C comes here alone, and reaches the ranks as a request.
     process = subprocess.Popen(command, env=env, start_new_session=True)
     asked: list[float] = []

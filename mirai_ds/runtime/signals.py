@@ -17,6 +17,7 @@ CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_EVENT_SECONDS = 5.0
 # After a second request a checkpoint that is being written may be finished: Slurm's KillWait is 30 s by default.
 LAST_SECONDS = 20.0
+ABANDONED_SECONDS = 10.0  # for the step of a rank whose launcher is gone, before its save
 NOTHING, REQUEUE, STOP = 0, 1, 2  # what was asked for; the larger wins
 
 
@@ -87,6 +88,12 @@ class StopRequests:
             if not self.is_saving():
                 self.leave(f"{self.reason}, then {reason}: left at once")
             self._leave_after(LAST_SECONDS, f"{self.reason}, then {reason}: left while saving")
+
+    def abandon(self, reason: str) -> None:
+        """Nobody waits for this process any more: stop after this step and save, but do not stay for long."""
+        self.request(REQUEUE, reason)
+        self._leave_after(ABANDONED_SECONDS, f"{reason}; left within a step", unless=self.is_saving)
+        self._leave_after(ABANDONED_SECONDS + LAST_SECONDS, f"{reason}; left while saving")
 
     def _is_getting_on(self) -> bool:
         """Whether the step during which the request came has ended, or a save is under way: then the loop leaves."""

@@ -27,9 +27,7 @@ def measure_costs(study: Study, arms: list[StudyArm], folder: Path) -> Costs:
     quartiles over rounds, the ratio of FLOPs, and the first aligned step.  For a process of its own: it starts a
     process group."""
     from mirai_ds.runtime.distributed import use_cuda
-    from mirai_ds.runtime.launch import free_port
 
-    os.environ["MASTER_PORT"] = str(free_port())
     if not use_cuda():
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses aloud
     configs = {arm.name: run_config(study, arm, 0, folder) for arm in arms}

@@ -29,7 +29,8 @@ from mirai_ds.runs.outcome import read as read_outcome
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.distributed import unusable_because
 from mirai_ds.runtime.environment import cpu_name, package_versions
-from mirai_ds.runtime.launch import free_port, launch_environment, visible_gpus
+from mirai_ds.runtime.launch import launch_environment, visible_gpus
+from mirai_ds.runtime.processes import as_parent
 from mirai_ds.study.arms import (
     ARMS,
     ENCODER_SET,
@@ -195,7 +196,7 @@ def train(study: Study, planned: Planned, folder: Path) -> None:
         return
     command = [sys.executable, "-m", "mirai_ds.train", study.recipe, "--run-dir", str(run), "--resume", "if-present"]
     command += [part for one in overrides(study, planned.arm, planned.seed, folder) for part in ("--set", one)]
-    env = {**launch_environment(1, min(1, visible_gpus())), "MASTER_PORT": str(free_port())}
+    env = {**launch_environment(1, min(1, visible_gpus())), **as_parent()}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
     folder.mkdir(parents=True, exist_ok=True)

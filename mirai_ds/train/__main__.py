@@ -19,8 +19,10 @@ from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
-from mirai_ds.runtime.distributed import World, read_world
+from mirai_ds.runtime.distributed import World, export_world, read_world
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
+from mirai_ds.runtime.peers import Peers, meet
+from mirai_ds.runtime.processes import watch_starter
 from mirai_ds.runtime.signals import STOP, STOP_FILE, STOP_FILE_VARIABLE, StopRequests
 from mirai_ds.train.options import TrainOptions, train_options
 
@@ -38,6 +40,7 @@ class RankStartup:
         self.stop.leave = self.leave
         self.folder: Any = None  # a RunFolder, once there is one
         self.watchdog: Any = None
+        self.peers: Peers | None = None
 
     def leave(self, reason: str) -> None:
         """End this process wherever it is; the earlier checkpoints are whole."""
@@ -46,6 +49,12 @@ class RankStartup:
         LOG.error("%s; the last checkpoint stands", reason)
         os._exit(EXIT_CODES[verdict])
 
+    def lost(self, text: str) -> None:
+        """End this process, because another of the ranks has ended."""
+        LOG.error("rank %d: %s", self.world.rank, text)
+        self.outcome.write_in_time("requeue", f"rank {self.world.rank} lost another rank: {text}")
+        os._exit(1)
+
     def train(self, config: RunConfig, run: Path, options: TrainOptions) -> tuple[str, str]:
         """Build the session, resume if asked, run the loop; the verdict."""
         from mirai_ds.runtime.distributed import local_device
@@ -53,6 +62,10 @@ class RankStartup:
         device = local_device(self.world)
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        export_world(self.world)
+        self.peers = meet(
+            self.world, config.launch.timeout_minutes, self.lost
+        )  # before the imports, which take seconds
         from mirai_ds.engine.start import start_process_group
         from mirai_ds.train.agree import agree_on_kernel, agree_on_start
         from mirai_ds.train.hooks.log import Sinks
@@ -88,6 +101,8 @@ class RankStartup:
             self.watchdog.close()
         assert session.ended is not None
         verdict, reason = session.ended
+        if self.peers is not None:
+            self.peers.close()
         session.control.barrier()  # nobody leaves before all are done: launchers end the others
         if self.world.rank == 0:
             folder.lock.release(f"{verdict} {reason}")
@@ -151,6 +166,7 @@ def run_rank(options: TrainOptions) -> None:
     start_log(world.rank)
     start = RankStartup(world)
     start.stop.install()
+    watch_starter(start.stop.abandon)
     if world.rank == 0:
         start.outcome.clear_named()
     try:
@@ -168,6 +184,8 @@ def run_rank(options: TrainOptions) -> None:
             start.outcome.write("failed", str(error))
             if start.folder is not None:
                 start.folder.refuse(str(error))
+        if start.peers is not None:
+            start.peers.close()
         _say_and_leave(error, world)
     except BaseException as error:
         crash(start, error)

@@ -1,0 +1,184 @@
+"""A rank that dies before there is a collective to fail, and ranks whose launcher, or the command itself, is killed:
+the others end, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirai_ds.checkpoint import store
+from mirai_ds.runtime import processes
+from mirai_ds.runtime.processes import Identity, as_parent, start_time, watch_starter
+from mirai_ds.runtime.signals import REQUEUE, StopRequests
+from tests.fault.faulty_ranks import SETTINGS, run_ranks
+
+PLACES = ["engine.start.start_process_group", "train.agree.agree_on_kernel", "train.build.load_dataset",
+          "train.build.TrainEngine", "train.preflight.preflight", "train.loop.train_step"]  # fmt: skip
+
+
+def die_at(place: str, victim: int) -> None:
+    """In a rank: end without a word where `place` is called; the other rank goes on to whatever waits for it."""
+    import importlib
+
+    module, _, name = place.rpartition(".")
+    owner = importlib.import_module(f"mirai_ds.{module}")
+
+    def gone(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == str(victim):
+        setattr(owner, name, gone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_dies_early_ends_the_other(tmp_path: Path, place: str, victim: int) -> None:
+    """No launcher is there to end it, and none of these places is a collective that would fail by itself."""
+    ended = run_ranks(tmp_path / "run", settings=["train.max_steps=2"], prepare=die_at, arguments=(place, victim))
+    assert ended.codes[victim] == -signal.SIGKILL
+    assert ended.codes[1 - victim] == 1, ended.out[-3000:]
+    assert ended.outcome.startswith(f"requeue rank {1 - victim} lost another rank"), ended.outcome
+    assert "Traceback" not in ended.out
+
+
+def hang_before_the_group(seconds: float) -> None:
+    """In a rank: the process group never forms for it, as behind a firewall."""
+    from mirai_ds.engine import start
+
+    start.start_process_group = lambda *_: time.sleep(seconds)  # type: ignore[assignment]
+
+
+def test_a_rank_that_dies_in_a_rendezvous_that_would_wait_for_half_an_hour(tmp_path: Path) -> None:
+    def kill_the_second(ranks: list[Any]) -> None:
+        time.sleep(6)
+        os.kill(ranks[1].pid, signal.SIGKILL)
+
+    ended = run_ranks(tmp_path / "run", prepare=hang_before_the_group, arguments=(1000,), during=kill_the_second)
+    assert ended.codes == [1, -signal.SIGKILL]
+    assert re.search(r"rank 0: rank 1 is gone \(\S+, pid \d+\)", ended.out)
+
+
+def test_a_port_of_somebody_else_is_told(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        env = {"MASTER_PORT": str(other.getsockname()[1])}
+        ended = run_ranks(tmp_path / "run", env=env, during=lambda ranks: ranks[1].kill())
+    assert ended.codes[0] == 2, ended.out[-3000:]
+    assert re.search(r"rank 0 cannot listen at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+ .*set MASTER_PORT", ended.out)
+    assert ended.outcome.startswith("failed rank 0 cannot listen")
+    assert "Traceback" not in ended.out
+
+
+def test_a_rank_alone_needs_no_port(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        env = {"MASTER_PORT": str(other.getsockname()[1])}
+        ended = run_ranks(tmp_path / "run", world=1, env=env, settings=["train.max_steps=1"])
+    assert ended.codes == [0], ended.out[-3000:]
+
+
+# --- the command, its launcher, its ranks ----------------------------------------------------------------------------
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
+    until = time.monotonic() + seconds
+    while not (done := holds()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return done
+
+
+@pytest.mark.parametrize("victim", ["command", "launcher"])
+def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
+    """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end."""
+    run = tmp_path / "run"
+    long = ["train.max_steps=100000", "train.epochs=10000", "checkpoint.every_steps=50000", "eval.loss.every_steps=null",
+            "sampling.every_steps=null"]  # fmt: skip
+    settings = [part for o in (*SETTINGS, *long) for part in ("--set", o)]
+    command = [
+        sys.executable,
+        "-m",
+        "mirai_ds",
+        "train",
+        "digits-mirai-e",
+        *settings,
+        "--run-dir",
+        str(run),
+        "--ranks",
+        "2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: (run / "metrics.jsonl").is_file() and "loss" in (run / "metrics.jsonl").read_text())
+    everyone = {pid: start_time(pid) for pid in family(process.pid)}
+    assert len(everyone) >= 4  # the command, the launcher, two ranks
+    launcher = next(pid for pid in everyone if pid != process.pid)
+    os.kill(process.pid if victim == "command" else launcher, signal.SIGKILL)
+    process.wait(120)
+    assert wait_until(lambda: all(start_time(pid) != began for pid, began in everyone.items()))
+    (step,) = store.list_steps(run)
+    store.verify(store.folder_of(run, step))
+    assert (run / "outcome").read_text().startswith("requeue process ")
+    assert "is gone" in (run / "outcome").read_text()
+
+
+def test_whose_end_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is named, by its start time too, and the parent; nobody where no launcher was."""
+    told: list[str] = []
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.02)
+    for name in processes._LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    watch_starter(told.append)
+    child = subprocess.Popen(["sleep", "1000"])
+    monkeypatch.setenv(processes.PARENT, f"{child.pid} {start_time(child.pid)}")
+    assert as_parent()[processes.PARENT] == f"{os.getpid()} {start_time(os.getpid())}"
+    watch_starter(told.append)
+    time.sleep(0.2)
+    assert told == []
+    child.kill()  # not waited for: a process that is dead already
+    assert wait_until(lambda: told == [f"process {child.pid}, which started this one, is gone"], 20)
+    child.wait()
+
+
+def test_a_pid_that_is_used_again_is_another_process() -> None:
+    me = Identity.of(os.getpid())
+    assert not me.is_gone()
+    assert Identity(me.host, me.space, me.pid, "1").is_gone()
+    assert not Identity("elsewhere", "another boot", me.pid, "1").is_gone()
+
+
+def test_abandoned_ranks_leave_after_their_step_or_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs does not keep a rank that nobody waits for."""
+    monkeypatch.setattr("mirai_ds.runtime.signals.ABANDONED_SECONDS", 0.1)
+    left: list[str] = []
+    stop = StopRequests()
+    stop.leave = left.append  # type: ignore[assignment]
+    stop.abandon("process 7, which started this one, is gone")
+    assert (stop.kind, stop.poll()) == (REQUEUE, REQUEUE)
+    assert wait_until(lambda: left == ["process 7, which started this one, is gone; left within a step"], 20)
