@@ -118,21 +118,11 @@ def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
 def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
     """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end."""
     run = tmp_path / "run"
-    long = ["train.max_steps=100000", "train.epochs=10000", "checkpoint.every_steps=50000", "eval.loss.every_steps=null",
-            "sampling.every_steps=null"]  # fmt: skip
+    long = ["train.max_steps=100000", "train.epochs=10000", "checkpoint.every_steps=50000",
+            "eval.loss.every_steps=null", "sampling.every_steps=null"]  # fmt: skip
     settings = [part for o in (*SETTINGS, *long) for part in ("--set", o)]
-    command = [
-        sys.executable,
-        "-m",
-        "mirai_ds",
-        "train",
-        "digits-mirai-e",
-        *settings,
-        "--run-dir",
-        str(run),
-        "--ranks",
-        "2",
-    ]
+    command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", "--run-dir", str(run), "--ranks", "2"]
+    command += settings
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_until(lambda: (run / "metrics.jsonl").is_file() and "loss" in (run / "metrics.jsonl").read_text())
     everyone = {pid: start_time(pid) for pid in family(process.pid)}
