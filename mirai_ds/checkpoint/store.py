@@ -70,6 +70,11 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in suffixes if name.isdigit())
 
 
+def half_done(run: Path) -> list[Path]:
+    """Folders of saves and deletions that were killed on their way: nothing reads them."""
+    return sorted(path for kind in ("partial", "deleted") for path in (run / "checkpoints").glob(f"step-*.{kind}-*"))
+
+
 def read_info(folder: Path) -> CheckpointInfo:
     """What a checkpoint says of itself.  Raises OSError, ValueError, TypeError."""
     return info_of(json.loads((folder / INFO).read_text(encoding="utf-8")))

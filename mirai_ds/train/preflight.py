@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.checkpoint.format import FP32_COPIES
+from mirai_ds.checkpoint.store import half_done
 from mirai_ds.config import UserError
 from mirai_ds.data import check_files
 from mirai_ds.runs.lock import path_of
@@ -121,7 +122,9 @@ def _check_space(session: Session) -> None:
     config = session.config.checkpoint
     if config.every_steps is None and not config.at_end:
         return
-    free, size = shutil.disk_usage(session.run).free, checkpoint_bytes(session)
+    # What the start removes before it saves counts as free.
+    waste = sum(path.stat().st_size for folder in half_done(session.run) for path in folder.rglob("*"))
+    free, size = shutil.disk_usage(session.run).free + waste, checkpoint_bytes(session)
     if free < 2 * size + BESIDE:
         raise UserError(
             f"{session.run}: {_gib(free)} free, two checkpoints need {_gib(2 * size + BESIDE)}; make room, or choose "

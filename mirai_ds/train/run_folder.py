@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,8 @@ class RunFolder:
                 self.lock.watch()
             for path in left_behind(self.run / "*"):
                 path.unlink(missing_ok=True)
+            for path in store.half_done(self.run):
+                shutil.rmtree(path, ignore_errors=True)
             (self.run / OUTCOME).unlink(missing_ok=True)
             if self._earlier_stop == _identity(self.run / STOP_FILE):  # else it is for this start
                 (self.run / STOP_FILE).unlink(missing_ok=True)

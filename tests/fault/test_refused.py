@@ -91,6 +91,17 @@ def test_what_may_change_is_announced(run: Path) -> None:
     assert log.index("changed since: optimizer.lr") < log.index("resumed after step 8")
 
 
+def test_what_a_killed_deletion_left_goes_with_the_next_start(run: Path) -> None:
+    """Two checkpoints of two steps: nothing is superseded any more, which is when the saver would have removed it."""
+    for name in ("step-00000002.deleted-4711", "step-00000012.partial-3"):
+        shutil.copytree(store.folder_of(run, 4), run / "checkpoints" / name)
+    assert len(store.half_done(run)) == 2
+    ended = run_ranks(run, "--resume", "auto", settings=SMALL, world=1)
+    assert ended.outcome == "finished at step 8\n", ended.out[-3000:]
+    assert store.half_done(run) == []
+    assert store.list_steps(run) == [4, 8]
+
+
 def test_allow_change_is_for_those_who_mean_it(run: Path) -> None:
     settings = [*SMALL, "train.max_steps=9", "model.rope_base=500", "model.ffn_dropout=0.3"]
     ended = run_ranks(run, "--resume", "auto", "--allow-change", "model.rope_base", settings=settings, world=1)
