@@ -90,7 +90,7 @@ def rank(arguments: list[str]) -> None:
     stamp("rank")
     from mirai_ds.train import __main__ as train
 
-    read = train.read_world
+    read = train.recognise
 
     def first(*args: Any) -> Any:  # what `Start.train` imports, in its order
         os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
@@ -107,7 +107,7 @@ def rank(arguments: list[str]) -> None:
         _stamped(loop, "train_step", "step", last=True)
         return read(*args)
 
-    train.read_world = first  # type: ignore[assignment]
+    train.recognise = first  # type: ignore[assignment]
     train.main(arguments)
 
 

@@ -63,11 +63,14 @@ def train(options: TrainOptions, ranks: int | None) -> None:
     from mirai_ds.runs.outcome import EXIT_CODES, VARIABLE
     from mirai_ds.runs.outcome import read as read_outcome
     from mirai_ds.runtime.launch import launch, visible_gpus
+    from mirai_ds.runtime.launcher import check_asked, recognise
     from mirai_ds.runtime.signals import STOP_FILE, STOP_FILE_VARIABLE
 
     if options.fresh and options.resume:
         raise UserError("--fresh and --resume: the one starts anew, the other continues; give one of them")
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+    found = recognise()
+    check_asked(ranks, found)
+    if found.world is not None:
         from mirai_ds.train.__main__ import run_rank
 
         run_rank(options)

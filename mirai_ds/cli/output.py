@@ -38,12 +38,14 @@ def print_json(value: dict[str, Any]) -> None:
 def world_or_launch(verb: str, ranks: int | None) -> World:
     """This process's place among the ranks, its log started.  Where nobody launched this process and there is work
     for more than one rank, this same command is launched on all of them, and then the process exits."""
-    from mirai_ds.runtime.distributed import World, read_world
     from mirai_ds.runtime.launch import launch, visible_gpus
+    from mirai_ds.runtime.launcher import World, check_asked, recognise
     from mirai_ds.runtime.log import start_log
     from mirai_ds.runtime.processes import watch_starter
 
-    world = read_world()
+    found = recognise()
+    check_asked(ranks, found)
+    world = found.world
     if world is None:
         gpus = visible_gpus()
         count = ranks or max(gpus, 1)

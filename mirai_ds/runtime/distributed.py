@@ -1,4 +1,4 @@
-"""Facts about this process among its peers, whoever started it: deepspeed, torchrun, srun, or nobody."""
+"""Facts about this process among its peers, whoever started it: deepspeed, torchrun, srun, mpirun, or nobody."""
 
 from __future__ import annotations
 
@@ -6,39 +6,20 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.launch import free_port, visible_gpus
+from mirai_ds.runtime.launcher import World, recognise
+
+__all__ = ["World"]
 
 
-@dataclass(frozen=True)
-class World:
-    """This process's place among its peers."""
-
-    rank: int
-    local_rank: int
-    size: int
-    local_size: int
-
-
-def read_world(environ: dict[str, str] | None = None) -> World | None:
-    """The place given by a launcher, or None when nobody launched us.
-
-    deepspeed and torchrun set RANK, LOCAL_RANK, WORLD_SIZE.  Under a direct srun (and `deepspeed --launcher slurm`,
-    which sets none of them) they come from SLURM_*.
-    """
-    env = dict(os.environ) if environ is None else environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
-        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]), int(local_size))
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) >= 1:
-        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS", "1")).split(",")[0].split("(")[0]
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]), int(tasks))
-    return None
+def read_world(environ: Mapping[str, str] | None = None) -> World | None:
+    """The place given by a launcher (`launcher.recognise`), or None when nobody launched us as one of several."""
+    return recognise(environ).world
 
 
 def export_world(world: World) -> None:
@@ -68,6 +49,12 @@ def rendezvous(world: World, environ: Mapping[str, str] | None = None) -> tuple[
     """
     env = os.environ if environ is None else environ
     if "SLURM_STEP_ID" not in env:
+        # RANK without LOCAL_WORLD_SIZE may be a script's on one machine; mpirun always says how many there are.
+        if world.size > world.local_size and not {"MASTER_ADDR", "RANK"} & env.keys():
+            raise UserError(
+                f"{world.size} ranks on several machines, and MASTER_ADDR does not say where rank 0 is; give all of "
+                "them its address and a free port there, e.g. mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+            )
         return "127.0.0.1", 29500
     number = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env["SLURM_STEP_ID"])
     port = 15000 + number % 15000  # below what kernels hand out to clients; jobs that share a node differ
@@ -110,7 +97,8 @@ def device_index(world: World, visible: int) -> int:
 
 
 def local_device(world: World) -> torch.device:
-    """The GPU of this local rank, or the CPU where there is none; CPU ranks share the cores evenly.
+    """The GPU of this local rank, or the CPU where there is none; CPU ranks share the cores evenly, unless
+    OMP_NUM_THREADS says how many each may use.
 
     Raises UserError where there are GPUs that torch cannot use, or fewer than ranks: training on the CPU instead would
     take weeks for what was meant to take hours.  DS_ACCELERATOR=cpu asks for the CPU.
@@ -123,7 +111,8 @@ def local_device(world: World) -> torch.device:
     if gpus := visible_gpus():
         which = f"{gpus} GPUs here, but torch {torch.__version__} cannot use them"
         raise UserError(f"{which}: {unusable_because()}; to train on the CPU set DS_ACCELERATOR=cpu")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
+    if "OMP_NUM_THREADS" not in os.environ:  # else its user has decided, on a shared machine for good reasons
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     return torch.device("cpu")
 
 

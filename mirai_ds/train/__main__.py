@@ -19,7 +19,8 @@ from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
-from mirai_ds.runtime.distributed import World, export_world, read_world
+from mirai_ds.runtime.distributed import export_world
+from mirai_ds.runtime.launcher import World, recognise
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
 from mirai_ds.runtime.peers import Peers, meet
 from mirai_ds.runtime.processes import watch_starter
@@ -162,8 +163,13 @@ def main(options: TrainOptions) -> None:
 
 def run_rank(options: TrainOptions) -> None:
     """Exit code 2 and one line for a mistake of the user, 75 to be started again, 1 for anything unforeseen."""
-    world = read_world() or World(0, 0, 1, 1)
+    found = recognise()
+    world = found.world or World(0, 0, 1, 1)
     start_log(world.rank)
+    for note in found.notes:
+        LOG.warning("%s", note)
+    here = f", {world.local_size} on this machine" if world.size > 1 else ""
+    LOG.info("launcher: %s; %d rank%s%s", found.launcher, world.size, "s" * (world.size > 1), here)
     start = RankStartup(world)
     start.stop.install()
     watch_starter(start.stop.abandon)
