@@ -130,7 +130,9 @@ def codebook(channels: str | None, **options: Any) -> None:
       mirai-ds extract codebook --images /usr/share/datasets/fashion-mnist --size 28 --patch 2 --out fashion.npz
     """
     from mirai_ds.extract.codebook import learn_codebook
+    from mirai_ds.runtime.log import start_log
 
+    start_log()
     click.echo(learn_codebook(channels=None if channels is None else int(channels), **options))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -14,14 +13,15 @@ from PIL import Image
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
+from mirai_ds.data.folder_walk import EXTENSIONS, Walk, is_hidden, splits_among
+from mirai_ds.runtime.log import LOG
 
 Array = np.ndarray[Any, Any]
 
-# torchvision.datasets.folder.IMG_EXTENSIONS
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SPLITS = ("train", "t10k")
+IDX_SPLITS = ("train", "t10k")
 # Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
 SMALL_SIDE = 32
+SHOWN_CLASSES = 12
 
 
 class Loaded(NamedTuple):
@@ -45,22 +45,23 @@ class ImageSet(Protocol):
 
 
 class FolderImages:
-    """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed."""
+    """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed.
+
+    Hidden and system folders and files are left out; what was left out is logged.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.names: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            files = _files_below(root, name)
-            if not files:
-                raise UserError(
-                    f"{root / name}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it"
-                )
-            self.names += files
-            labels += [label] * len(files)
-        self.labels = np.array(labels, dtype=np.int32)
+        """Raises UserError for folders without images, links that lead back and splits in place of classes."""
+        self.root, walk = root, Walk(root)
+        self.classes = walk.classes()
+        images = {name: walk.images(name) for name in self.classes}
+        walk.tell()
+        _refuse_splits(root, images)
+        empty = next((name for name in self.classes if not images[name]), None)
+        if empty is not None:
+            raise UserError(f"{root / empty}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it")
+        self.names = [path for name in self.classes for path in images[name]]
+        self.labels = np.repeat(np.arange(len(images), dtype=np.int32), [len(paths) for paths in images.values()])
 
     def load(self, index: int, mode: str = "RGB") -> Loaded:
         """See `ImageSet.load`."""
@@ -100,7 +101,7 @@ class NamedImages:
         self._idx: IdxImages | None = None
         if has_idx_files(root):
             split = names[0].split("/")[0]
-            if split not in SPLITS:
+            if split not in IDX_SPLITS:
                 raise UserError(f"{root}: holds idx files, the list is of {names[0]!r}")
             self._idx = IdxImages(root, split)
 
@@ -124,29 +125,55 @@ class NamedImages:
 
 def has_idx_files(root: Path) -> bool:
     """Whether a folder holds images of the idx format."""
-    return any(root.glob("*-images[-.]idx3-ubyte*"))
+    return any(not is_hidden(path.name) for path in root.glob("*-images[-.]idx3-ubyte*"))
 
 
 def open_image_set(path: Path, split: str | None = None) -> ImageSet:
     """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give one with a folder for each class, or with idx files")
-    try:
-        if has_idx_files(path):
-            if split not in (None, *SPLITS):
-                raise UserError(f"split = {split!r}: idx files have {' and '.join(SPLITS)}")
-            return IdxImages(path, split or "train")
-        if split is not None:
-            raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
+    images: ImageSet
+    if has_idx_files(path):
+        if split not in (None, *IDX_SPLITS):
+            raise UserError(f"split = {split!r}: idx files have {' and '.join(IDX_SPLITS)}")
+        images = IdxImages(path, split or "train")
+    elif split is not None:
+        raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
+    else:
         images = FolderImages(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
     if not images.names:
         raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
     bad = next((name for name in images.names if "\n" in name or "\r" in name or not _is_text(name)), None)
     if bad is not None:
         raise UserError(f"{path}: the file name {bad!r} holds a line break or is not UTF-8; rename it")
+    _tell_classes(images)
     return images
+
+
+def _refuse_splits(root: Path, images: dict[str, list[str]]) -> None:
+    splits = splits_among(images)
+    if splits:
+        names, look = " and ".join(splits), "looks like a split" if len(splits) == 1 else "look like splits"
+        inside = any(path.count("/") > 1 for path in images[splits[0]])
+        better = (
+            f"give e.g. {root / splits[0]}" if inside else "put the images of a split into one folder for each class"
+        )
+        raise UserError(f"{root}: {names} {look}, not classes: every image would be labelled by its split; {better}")
+
+
+def _tell_classes(images: ImageSet) -> None:
+    """Logs what was taken for classes, before hours of work are spent on it."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    pairs = [f"{name} {count}" for name, count in zip(images.classes, counts.tolist(), strict=True)]
+    shown = pairs if len(pairs) <= SHOWN_CLASSES else [*pairs[: SHOWN_CLASSES - 2], "...", pairs[-1]]
+    LOG.info("%s: %d images in %d classes: %s", images.root, len(images.names), len(pairs), ", ".join(shown))
+    by_number = sorted(images.classes, key=int) if all(name.isdecimal() for name in images.classes) else images.classes
+    first = next((label for label, name in enumerate(images.classes) if name != by_number[label]), None)
+    if first is not None:
+        LOG.warning(
+            "%s: class folders are numbers and sorted as text, as ImageFolder does: folder %s has label %d; "
+            "zero-padded names have labels in the order of the numbers", images.root, images.classes[first], first,
+        )  # fmt: skip
 
 
 def read_image(path: Path, mode: str = "RGB") -> Loaded:
@@ -214,14 +241,6 @@ def _idx_file(root: Path, split: str, what: str, dimensions: int) -> Path:
     if not files:
         raise UserError(f"{root}: has no {split}-{what}-idx{dimensions}-ubyte or .gz")
     return files[0]
-
-
-def _files_below(root: Path, name: str) -> list[str]:
-    names = []
-    for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-        inside = os.path.relpath(folder, root)
-        names += [f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-    return names
 
 
 def _is_text(name: str) -> bool:

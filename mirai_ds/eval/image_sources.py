@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
-from mirai_ds.data.image_sets import EXTENSIONS, read_image
+from mirai_ds.data.folder_walk import EXTENSIONS, Walk, splits_among
+from mirai_ds.data.image_sets import read_image
 from mirai_ds.runtime.disk import digest_of_file
 from mirai_ds.runtime.weight_files import first_line
 
@@ -126,15 +128,18 @@ class FolderSource:
     """All image files below a folder, by their path's order; every one must be of the same size."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names = sorted(
-            os.path.relpath(os.path.join(folder, name), path)
-            for folder, _, files in os.walk(path, followlinks=True)
-            for name in files
-            if name.lower().endswith(EXTENSIONS)
-        )
+        self.path, walk = path, Walk(path)
+        self.names = sorted(walk.images())
+        walk.tell()
         if not self.names:
             raise UserError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
+        folders = {top: list(names) for top, names in groupby(self.names, lambda name: name.partition("/")[0])}
+        splits = splits_among(folders)
+        if len(splits) > 1:
+            problem = (
+                f"look like splits, whose images would be judged together; give one of them, e.g. {path / splits[0]}"
+            )
+            raise UserError(f"{path}: {' and '.join(splits)} {problem}")
         self.count = len(self.names)
         self.height, self.width = self._read(self.names[0]).shape[:2]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import UserError
+from mirai_ds.data.folder_walk import is_hidden
 from mirai_ds.data.image_sets import FolderImages, open_image_set
 from mirai_ds.data.stores.files import MANIFEST, read_manifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
@@ -24,6 +25,7 @@ from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, full_d
 from mirai_ds.resumable.parts import Part, load_or_redo_shard, run_blocks
 from mirai_ds.resumable.plan import Listing, WorkPlan, begin, check_same, read_plan
 from mirai_ds.resumable.progress import WorkProgress
+from mirai_ds.runtime.log import LOG
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -132,7 +134,8 @@ def _folders(folder: Path) -> tuple[Path, Path]:
         raise UserError(f"{folder}: no such folder")
     folders = []
     for ending in ("_codes", "_labels"):
-        matches = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.endswith(ending))
+        shown = (path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        matches = sorted(path for path in shown if path.name.endswith(ending))
         if len(matches) != 1:
             names = ", ".join(path.name for path in matches) or "none"
             raise UserError(
@@ -161,7 +164,13 @@ def _count(codes: Path, labels: Path) -> int:
     numbers: list[set[int]] = []
     for folder in (codes, labels):
         seen: dict[int, str] = {}
-        for name in sorted(os.listdir(folder)):
+        names = sorted(os.listdir(folder))
+        hidden = [name for name in names if is_hidden(name)]
+        if hidden:
+            LOG.warning("%s: left out %d hidden or system names, e.g. %s", folder, len(hidden), hidden[0])
+        for name in names:
+            if is_hidden(name):
+                continue
             stem = name.removesuffix(".npy")
             if stem == name or not stem.isdecimal():
                 bad.append(f"{folder / name}: is not called <number>.npy")

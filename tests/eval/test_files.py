@@ -123,6 +123,20 @@ def test_folders_that_cannot_be_judged(tmp_path: Path) -> None:
     one_line(lambda: list(open_images(folder).batches(2)), "000003.png", "cannot be read")
 
 
+def test_the_walk_of_a_judged_folder_is_that_of_an_extraction(tmp_path: Path) -> None:
+    """Thumbnails are not judged, links that lead back and splits are refused."""
+    folder = write_folder(tmp_path / "f", pictures(3))
+    wanted = open_images(folder).digest()
+    write_folder(folder / "@eaDir", pictures(2))
+    assert (open_images(folder).count, open_images(folder).digest()) == (3, wanted)
+    (folder / "self").symlink_to(".")
+    one_line(lambda: open_images(folder), f"{folder / 'self'}: leads back to")
+    (tmp_path / "both").mkdir()
+    for split in ("train", "val"):
+        write_folder(tmp_path / "both" / split, pictures(2))
+    one_line(lambda: open_images(tmp_path / "both"), "train and val look like splits", "give one of them")
+
+
 # --- references ----------------------------------------------------------------------------------------------------
 
 

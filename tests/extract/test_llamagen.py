@@ -109,6 +109,14 @@ def test_padding_of_the_sampler(store: Path, tmp_path: Path) -> None:
     assert imported(again, tmp_path / "all", keep_duplicates=True).num_images == 24
 
 
+def test_hidden_names_are_left_out(folder: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    (folder / "._imagenet16_codes").mkdir()
+    (folder / "imagenet16_codes" / ".DS_Store").write_bytes(b"")
+    (folder / "imagenet16_codes" / "@eaDir").mkdir()
+    assert imported(folder, tmp_path / "s").num_images == 18
+    assert f"{folder / 'imagenet16_codes'}: left out 2 hidden or system names, e.g. .DS_Store" in told.messages
+
+
 def test_copies_in_the_middle(folder: Path, tmp_path: Path) -> None:
     for name in ("imagenet16_codes", "imagenet16_labels"):
         shutil.copy(folder / name / "2.npy", folder / name / "12.npy")
