@@ -115,6 +115,12 @@ class NamedImages:
             return self._idx.load(int(self.name(index).split("/")[1]), mode)
         return read_image(self.root / self.name(index), mode)
 
+    def labels(self) -> Array | None:
+        """(n,) int32 of the idx files, in the list's order; of other files None: their class is in their name."""
+        if self._idx is None:
+            return None
+        return self._idx.labels[[int(self.name(image).split("/")[1]) for image in range(len(self._names))]]
+
     def missing(self) -> str | None:
         """The first of three samples of the list that is not there; None when all are."""
         if self._idx is not None:

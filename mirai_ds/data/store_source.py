@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mirai_ds.config import ConfigError, DataConfig, UserError
+from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.stores import (
     IMAGE_FORMAT,
     TOKEN_FORMAT,
@@ -18,6 +22,8 @@ from mirai_ds.data.token_source import TokenDecoder, TokenSource
 from mirai_ds.data.views import FileViews, PackedViews, ViewSource
 from mirai_ds.tokenizer import open_tokenizer
 
+Array = np.ndarray[Any, Any]
+
 
 def from_store(data: DataConfig, device: str = "cpu") -> TokenSource:
     """`data.path` opened.  device: where a tokenizer that shows tokens runs.  Raises UserError."""
@@ -26,10 +32,17 @@ def from_store(data: DataConfig, device: str = "cpu") -> TokenSource:
     decoder = _decoder(data, store, device)
     manifest = store.manifest
     seal = hashlib.sha256("".join(manifest.codes_digests).encode()).hexdigest()
-    made_with = manifest.tokenizer if manifest.tokenizer.digest != "unknown" else None
     return TokenSource(
-        store.codes, store.labels, images, decoder, max_code=manifest.max_code, seal=seal,
-        tokenizer=None if made_with is None else (made_with.name, made_with.digest),
+        store.codes, store.labels, images, decoder, max_code=manifest.max_code, seal=seal, meaning=_meaning(store)
+    )
+
+
+def _meaning(store: TokenStore) -> Meaning:
+    made_with, facts = store.manifest.tokenizer, store.manifest
+    return Meaning(
+        facts.classes if facts.named else None,
+        (made_with.name, made_with.digest) if made_with.digest != "unknown" else None,
+        facts.geometry.views, facts.upright,
     )  # fmt: skip
 
 
@@ -41,18 +54,33 @@ def _images(store: TokenStore, path: Path) -> ViewSource:
     if form != IMAGE_FORMAT:
         if not path.is_dir():
             raise ConfigError("data.images", str(path), "no such folder")
-        return FileViews(path, store.names(), store.manifest.geometry.views)
+        views = FileViews(path, store.names(), store.manifest.geometry.views)
+        _check_labels(store.labels, views.images.labels(), path)
+        return views
     images = open_image_store(path)
-    ours, theirs = store.manifest.geometry, images.manifest.geometry
-    if ours != theirs:
-        problem = f"its views are {theirs}; those of {store.path} are {ours}; extract the images with the same settings"
-        raise ConfigError("data.images", str(path), problem)
-    if store.manifest.names_digest != images.manifest.names_digest:
+    ours, theirs = store.manifest, images.manifest
+    if (ours.geometry, ours.upright) != (theirs.geometry, theirs.upright):
+        cuts = [f"{facts.geometry}{', turned upright' * facts.upright}" for facts in (theirs, ours)]
+        problem = f"its views are {cuts[0]}; those of {store.path} are {cuts[1]}"
+        raise ConfigError("data.images", str(path), f"{problem}; extract the images with the same settings")
+    if ours.names_digest != theirs.names_digest:
         pairs = zip(store.names(), images.names(), strict=False)
         place, names = next(((i, p) for i, p in enumerate(pairs) if p[0] != p[1]), (None, None))
         where = f"image {place} is {names[1]!r} there and {names[0]!r} in the token store" if names else "other counts"
         raise ConfigError("data.images", str(path), f"was not made of the same images: {where}")
+    _check_labels(store.labels, images.labels, path)
     return PackedViews(images)
+
+
+def _check_labels(ours: Array, theirs: Array | None, path: Path) -> None:
+    """Files of the same names, as of MNIST and Fashion-MNIST, may be other images.  theirs: None where not known."""
+    if theirs is None:
+        return
+    differs = np.flatnonzero(ours != theirs)
+    if len(differs):
+        place = int(differs[0])
+        label = f"image {place} has label {theirs[place]} there and {ours[place]} in the token store"
+        raise ConfigError("data.images", str(path), f"was not made of the same images: {label}")
 
 
 def _decoder(data: DataConfig, store: TokenStore, device: str) -> TokenDecoder | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import UserError
+from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.views import ViewSource
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +33,7 @@ class TokenDecoder(Protocol):
 class TokenSource:
     """codes (m, views, N) integer, perhaps mapped from a file; labels (n,) of this source's samples; rows (n,) their
     places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known; seal:
-    digest of all codes, if known; tokenizer: name and digest of what made the codes, if known."""
+    digest of all codes, if known; meaning: what codes and labels stand for, if known."""
 
     codes: Array
     labels: Array
@@ -41,7 +42,7 @@ class TokenSource:
     rows: Array | None = None
     max_code: int | None = None
     seal: str | None = None
-    tokenizer: tuple[str, str] | None = None
+    meaning: Meaning | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -117,7 +117,7 @@ def _import(request: Import) -> None:
     job, progress = ImportJob(codes, labels, plan.block_images, options.workers), WorkProgress(plan, out, speaks=True)
     try:
         run_blocks(job, plan, out, 0, 1, True, progress.tell)
-        drop, all_labels = _copies(job, plan, request)
+        drop, all_labels = _copies(job, plan, request, facts)
         listing, classes = _listing(request, all_labels, drop)
         if request.tokenizer is not None:
             keep_codebook(request.tokenizer, out)
@@ -201,18 +201,23 @@ def spans(numbers: list[int]) -> list[str]:
     return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in runs]
 
 
-def _copies(job: ImportJob, plan: WorkPlan, request: Import) -> tuple[list[int], Array]:
-    """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about."""
+def _copies(job: ImportJob, plan: WorkPlan, request: Import, facts: TokenizerFacts) -> tuple[list[int], Array]:
+    """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about and for
+    codes that the tokenizer does not have."""
     digests: list[bytes] = []
     labels: list[Array] = []
-    shapes = set()
+    shapes, largest = set(), 0
     for block in range(plan.blocks):
         part = load_or_redo_shard(job, plan, request.options.out, block)
         labels.append(part.arrays["labels"])
         shapes.add(part.arrays["codes"].shape[1:])
+        largest = max(largest, int(part.arrays["codes"].max()))
         digests += [hashlib.sha1(row.tobytes(), usedforsecurity=False).digest() for row in part.arrays["codes"]]
     views, tokens = _one_shape(shapes, request)
     _check_geometry(request, views, tokens)
+    if request.tokenizer is not None and largest >= facts.vocab_size:
+        problem = f"has {facts.vocab_size} codes, the files' go up to {largest}: it is not the one that was used"
+        raise UserError(f"--tokenizer {request.tokenizer}: {problem}")
     padding = _padding(digests)
     bad = []
     if padding and not request.drop_padding and not request.keep_duplicates:

@@ -12,6 +12,7 @@ import pytest
 from mirai_ds.config import UserError
 from mirai_ds.data.stores import open_token_store
 from mirai_ds.extract.llamagen import Import, import_llamagen, spans
+from mirai_ds.tokenizer import PatchCodebook
 from tests.extract.conftest import options
 
 
@@ -115,6 +116,12 @@ def test_hidden_names_are_left_out(folder: Path, tmp_path: Path, told: pytest.Lo
     (folder / "imagenet16_codes" / "@eaDir").mkdir()
     assert imported(folder, tmp_path / "s").num_images == 18
     assert f"{folder / 'imagenet16_codes'}: left out 2 hidden or system names, e.g. .DS_Store" in told.messages
+
+
+def test_a_tokenizer_without_those_codes_is_refused(folder: Path, tmp_path: Path) -> None:
+    few = PatchCodebook(np.arange(4 * 4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 4, 3))
+    few.save(tmp_path / "few.npz")
+    refused(folder, tmp_path / "s", "has 4 codes, the files' go up to 63", tokenizer=tmp_path / "few.npz")
 
 
 def test_copies_in_the_middle(folder: Path, tmp_path: Path) -> None:
