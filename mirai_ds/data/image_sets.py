@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
@@ -22,6 +22,7 @@ IDX_SPLITS = ("train", "t10k")
 # Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
 SMALL_SIDE = 32
 SHOWN_CLASSES = 12
+ORIENTATION, TAG = 0x0112, "its orientation tag"
 
 
 class Loaded(NamedTuple):
@@ -50,9 +51,10 @@ class FolderImages:
     Hidden and system folders and files are left out; what was left out is logged.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Raises UserError for folders without images, links that lead back and splits in place of classes."""
-        self.root, walk = root, Walk(root)
+    def __init__(self, root: Path, upright: bool = False) -> None:
+        """upright: as in `read_image`.  Raises UserError for folders without images, links that lead back and splits in
+        place of classes."""
+        self.root, self.upright, walk = root, upright, Walk(root)
         self.classes = walk.classes()
         images = {name: walk.images(name) for name in self.classes}
         walk.tell()
@@ -65,7 +67,7 @@ class FolderImages:
 
     def load(self, index: int, mode: str = "RGB") -> Loaded:
         """See `ImageSet.load`."""
-        return read_image(self.root / self.names[index], mode)
+        return read_image(self.root / self.names[index], mode, self.upright)
 
 
 class IdxImages:
@@ -92,12 +94,13 @@ class NamedImages:
     Names are one block of bytes, which forked workers share without copying.
     """
 
-    def __init__(self, root: Path, names: list[str]) -> None:
-        """Raises UserError when idx files are there and the names are not theirs, and for names that leave `root`."""
+    def __init__(self, root: Path, names: list[str], upright: bool = False) -> None:
+        """upright: as in `read_image`.  Raises UserError when idx files are there and the names are not theirs, and for
+        names that leave `root`."""
         outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
         if outside is not None:
             raise UserError(f"{root}: the store's list of names has {outside!r}, which is not below that folder")
-        self.root, self._names = root, np.array([name.encode() for name in names])
+        self.root, self.upright, self._names = root, upright, np.array([name.encode() for name in names])
         self._idx: IdxImages | None = None
         if has_idx_files(root):
             split = names[0].split("/")[0]
@@ -113,7 +116,7 @@ class NamedImages:
         """See `ImageSet.load`."""
         if self._idx is not None:
             return self._idx.load(int(self.name(index).split("/")[1]), mode)
-        return read_image(self.root / self.name(index), mode)
+        return read_image(self.root / self.name(index), mode, self.upright)
 
     def labels(self) -> Array | None:
         """(n,) int32 of the idx files, in the list's order; of other files None: their class is in their name."""
@@ -134,8 +137,9 @@ def has_idx_files(root: Path) -> bool:
     return any(not is_hidden(path.name) for path in root.glob("*-images[-.]idx3-ubyte*"))
 
 
-def open_image_set(path: Path, split: str | None = None) -> ImageSet:
-    """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  Raises UserError."""
+def open_image_set(path: Path, split: str | None = None, upright: bool = False) -> ImageSet:
+    """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  upright: as in
+    `read_image`.  Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give one with a folder for each class, or with idx files")
     images: ImageSet
@@ -146,7 +150,7 @@ def open_image_set(path: Path, split: str | None = None) -> ImageSet:
     elif split is not None:
         raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
     else:
-        images = FolderImages(path)
+        images = FolderImages(path, upright)
     if not images.names:
         raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
     bad = next((name for name in images.names if "\n" in name or "\r" in name or not _is_text(name)), None)
@@ -182,18 +186,24 @@ def _tell_classes(images: ImageSet) -> None:
         )  # fmt: skip
 
 
-def read_image(path: Path, mode: str = "RGB") -> Loaded:
-    """A file as ImageFolder reads it: the first frame, converted to `mode`, its orientation tag not applied.
+def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Loaded:
+    """A file as ImageFolder reads it: the first frame, converted to `mode`.  upright: turned by its orientation tag,
+    which ImageFolder does not look at (Pillow itself turns TIFF files).
 
-    Raises BadImageError for what Pillow cannot read whole and for more than 8 bits a channel, which it would clip;
-    UserError where the file system fails, which says nothing about the image.
+    Raises BadImageError for what Pillow cannot read whole and for modes that it would clip to 8 bits; UserError where
+    the file system fails, which says nothing about the image.
     """
     try:
         with Image.open(path) as image:
             notes = _notes(image)
             if image.mode[0] in "IF":
                 raise BadImageError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-            return Loaded(image.convert(mode), "; ".join(notes) or None)
+            image.load()  # formats may say their orientation behind the pixels
+            turned = _orientation(image)
+            if turned != 1:
+                notes.append(f"{'turned by' if upright else 'not turned by'} {TAG} ({turned})")
+            whole = ImageOps.exif_transpose(image) if upright and turned != 1 else image
+            return Loaded(whole.convert(mode), "; ".join(notes) or None)
     except (BadImageError, MemoryError):
         raise
     except OSError as error:
@@ -209,8 +219,19 @@ def _unreadable(error: Exception, path: Path) -> BadImageError:
     return BadImageError(f"cannot be read: {type(error).__name__}: {reason[:160]}")
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag, 1 to 8; 1 where there is none that can be read."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # bytes from anywhere; ImageFolder reads the pixels without looking at them
+        return 1
+    return value if value in range(2, 9) else 1
+
+
 def _notes(image: Image.Image) -> list[str]:
     notes = []
+    if any(_deep(tile[3]) for tile in getattr(image, "tile", [])):
+        notes.append("more than 8 bits a channel reduced to 8")
     if getattr(image, "is_animated", False):
         notes.append(f"first of {getattr(image, 'n_frames', 'several')} frames taken")
     if image.mode in ("CMYK", "YCbCr"):
@@ -222,6 +243,14 @@ def _notes(image: Image.Image) -> list[str]:
     if min(image.size) < SMALL_SIDE:
         notes.append(f"only {image.width}x{image.height} pixels")
     return notes
+
+
+def _deep(decoding: Any) -> bool:
+    """Whether Pillow's arguments of a decoder are of RGB with more than 8 bits, of which it keeps the high ones."""
+    parts = decoding if isinstance(decoding, tuple) else (decoding,)
+    if len(parts) == 2 and isinstance(parts[1], int):  # of a PPM file: mode and largest value
+        return parts[1] > 255
+    return isinstance(parts[0], str) and ";16" in parts[0] and parts[0].startswith(("RGB", "LA", "CMYK"))
 
 
 def read_idx(path: Path) -> Array:

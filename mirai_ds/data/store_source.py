@@ -54,7 +54,7 @@ def _images(store: TokenStore, path: Path) -> ViewSource:
     if form != IMAGE_FORMAT:
         if not path.is_dir():
             raise ConfigError("data.images", str(path), "no such folder")
-        views = FileViews(path, store.names(), store.manifest.geometry.views)
+        views = FileViews(path, store.names(), store.manifest.geometry.views, store.manifest.upright)
         _check_labels(store.labels, views.images.labels(), path)
         return views
     images = open_image_store(path)
