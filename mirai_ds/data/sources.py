@@ -84,7 +84,7 @@ def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> D
         raise ConfigError("data.path", data.path, f"holds {len(source)} images; it must hold at least 2")
     check_fits(source, model)
     if data.held_out_path is not None:
-        apart = {"path": data.held_out_path, "images": None, "tokenizer": None}
+        apart: dict[str, Any] = {"path": data.held_out_path, "more_views": [], "images": None, "tokenizer": None}
         held_out = open_source(data.model_copy(update=apart), device)
         _check_same_meaning(source, held_out, data)
         check_fits(held_out, model)
@@ -112,7 +112,7 @@ def _check_same_meaning(train: TokenSource, held_out: TokenSource, data: DataCon
 def check_files(data: DataConfig) -> None:
     """Read all of what the configuration names, where its kind has digests.  Raises UserError for damage."""
     check = source_of(data).check
-    for path in (data.path, data.held_out_path):
+    for path in (data.path, *data.more_views, data.held_out_path):
         if check is not None and path:
             check(path)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mirai_ds.config import UserError
 from mirai_ds.data.meaning import Meaning
+from mirai_ds.data.stacked import StackedCodes
 from mirai_ds.data.views import ViewSource
 
 Array = np.ndarray[Any, Any]
@@ -31,11 +32,11 @@ class TokenDecoder(Protocol):
 
 @dataclass(frozen=True)
 class TokenSource:
-    """codes (m, views, N) integer, perhaps mapped from a file; labels (n,) of this source's samples; rows (n,) their
+    """codes (m, views, N) integer, perhaps mapped from files; labels (n,) of this source's samples; rows (n,) their
     places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known; seal:
     digest of all codes, if known; meaning: what codes and labels stand for, if known."""
 
-    codes: Array
+    codes: Array | StackedCodes
     labels: Array
     images: ViewSource | None = None
     decoder: TokenDecoder | None = None
@@ -59,7 +60,7 @@ class TokenSource:
     def digest(self) -> str:
         """sha256 that changes with any code, label or choice of samples; reads all codes where no seal is known."""
         digest = hashlib.sha256((self.seal or "").encode())
-        if self.seal is None:
+        if self.seal is None and isinstance(self.codes, np.ndarray):
             digest.update(f"{self.codes.dtype} {self.codes.shape}".encode())
             digest.update(np.ascontiguousarray(self.codes).data)
         for array in (self.labels, self.rows):

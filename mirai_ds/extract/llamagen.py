@@ -32,6 +32,7 @@ Array = np.ndarray[Any, Any]
 
 SHOWN = 20  # lines of a list of complaints
 DEFAULT_VOCABULARY = 16384
+CROP_RANGE = 1.1  # of `..._ten_crop`; that of `..._ten_crop_105` is 1.05
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def import_llamagen(request: Import) -> TokenManifest:
 def _import(request: Import) -> None:
     options = request.options
     codes, labels = _folders(request.folder)
+    if request.folder.name.endswith("_105") and options.geometry.crop_range == CROP_RANGE:
+        named = f"its name is that of LlamaGen's crop range 1.05, --crop-range is {CROP_RANGE:g}"
+        LOG.warning("%s: %s: Mirai-I would be shown other pixels than the codes are of", request.folder, named)
     facts, settings = _facts(request)
     # Decided last: what was read before the copies were refused need not be read again.
     policy = {"drop_padding": str(request.drop_padding), "keep_duplicates": str(request.keep_duplicates)}

@@ -118,6 +118,14 @@ def test_hidden_names_are_left_out(folder: Path, tmp_path: Path, told: pytest.Lo
     assert f"{folder / 'imagenet16_codes'}: left out 2 hidden or system names, e.g. .DS_Store" in told.messages
 
 
+def test_the_name_of_the_other_crop_range_is_told(store: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path / "imagenet16_code_c2i_flip_ten_crop_105", store)
+    import_llamagen(Import(folder, options(folder, tmp_path / "right", crop_range=1.05)))
+    assert "1.05" not in told.text
+    imported(folder, tmp_path / "s")
+    assert f"{folder}: its name is that of LlamaGen's crop range 1.05, --crop-range is 1.1" in told.text
+
+
 def test_a_tokenizer_without_those_codes_is_refused(folder: Path, tmp_path: Path) -> None:
     few = PatchCodebook(np.arange(4 * 4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 4, 3))
     few.save(tmp_path / "few.npz")
