@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import ConfigError, DataConfig, UserError
+from mirai_ds.data.folder_walk import is_hidden
 from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.stacked import StackedCodes, StackedViews
 from mirai_ds.data.stores import (
@@ -35,6 +36,9 @@ def from_store(data: DataConfig, device: str = "cpu") -> TokenSource:
     for path in data.more_views:
         stores.append(_another(stores, path))
     images = None if data.images is None else [_images(one, Path(data.images)) for one in stores]
+    odd = next((name for name in store.manifest.classes if is_hidden(name)), None)
+    if odd is not None:
+        LOG.warning("data.path: %s counts %r as a class, a system's folder: extract it again", store.path, odd)
     digests = [digest for one in stores for digest in one.manifest.codes_digests]
     single = len(stores) == 1
     return TokenSource(

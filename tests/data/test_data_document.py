@@ -280,7 +280,9 @@ def test_the_formats(odd: Path, tmp_path: Path) -> None:
     says("lossless WebP and PNG give the same pixels")
     says("a folder without it is no store")
     book, images = tmp_path / "book.npz", odd / "images"
-    learn_codebook(images, book, 80, 8, 16, None, 5000, 0, None)
+    said = learn_codebook(images, book, 80, 8, 16, None, 5000, 0, None)
+    lost = sum(len(files) for files in LEFT_OUT.values())
+    assert f" images ({lost} more could not be read), " in said
     extract_codes(options(images, tmp_path / "codes"), ALONE, book)
     codes, labels = np.load(tmp_path / "codes" / "codes.npy"), np.load(tmp_path / "codes" / "labels.npy")
     kept = len(open_image_store(odd / "store").names())

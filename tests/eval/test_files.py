@@ -137,6 +137,17 @@ def test_the_walk_of_a_judged_folder_is_that_of_an_extraction(tmp_path: Path) ->
     one_line(lambda: open_images(tmp_path / "both"), "train and val look like splits", "give one of them")
 
 
+def test_images_read_otherwise_than_stored_are_told(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    folder, exif = write_folder(tmp_path / "f", pictures(3)), Image.Exif()
+    exif[0x0112] = 3
+    for name in ("000003.png", "000004.png"):
+        Image.fromarray(pictures(1)[0]).resize((40, 32)).save(folder / name, exif=exif)
+    for name in ("000000.png", "000001.png", "000002.png"):
+        Image.open(folder / name).resize((40, 32)).save(folder / name)
+    assert sum(len(batch) for batch in open_images(folder).batches(2)) == 5
+    assert told.messages == [f"{folder}: 2 images: not turned by its orientation tag (3)"]
+
+
 # --- references ----------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.loader import auto_workers
 from mirai_ds.data.store_source import from_store
 from mirai_ds.data.stores import open_token_store
+from mirai_ds.data.stores.files import write_manifest
 from mirai_ds.extract import extract_codes, extract_images
 from mirai_ds.extract.llamagen import Import, import_llamagen
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
@@ -237,6 +238,18 @@ def test_held_out_labels_must_mean_the_same_classes(
     assert data.held_out.labels.tolist() == [0] * 9
     assert told.messages[1:] == [
         "data.held_out_path: its views are cut from 1.3 times their size, those from 1.1 times of data.path"
+    ]
+
+
+def test_an_older_store_with_a_systems_folder_as_a_class_is_told(
+    store: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(store, tmp_path / "old")
+    made = open_token_store(store).manifest
+    write_manifest(tmp_path / "old", made.model_copy(update={"classes": [".ipynb_checkpoints", "flower"]}))
+    opened(tmp_path / "old")
+    assert told.messages == [
+        f"data.path: {tmp_path / 'old'} counts '.ipynb_checkpoints' as a class, a system's folder: extract it again"
     ]
 
 
