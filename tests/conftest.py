@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from mirai_ds.runtime.log import LOG
 from tests.rank_pool import RankPool
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package's log says; `start_log` may have cut it off from pytest's."""
+    monkeypatch.setattr(LOG, "propagate", True)
+    caplog.set_level("INFO", LOG.name)
+    return caplog
 
 
 @pytest.fixture(scope="session")

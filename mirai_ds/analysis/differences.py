@@ -56,7 +56,13 @@ def _effect(name: str) -> Effect:
 def _between(a: Json, b: Json) -> list[Difference]:
     flat_a, flat_b = flatten(a), flatten(b)
     values = [(name, flat_a.get(name, ABSENT), flat_b.get(name, ABSENT)) for name in dict.fromkeys([*flat_a, *flat_b])]
-    return [Difference(name, left, right, _effect(name)) for name, left, right in values if left != right]
+    return [Difference(name, left, right, _effect(name)) for name, left, right in values if _differ(left, right)]
+
+
+def _differ(left: Any, right: Any) -> bool:
+    """A field that an older version does not have and its empty value are the same."""
+    new = right if left is ABSENT else left if right is ABSENT else ABSENT
+    return bool(left != right and new not in (None, [], {}))
 
 
 def of_configurations(a: RunRecords, b: RunRecords) -> list[Difference] | None:

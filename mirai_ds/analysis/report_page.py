@@ -158,8 +158,8 @@ def _departures(report: RunReport, recipe: str) -> list[str]:
 
 
 _MAIN = (
-    "model.", "foresight.", "optimizer.", "train.", "ema.", "data.source", "data.path", "sampling.cfg_scale", "seed",
-    "deepspeed",
+    "model.", "foresight.", "optimizer.", "train.", "ema.", "data.source", "data.path", "data.more_views",
+    "sampling.cfg_scale", "seed", "deepspeed",
 )  # fmt: skip
 
 

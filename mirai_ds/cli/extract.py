@@ -32,6 +32,9 @@ def _views(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+UPRIGHT = click.option("--upright", is_flag=True, help="Turn photographs by their orientation tag; LlamaGen does not.")
+
+
 def _running(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Options on how the work is shared out."""
 
@@ -44,6 +47,7 @@ def _running(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             click.option("--workers", type=click.IntRange(min=1), help="Reading threads a process; default its cores."),
             click.option("--block", type=click.IntRange(min=1),
                          help=f"Images done whole or not at all, what a kill can cost; default a 64th up to {most}."),
+            UPRIGHT,
         ):  # fmt: skip
             function = option(function)
         return function
@@ -83,7 +87,7 @@ def codes(tokenizer: Path, precision: str, batch: int, **options: Any) -> None:
     made = extract_codes(_options(options, world), world, tokenizer, precision, batch)
     if made is not None:
         content = f"{made.num_images} images x {made.num_views} views x {made.tokens_per_image} tokens"
-        click.echo(f"{options['out']}: {content}; {_problems(made)}")
+        click.echo(f"{options['out']}: {content}; {_problems(made, options['out'])}")
 
 
 @extract.command("images")
@@ -108,7 +112,8 @@ def images(encoding: Any, quality: int | None, **options: Any) -> None:
     if made is not None:
         from mirai_ds.analysis.inspect_store import size_text
 
-        click.echo(f"{options['out']}: {made.num_images} images, {size_text(sum(made.shard_bytes))}; {_problems(made)}")
+        content = f"{made.num_images} images, {size_text(sum(made.shard_bytes))}"
+        click.echo(f"{options['out']}: {content}; {_problems(made, options['out'])}")
 
 
 @extract.command("codebook")
@@ -118,6 +123,7 @@ def images(encoding: Any, quality: int | None, **options: Any) -> None:
 @click.option("--codes", type=click.IntRange(2, 65536), default=512, show_default=True)
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Default 1 where all images are grey.")
 @click.option("--max-images", type=click.IntRange(min=1), default=5000, show_default=True, help="Images to learn from.")
+@UPRIGHT
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--split", type=click.Choice(["train", "t10k"]), help="Of idx files; default train.")
 @click.option("--out", type=FOLDER, required=True, help="File to write, .npz.")
@@ -130,7 +136,9 @@ def codebook(channels: str | None, **options: Any) -> None:
       mirai-ds extract codebook --images /usr/share/datasets/fashion-mnist --size 28 --patch 2 --out fashion.npz
     """
     from mirai_ds.extract.codebook import learn_codebook
+    from mirai_ds.runtime.log import start_log
 
+    start_log()
     click.echo(learn_codebook(channels=None if channels is None else int(channels), **options))
 
 
@@ -176,10 +184,15 @@ def _options(options: dict[str, Any], world: World) -> Options:
     return Options(**options)
 
 
-def _problems(made: Any) -> str:
+def _problems(made: Any, out: Path) -> str:
     if not made.failed and not made.converted:
         return "no problems"
-    return f"{made.failed} could not be read, {made.converted} were converted: see problems.jsonl"
+    from mirai_ds.data.image_sets import TAG
+    from mirai_ds.data.stores.files import PROBLEMS
+
+    lying = (out / PROBLEMS).read_text(encoding="utf-8").count(f"not turned by {TAG}")
+    turn = f" ({lying} lie turned: --upright turns them)" if lying else ""
+    return f"{made.failed} could not be read, {made.converted} were converted{turn}: see problems.jsonl"
 
 
 if __name__ == "__main__":  # one rank, under any launcher

@@ -42,6 +42,7 @@ class DataConfig(Section):
     held_out_fraction: float | None = Field(None, ge=0, lt=1, description="default 0.1; of a store 0")
     split_seed: int = Field(0, ge=0)
     held_out_path: str | None = Field(None, description="held-out samples of their own, e.g. a store of the val set")
+    more_views: list[str] = Field([], description="store: further stores of the same images; views of all are drawn")
     images: str | None = Field(None, description="store: pixels for mirai-i, an image store or the original folder")
     tokenizer: str | None = Field(None, description="store: the tokenizer's file, to show tokens as pictures")
     workers: int | None = Field(None, ge=0, description="reading processes a rank; default 0, with images up to 8")
@@ -58,7 +59,7 @@ class DataConfig(Section):
                     raise ConfigError(f"data.{name}", getattr(self, name), problem)
         elif traits is not None and not self.path:
             raise ConfigError("data.path", self.path, f"give {traits.path}: data.source = {self.source!r} needs one")
-        for name in ("images", "tokenizer"):
+        for name in ("images", "tokenizer", "more_views"):
             if getattr(self, name) and traits is not None and not traits.parts:
                 raise ConfigError(f"data.{name}", getattr(self, name), "is for source: store; remove it")
         if self.held_out_path and self.held_out_fraction:

@@ -80,6 +80,7 @@ OTHER_NAMES = {
     "gpt_model": "model.size",
     "drop_path_rate": "model.drop_path",
     "code_path": "data.path",
+    "aug_feature_dir": "data.more_views",
     "vq_ckpt": "data.tokenizer",
     "num_workers": "data.workers",
     "encoder_depth": "foresight.layer",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
+from mirai_ds.data.folder_walk import EXTENSIONS, Walk, is_hidden, splits_among
+from mirai_ds.runtime.log import LOG
 
 Array = np.ndarray[Any, Any]
 
-# torchvision.datasets.folder.IMG_EXTENSIONS
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SPLITS = ("train", "t10k")
+IDX_SPLITS = ("train", "t10k")
 # Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
 SMALL_SIDE = 32
+SHOWN_CLASSES = 12
+ORIENTATION, TAG = 0x0112, "its orientation tag"
 
 
 class Loaded(NamedTuple):
@@ -45,26 +46,28 @@ class ImageSet(Protocol):
 
 
 class FolderImages:
-    """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed."""
+    """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.names: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            files = _files_below(root, name)
-            if not files:
-                raise UserError(
-                    f"{root / name}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it"
-                )
-            self.names += files
-            labels += [label] * len(files)
-        self.labels = np.array(labels, dtype=np.int32)
+    Hidden and system folders and files are left out; what was left out is logged.
+    """
+
+    def __init__(self, root: Path, upright: bool = False) -> None:
+        """upright: as in `read_image`.  Raises UserError for folders without images, links that lead back and splits in
+        place of classes."""
+        self.root, self.upright, walk = root, upright, Walk(root)
+        self.classes = walk.classes()
+        images = {name: walk.images(name) for name in self.classes}
+        walk.tell()
+        _refuse_splits(root, images)
+        empty = next((name for name in self.classes if not images[name]), None)
+        if empty is not None:
+            raise UserError(f"{root / empty}: holds no images ({', '.join(EXTENSIONS)}); remove the folder or fill it")
+        self.names = [path for name in self.classes for path in images[name]]
+        self.labels = np.repeat(np.arange(len(images), dtype=np.int32), [len(paths) for paths in images.values()])
 
     def load(self, index: int, mode: str = "RGB") -> Loaded:
         """See `ImageSet.load`."""
-        return read_image(self.root / self.names[index], mode)
+        return read_image(self.root / self.names[index], mode, self.upright)
 
 
 class IdxImages:
@@ -91,16 +94,17 @@ class NamedImages:
     Names are one block of bytes, which forked workers share without copying.
     """
 
-    def __init__(self, root: Path, names: list[str]) -> None:
-        """Raises UserError when idx files are there and the names are not theirs, and for names that leave `root`."""
+    def __init__(self, root: Path, names: list[str], upright: bool = False) -> None:
+        """upright: as in `read_image`.  Raises UserError when idx files are there and the names are not theirs, and for
+        names that leave `root`."""
         outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
         if outside is not None:
             raise UserError(f"{root}: the store's list of names has {outside!r}, which is not below that folder")
-        self.root, self._names = root, np.array([name.encode() for name in names])
+        self.root, self.upright, self._names = root, upright, np.array([name.encode() for name in names])
         self._idx: IdxImages | None = None
         if has_idx_files(root):
             split = names[0].split("/")[0]
-            if split not in SPLITS:
+            if split not in IDX_SPLITS:
                 raise UserError(f"{root}: holds idx files, the list is of {names[0]!r}")
             self._idx = IdxImages(root, split)
 
@@ -112,7 +116,13 @@ class NamedImages:
         """See `ImageSet.load`."""
         if self._idx is not None:
             return self._idx.load(int(self.name(index).split("/")[1]), mode)
-        return read_image(self.root / self.name(index), mode)
+        return read_image(self.root / self.name(index), mode, self.upright)
+
+    def labels(self) -> Array | None:
+        """(n,) int32 of the idx files, in the list's order; of other files None: their class is in their name."""
+        if self._idx is None:
+            return None
+        return self._idx.labels[[int(self.name(image).split("/")[1]) for image in range(len(self._names))]]
 
     def missing(self) -> str | None:
         """The first of three samples of the list that is not there; None when all are."""
@@ -124,43 +134,76 @@ class NamedImages:
 
 def has_idx_files(root: Path) -> bool:
     """Whether a folder holds images of the idx format."""
-    return any(root.glob("*-images[-.]idx3-ubyte*"))
+    return any(not is_hidden(path.name) for path in root.glob("*-images[-.]idx3-ubyte*"))
 
 
-def open_image_set(path: Path, split: str | None = None) -> ImageSet:
-    """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  Raises UserError."""
+def open_image_set(path: Path, split: str | None = None, upright: bool = False) -> ImageSet:
+    """The images at `path`, by what lies there.  split: train (default) or t10k of idx files.  upright: as in
+    `read_image`.  Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give one with a folder for each class, or with idx files")
-    try:
-        if has_idx_files(path):
-            if split not in (None, *SPLITS):
-                raise UserError(f"split = {split!r}: idx files have {' and '.join(SPLITS)}")
-            return IdxImages(path, split or "train")
-        if split is not None:
-            raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
-        images = FolderImages(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    images: ImageSet
+    if has_idx_files(path):
+        if split not in (None, *IDX_SPLITS):
+            raise UserError(f"split = {split!r}: idx files have {' and '.join(IDX_SPLITS)}")
+        images = IdxImages(path, split or "train")
+    elif split is not None:
+        raise UserError(f"split = {split!r}: is for idx files; {path} has none, give the split's folder itself")
+    else:
+        images = FolderImages(path, upright)
     if not images.names:
         raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
     bad = next((name for name in images.names if "\n" in name or "\r" in name or not _is_text(name)), None)
     if bad is not None:
         raise UserError(f"{path}: the file name {bad!r} holds a line break or is not UTF-8; rename it")
+    _tell_classes(images)
     return images
 
 
-def read_image(path: Path, mode: str = "RGB") -> Loaded:
-    """A file as ImageFolder reads it: the first frame, converted to `mode`, its orientation tag not applied.
+def _refuse_splits(root: Path, images: dict[str, list[str]]) -> None:
+    splits = splits_among(images)
+    if splits:
+        names, look = " and ".join(splits), "looks like a split" if len(splits) == 1 else "look like splits"
+        inside = any(path.count("/") > 1 for path in images[splits[0]])
+        better = (
+            f"give e.g. {root / splits[0]}" if inside else "put the images of a split into one folder for each class"
+        )
+        raise UserError(f"{root}: {names} {look}, not classes: every image would be labelled by its split; {better}")
 
-    Raises BadImageError for what Pillow cannot read whole and for more than 8 bits a channel, which it would clip;
-    UserError where the file system fails, which says nothing about the image.
+
+def _tell_classes(images: ImageSet) -> None:
+    """Logs what was taken for classes, before hours of work are spent on it."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    pairs = [f"{name} {count}" for name, count in zip(images.classes, counts.tolist(), strict=True)]
+    shown = pairs if len(pairs) <= SHOWN_CLASSES else [*pairs[: SHOWN_CLASSES - 2], "...", pairs[-1]]
+    LOG.info("%s: %d images in %d classes: %s", images.root, len(images.names), len(pairs), ", ".join(shown))
+    by_number = sorted(images.classes, key=int) if all(name.isdecimal() for name in images.classes) else images.classes
+    first = next((label for label, name in enumerate(images.classes) if name != by_number[label]), None)
+    if first is not None:
+        LOG.warning(
+            "%s: class folders are numbers and sorted as text, as ImageFolder does: folder %s has label %d; "
+            "zero-padded names have labels in the order of the numbers", images.root, images.classes[first], first,
+        )  # fmt: skip
+
+
+def read_image(path: Path, mode: str = "RGB", upright: bool = False) -> Loaded:
+    """A file as ImageFolder reads it: the first frame, converted to `mode`.  upright: turned by its orientation tag,
+    which ImageFolder does not look at (Pillow itself turns TIFF files).
+
+    Raises BadImageError for what Pillow cannot read whole and for modes that it would clip to 8 bits; UserError where
+    the file system fails, which says nothing about the image.
     """
     try:
         with Image.open(path) as image:
             notes = _notes(image)
             if image.mode[0] in "IF":
                 raise BadImageError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-            return Loaded(image.convert(mode), "; ".join(notes) or None)
+            image.load()  # formats may say their orientation behind the pixels
+            turned = _orientation(image)
+            if turned != 1:
+                notes.append(f"{'turned by' if upright else 'not turned by'} {TAG} ({turned})")
+            whole = ImageOps.exif_transpose(image) if upright and turned != 1 else image
+            return Loaded(whole.convert(mode), "; ".join(notes) or None)
     except (BadImageError, MemoryError):
         raise
     except OSError as error:
@@ -176,8 +219,19 @@ def _unreadable(error: Exception, path: Path) -> BadImageError:
     return BadImageError(f"cannot be read: {type(error).__name__}: {reason[:160]}")
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag, 1 to 8; 1 where there is none that can be read."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # bytes from anywhere; ImageFolder reads the pixels without looking at them
+        return 1
+    return value if value in range(2, 9) else 1
+
+
 def _notes(image: Image.Image) -> list[str]:
     notes = []
+    if any(_deep(tile[3]) for tile in getattr(image, "tile", [])):
+        notes.append("more than 8 bits a channel reduced to 8")
     if getattr(image, "is_animated", False):
         notes.append(f"first of {getattr(image, 'n_frames', 'several')} frames taken")
     if image.mode in ("CMYK", "YCbCr"):
@@ -189,6 +243,14 @@ def _notes(image: Image.Image) -> list[str]:
     if min(image.size) < SMALL_SIDE:
         notes.append(f"only {image.width}x{image.height} pixels")
     return notes
+
+
+def _deep(decoding: Any) -> bool:
+    """Whether Pillow's arguments of a decoder are of RGB with more than 8 bits, of which it keeps the high ones."""
+    parts = decoding if isinstance(decoding, tuple) else (decoding,)
+    if len(parts) == 2 and isinstance(parts[1], int):  # of a PPM file: mode and largest value
+        return parts[1] > 255
+    return isinstance(parts[0], str) and ";16" in parts[0] and parts[0].startswith(("RGB", "LA", "CMYK"))
 
 
 def read_idx(path: Path) -> Array:
@@ -214,14 +276,6 @@ def _idx_file(root: Path, split: str, what: str, dimensions: int) -> Path:
     if not files:
         raise UserError(f"{root}: has no {split}-{what}-idx{dimensions}-ubyte or .gz")
     return files[0]
-
-
-def _files_below(root: Path, name: str) -> list[str]:
-    names = []
-    for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-        inside = os.path.relpath(folder, root)
-        names += [f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-    return names
 
 
 def _is_text(name: str) -> bool:

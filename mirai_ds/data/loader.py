@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import LocalError
 from mirai_ds.data.order import DataOrder
+from mirai_ds.data.stacked import StackedCodes
 from mirai_ds.data.token_source import TokenSource
 
 MAX_AUTO_WORKERS = 8
@@ -160,18 +161,18 @@ def _quiet_worker(_: int) -> None:
 def warm_page_cache(source: TokenSource) -> threading.Thread | None:
     """Read a mapped store once in order, in the background: at random the first epoch would fetch it page by page.
     For one rank a node.  None where codes are in memory or would fill half of it."""
-    if not isinstance(source.codes, np.memmap) or source.codes.filename is None:
-        return None
-    path = Path(source.codes.filename)
-    if path.stat().st_size > available_bytes() // 2:
+    parts = source.codes.parts if isinstance(source.codes, StackedCodes) else (source.codes,)
+    paths = [Path(part.filename) for part in parts if isinstance(part, np.memmap) and part.filename is not None]
+    if not paths or sum(path.stat().st_size for path in paths) > available_bytes() // 2:
         return None
 
     def read() -> None:
         buffer = bytearray(READ_BYTES)
-        # What cannot be read will be said when it is used.
-        with suppress(OSError), path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+        for path in paths:
+            # What cannot be read will be said when it is used.
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
     thread = threading.Thread(target=read, daemon=True, name="warm-page-cache")
     thread.start()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import ConfigError
+from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.token_source import TokenSource
 from mirai_ds.data.views import ArrayViews
 from mirai_ds.tokenizer import PatchCodebook
@@ -46,9 +47,10 @@ def from_npz(path: str) -> TokenSource:
         if int(array.min()) < 0:
             raise ConfigError("data.path", path, f"{name} must not be negative; the smallest is {array.min()}")
     images, codebook = _images(arrays, codes.shape[1], path), _codebook(arrays, path)
+    decoder = None if codebook is None else PatchCodebook(codebook)
     return TokenSource(
-        codes, labels.astype(np.int64), None if images is None else ArrayViews(images),
-        None if codebook is None else PatchCodebook(codebook),
+        codes, labels.astype(np.int64), None if images is None else ArrayViews(images), decoder,
+        meaning=None if decoder is None else Meaning(tokenizer=(decoder.name, decoder.digest)),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from mirai_ds.data.digits import digits
 from mirai_ds.data.npz_file import from_npz
 from mirai_ds.data.store_source import check_store, from_store, store_decoder
 from mirai_ds.data.token_source import Dataset, TokenDecoder, TokenSource
+from mirai_ds.runtime.log import LOG
 
 Array = np.ndarray[Any, Any]
 
@@ -83,27 +84,35 @@ def load_dataset(data: DataConfig, model: ModelConfig, device: str = "cpu") -> D
         raise ConfigError("data.path", data.path, f"holds {len(source)} images; it must hold at least 2")
     check_fits(source, model)
     if data.held_out_path is not None:
-        apart = {"path": data.held_out_path, "images": None, "tokenizer": None}
+        apart: dict[str, Any] = {"path": data.held_out_path, "more_views": [], "images": None, "tokenizer": None}
         held_out = open_source(data.model_copy(update=apart), device)
+        _check_same_meaning(source, held_out, data)
         check_fits(held_out, model)
-        _check_same_tokenizer(source, held_out, data)
         return Dataset(source, replace(held_out, decoder=source.decoder))
     train, held = split(source.labels, data.held_out_fraction or 0.0, data.split_seed)
     return Dataset(source if not len(held) else source.subset(train), source.subset(held))
 
 
-def _check_same_tokenizer(train: TokenSource, held_out: TokenSource, data: DataConfig) -> None:
-    """Codes of two tokenizers look alike and mean other things; imported ones may be of an unknown one."""
-    ours, theirs = train.tokenizer, held_out.tokenizer
-    if ours is not None and theirs is not None and ours[1] != theirs[1]:
-        problem = f"was made with {theirs[0]} {theirs[1][:12]}, data.path with {ours[0]} {ours[1][:12]}"
-        raise ConfigError("data.held_out_path", data.held_out_path, problem)
+def _check_same_meaning(train: TokenSource, held_out: TokenSource, data: DataConfig) -> None:
+    """Raises ConfigError where held-out labels or codes mean other things; says what of it is not known."""
+    if train.meaning is None or held_out.meaning is None:
+        return
+    problem = train.meaning.conflict(held_out.meaning, "data.path", fewer=True)
+    if problem is not None:
+        raise ConfigError(
+            "data.held_out_path", data.held_out_path, f"{problem}; give held-out samples of the same kind"
+        )
+    unknown, cuts = train.meaning.unknown(held_out.meaning), train.meaning.cuts_differ(held_out.meaning)
+    if unknown:
+        LOG.info("data.held_out_path: %s not compared with data.path's: not known of both", " and ".join(unknown))
+    if cuts is not None:
+        LOG.info("data.held_out_path: %s of data.path", cuts)
 
 
 def check_files(data: DataConfig) -> None:
     """Read all of what the configuration names, where its kind has digests.  Raises UserError for damage."""
     check = source_of(data).check
-    for path in (data.path, data.held_out_path):
+    for path in (data.path, *data.more_views, data.held_out_path):
         if check is not None and path:
             check(path)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mirai_ds.config import UserError
+from mirai_ds.data.meaning import Meaning
+from mirai_ds.data.stacked import StackedCodes
 from mirai_ds.data.views import ViewSource
 
 Array = np.ndarray[Any, Any]
@@ -30,18 +32,18 @@ class TokenDecoder(Protocol):
 
 @dataclass(frozen=True)
 class TokenSource:
-    """codes (m, views, N) integer, perhaps mapped from a file; labels (n,) of this source's samples; rows (n,) their
+    """codes (m, views, N) integer, perhaps mapped from files; labels (n,) of this source's samples; rows (n,) their
     places among the m (None: n = m, in order); images: pixels of those m; max_code: the largest code, if known; seal:
-    digest of all codes, if known; tokenizer: name and digest of what made the codes, if known."""
+    digest of all codes, if known; meaning: what codes and labels stand for, if known."""
 
-    codes: Array
+    codes: Array | StackedCodes
     labels: Array
     images: ViewSource | None = None
     decoder: TokenDecoder | None = None
     rows: Array | None = None
     max_code: int | None = None
     seal: str | None = None
-    tokenizer: tuple[str, str] | None = None
+    meaning: Meaning | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +60,7 @@ class TokenSource:
     def digest(self) -> str:
         """sha256 that changes with any code, label or choice of samples; reads all codes where no seal is known."""
         digest = hashlib.sha256((self.seal or "").encode())
-        if self.seal is None:
+        if self.seal is None and isinstance(self.codes, np.ndarray):
             digest.update(f"{self.codes.dtype} {self.codes.shape}".encode())
             digest.update(np.ascontiguousarray(self.codes).data)
         for array in (self.labels, self.rows):

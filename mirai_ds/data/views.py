@@ -37,9 +37,9 @@ class ArrayViews:
 class FileViews:
     """Views cut from the original files, decoded and resized anew each time."""
 
-    def __init__(self, root: Path, names: list[str], geometry: ViewGeometry) -> None:
-        """names as in `NamedImages`.  Raises UserError when `root` is another folder."""
-        self.images, self.geometry = NamedImages(root, names), geometry
+    def __init__(self, root: Path, names: list[str], geometry: ViewGeometry, upright: bool = False) -> None:
+        """names, upright: as in `NamedImages`.  Raises UserError when `root` is another folder."""
+        self.images, self.geometry = NamedImages(root, names, upright), geometry
         missing = self.images.missing()
         if missing is not None:
             raise UserError(f"data.images = {str(root)!r}: has no {missing}, which the token store was made of")

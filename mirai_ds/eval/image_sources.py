@@ -6,8 +6,10 @@ import hashlib
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -15,8 +17,10 @@ import numpy as np
 
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError
-from mirai_ds.data.image_sets import EXTENSIONS, read_image
+from mirai_ds.data.folder_walk import EXTENSIONS, Walk, splits_among
+from mirai_ds.data.image_sets import Loaded, read_image
 from mirai_ds.runtime.disk import digest_of_file
+from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.weight_files import first_line
 
 Array = np.ndarray[Any, Any]
@@ -126,37 +130,44 @@ class FolderSource:
     """All image files below a folder, by their path's order; every one must be of the same size."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names = sorted(
-            os.path.relpath(os.path.join(folder, name), path)
-            for folder, _, files in os.walk(path, followlinks=True)
-            for name in files
-            if name.lower().endswith(EXTENSIONS)
-        )
+        self.path, walk = path, Walk(path)
+        self.names = sorted(walk.images())
+        walk.tell()
         if not self.names:
             raise UserError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
+        folders = {top: list(names) for top, names in groupby(self.names, lambda name: name.partition("/")[0])}
+        splits = splits_among(folders)
+        if len(splits) > 1:
+            problem = (
+                f"look like splits, whose images would be judged together; give one of them, e.g. {path / splits[0]}"
+            )
+            raise UserError(f"{path}: {' and '.join(splits)} {problem}")
         self.count = len(self.names)
-        self.height, self.width = self._read(self.names[0]).shape[:2]
+        self.width, self.height = self._read(self.names[0]).image.size
 
-    def _read(self, name: str) -> Array:
+    def _read(self, name: str) -> Loaded:
         try:
-            return np.asarray(read_image(self.path / name).image)
+            return read_image(self.path / name)
         except BadImageError as error:
             raise UserError(f"{self.path / name}: {error}; remove it or make it again") from None
 
     def batches(self, size: int) -> Iterator[Array]:
-        """See `ImageSource.batches`.  The next batch is read meanwhile."""
+        """See `ImageSource.batches`.  The next batch is read meanwhile; at the end conversions are logged."""
+        notes: Counter[str] = Counter()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             pending = [pool.submit(self._read, name) for name in self.names[:size]]
             for start in range(0, self.count, size):
                 coming = self.names[start + size : start + 2 * size]
                 images = [future.result() for future in pending]
                 pending = [pool.submit(self._read, name) for name in coming]
-                for name, image in zip(self.names[start : start + size], images, strict=True):
-                    if image.shape[:2] != (self.height, self.width):
-                        sizes = f"{image.shape[1]}x{image.shape[0]}, {self.names[0]} is {self.width}x{self.height}"
+                for name, (image, _) in zip(self.names[start : start + size], images, strict=True):
+                    if image.size != (self.width, self.height):
+                        sizes = f"{image.width}x{image.height}, {self.names[0]} is {self.width}x{self.height}"
                         raise UserError(f"{self.path / name}: is {sizes}; bring all images to one size")
-                yield np.stack(images)
+                notes.update(note for _, note in images if note is not None and not note.startswith("only "))
+                yield np.stack([np.asarray(image) for image, _ in images])
+        for note, count in notes.items():
+            LOG.warning("%s: %d images: %s", self.path, count, note)
 
     def digest(self) -> str:
         """sha256 over names and the files' own sha256, in order."""

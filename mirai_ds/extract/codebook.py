@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 def learn_codebook(
     images: Path, out: Path, size: int, patch: int, codes: int, channels: int | None, max_images: int, seed: int,
-    split: str | None,
+    split: str | None, upright: bool = False,
 ) -> str:  # fmt: skip
     """Learn a codebook from up to `max_images` centre crops and write it to `out`; returns a line about it.
 
@@ -28,7 +28,7 @@ def learn_codebook(
         raise UserError(f"--out {out}: a codebook file ends in .npz")
     if size % patch:
         raise UserError(f"--patch {patch}: does not divide --size {size}")
-    image_set = open_image_set(images, split)
+    image_set = open_image_set(images, split, upright)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(image_set.names))[:max_images])
     crops = read_crops(image_set, chosen, size)
     grey = bool((crops == crops[..., :1]).all())
@@ -39,8 +39,9 @@ def learn_codebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook.save(out)
     error = reconstruction_error(codebook, crops)
+    lost = f" ({len(chosen) - len(crops)} more could not be read)" if len(crops) < len(chosen) else ""
     return (
-        f"{out}: {codebook.vocab_size} patches of {patch}x{patch}x{codebook.channels} from {len(crops)} images, "
+        f"{out}: {codebook.vocab_size} patches of {patch}x{patch}x{codebook.channels} from {len(crops)} images{lost}, "
         f"reconstruction {error.rms:.2f} grey levels rms, {error.psnr:.1f} dB"
     )
 

@@ -32,7 +32,7 @@ class CodesJob:
         """batch: views the tokenizer gets at once.  workers: reading threads."""
         self.geometry, self.tokenizer, self.batch = geometry, tokenizer, batch
         mode = "L" if tokenizer.channels == 1 else "RGB"
-        self.reader = CropReader(Path(plan.source), listing.names, geometry.side, mode, workers, then=np.asarray)
+        self.reader = CropReader(plan, listing.names, geometry.side, mode, workers, then=np.asarray)
 
     def prepare(self, images: range) -> list[Future[CropResult[Array]]]:
         """See `parts.ShardJob`."""

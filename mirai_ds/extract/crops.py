@@ -13,6 +13,7 @@ import numpy as np
 from mirai_ds.data.crops import BadImageError, centre_crop
 from mirai_ds.data.image_sets import NamedImages
 from mirai_ds.resumable.parts import Problem
+from mirai_ds.resumable.plan import WorkPlan
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -31,10 +32,11 @@ class CropReader(Generic[T]):
     """Reads images of a listing, cuts their S x S centres (uint8, S x S x C), calls `then` in the same thread."""
 
     def __init__(
-        self, source: Path, names: list[str], side: int, mode: str, workers: int, then: Callable[[Array], T]
+        self, plan: WorkPlan, names: list[str], side: int, mode: str, workers: int, then: Callable[[Array], T]
     ) -> None:
         """mode: Pillow's, RGB or L.  names as in `NamedImages`."""
-        self.images, self.side, self.mode, self.then = NamedImages(source, names), side, mode, then
+        self.images = NamedImages(Path(plan.source), names, plan.settings.get("orientation") == "applied")
+        self.side, self.mode, self.then = side, mode, then
         self.pool = ThreadPoolExecutor(workers)
 
     def submit(self, images: range) -> list[Future[CropResult[T]]]:

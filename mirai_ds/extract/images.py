@@ -50,7 +50,7 @@ class ImagesJob:
     def __init__(self, plan: WorkPlan, listing: Listing, side: int, encode: Callable[[Array], bytes], folder: Path,
                  workers: int) -> None:  # fmt: skip
         self.folder = folder
-        self.reader = CropReader(Path(plan.source), listing.names, side, "RGB", workers, then=encode)
+        self.reader = CropReader(plan, listing.names, side, "RGB", workers, then=encode)
 
     def prepare(self, images: range) -> list[Future[CropResult[bytes]]]:
         """See `parts.ShardJob`."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mirai_ds.config import UserError
+from mirai_ds.data.folder_walk import is_hidden
 from mirai_ds.data.image_sets import FolderImages, open_image_set
 from mirai_ds.data.stores.files import MANIFEST, read_manifest
 from mirai_ds.data.stores.tokens import TokenizerFacts, TokenManifest
@@ -24,12 +25,14 @@ from mirai_ds.extract.run import LARGEST_BLOCK, Options, automatic_block, full_d
 from mirai_ds.resumable.parts import Part, load_or_redo_shard, run_blocks
 from mirai_ds.resumable.plan import Listing, WorkPlan, begin, check_same, read_plan
 from mirai_ds.resumable.progress import WorkProgress
+from mirai_ds.runtime.log import LOG
 from mirai_ds.tokenizer import open_tokenizer
 
 Array = np.ndarray[Any, Any]
 
 SHOWN = 20  # lines of a list of complaints
 DEFAULT_VOCABULARY = 16384
+CROP_RANGE = 1.1  # of `..._ten_crop`; that of `..._ten_crop_105` is 1.05
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ def import_llamagen(request: Import) -> TokenManifest:
 def _import(request: Import) -> None:
     options = request.options
     codes, labels = _folders(request.folder)
+    if request.folder.name.endswith("_105") and options.geometry.crop_range == CROP_RANGE:
+        named = f"its name is that of LlamaGen's crop range 1.05, --crop-range is {CROP_RANGE:g}"
+        LOG.warning("%s: %s: Mirai-I would be shown other pixels than the codes are of", request.folder, named)
     facts, settings = _facts(request)
     # Decided last: what was read before the copies were refused need not be read again.
     policy = {"drop_padding": str(request.drop_padding), "keep_duplicates": str(request.keep_duplicates)}
@@ -115,7 +121,7 @@ def _import(request: Import) -> None:
     job, progress = ImportJob(codes, labels, plan.block_images, options.workers), WorkProgress(plan, out, speaks=True)
     try:
         run_blocks(job, plan, out, 0, 1, True, progress.tell)
-        drop, all_labels = _copies(job, plan, request)
+        drop, all_labels = _copies(job, plan, request, facts)
         listing, classes = _listing(request, all_labels, drop)
         if request.tokenizer is not None:
             keep_codebook(request.tokenizer, out)
@@ -132,7 +138,8 @@ def _folders(folder: Path) -> tuple[Path, Path]:
         raise UserError(f"{folder}: no such folder")
     folders = []
     for ending in ("_codes", "_labels"):
-        matches = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.endswith(ending))
+        shown = (path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        matches = sorted(path for path in shown if path.name.endswith(ending))
         if len(matches) != 1:
             names = ", ".join(path.name for path in matches) or "none"
             raise UserError(
@@ -161,7 +168,13 @@ def _count(codes: Path, labels: Path) -> int:
     numbers: list[set[int]] = []
     for folder in (codes, labels):
         seen: dict[int, str] = {}
-        for name in sorted(os.listdir(folder)):
+        names = sorted(os.listdir(folder))
+        hidden = [name for name in names if is_hidden(name)]
+        if hidden:
+            LOG.warning("%s: left out %d hidden or system names, e.g. %s", folder, len(hidden), hidden[0])
+        for name in names:
+            if is_hidden(name):
+                continue
             stem = name.removesuffix(".npy")
             if stem == name or not stem.isdecimal():
                 bad.append(f"{folder / name}: is not called <number>.npy")
@@ -192,18 +205,23 @@ def spans(numbers: list[int]) -> list[str]:
     return [f"{a}.npy is" if a == b else f"{a}.npy to {b}.npy are" for a, b in runs]
 
 
-def _copies(job: ImportJob, plan: WorkPlan, request: Import) -> tuple[list[int], Array]:
-    """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about."""
+def _copies(job: ImportJob, plan: WorkPlan, request: Import, facts: TokenizerFacts) -> tuple[list[int], Array]:
+    """Images to leave out, and the labels (n,) of all; raises UserError for copies nobody has decided about and for
+    codes that the tokenizer does not have."""
     digests: list[bytes] = []
     labels: list[Array] = []
-    shapes = set()
+    shapes, largest = set(), 0
     for block in range(plan.blocks):
         part = load_or_redo_shard(job, plan, request.options.out, block)
         labels.append(part.arrays["labels"])
         shapes.add(part.arrays["codes"].shape[1:])
+        largest = max(largest, int(part.arrays["codes"].max()))
         digests += [hashlib.sha1(row.tobytes(), usedforsecurity=False).digest() for row in part.arrays["codes"]]
     views, tokens = _one_shape(shapes, request)
     _check_geometry(request, views, tokens)
+    if request.tokenizer is not None and largest >= facts.vocab_size:
+        problem = f"has {facts.vocab_size} codes, the files' go up to {largest}: it is not the one that was used"
+        raise UserError(f"--tokenizer {request.tokenizer}: {problem}")
     padding = _padding(digests)
     bad = []
     if padding and not request.drop_padding and not request.keep_duplicates:

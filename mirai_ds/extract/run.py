@@ -48,7 +48,8 @@ LISTING_SECONDS = 3600.0  # millions of files on a slow file system
 @dataclass(frozen=True)
 class Options:
     """What every extraction is told.  block: images done whole or not at all,
-    by default 256 (codes) or 1024 (images), fewer of small sets.  stall_timeout: seconds without a heartbeat."""
+    by default 256 (codes) or 1024 (images), fewer of small sets.  upright: turn photographs by their orientation tag,
+    which LlamaGen's extraction does not.  stall_timeout: seconds without a heartbeat."""
 
     images: Path
     out: Path
@@ -59,6 +60,7 @@ class Options:
     block: int | None = None
     workers: int = 1
     strict: bool = False
+    upright: bool = False
     stall_timeout: float = 300.0
 
     @property
@@ -70,7 +72,9 @@ class Options:
     def settings(self) -> dict[str, str]:
         """All settings that decide the content, as text."""
         geometry = {name: str(value) for name, value in self.geometry.model_dump().items()}
-        return {**geometry, "split": self.split or "", "block": str(self.block or "auto"), "pillow": pillow_version()}
+        turned = {"orientation": "applied"} if self.upright else {}
+        others = {"split": self.split or "", "block": str(self.block or "auto"), "pillow": pillow_version()}
+        return {**geometry, **others, **turned}
 
 
 def extract_codes(

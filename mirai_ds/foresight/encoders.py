@@ -254,6 +254,8 @@ def published_weights(model: nn.Module, config: EncoderConfig) -> Path:
         raise ConfigError("foresight.encoder.pretrained", True, problem) from None
 
 
+# What training programs call a network that they hold: parts of its tensors' names.
+_WRAPPERS = {"module", "backbone", "encoder", "model", "teacher", "student", "timm_model", "_orig_mod"}
 # Parts of published files that give no patch features: classifiers, masked tokens, decoders.
 _NOT_FEATURES = ("head", "fc_norm.", "mask_token", "decoder", "pre_logits.")
 
@@ -264,13 +266,14 @@ def fitting_weights(
     """The file's tensors for exactly this model, its position table resampled to its grid; raises unfit(problem).
 
     Only tensors named `not_features...` may be left over, nothing may be bent: a file of a relative (layer scales,
-    another patch) would give wrong features.
+    another patch) would give wrong features.  Plain prefixes of wrappers (`module.`, `backbone.`) are taken off.
     """
     try:
         state = read_weights(path)
     except UserError as error:
         raise unfit(f"cannot be read as weights: {error}") from None
     wanted = {name: value.shape for name, value in model.state_dict().items()}
+    state = _unwrapped(state, list(wanted), unfit)
     kernel, needed = (shapes.get("patch_embed.proj.weight") for shapes in (state, wanted))
     if isinstance(kernel, Tensor) and needed is not None and kernel.ndim == 4 and kernel.shape[-1] != needed[-1]:
         raise unfit(f"is of an encoder with patch {kernel.shape[-1]}, not {needed[-1]}")
@@ -279,11 +282,13 @@ def fitting_weights(
         try:
             state = convert(state, model)
         except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            _refuse_transformers_names(state, model, unfit)
             raise unfit(f"is not of this encoder: {type(error).__name__} when converted by timm") from None
     counters = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}  # unused here
     state = counters | state
     missing = sorted(set(wanted) - set(state))
     if missing:
+        _refuse_transformers_names(state, model, unfit)
         raise unfit(f"lacks {len(missing)} of {len(wanted)} tensors, e.g. {missing[0]}")
     extra = sorted(name for name in set(state) - set(wanted) if not name.startswith(not_features))
     if extra:
@@ -292,7 +297,38 @@ def fitting_weights(
     if bent:
         shapes = f"{tuple(state[bent[0]].shape)}, not {tuple(wanted[bent[0]])}"
         raise unfit(f"has {len(bent)} tensors of other shapes, e.g. {bent[0]} {shapes}")
+    broken = [name for name in wanted if state[name].is_floating_point() and not state[name].isfinite().all()]
+    if broken:
+        raise unfit(
+            f"holds NaN or infinity in {len(broken)} of {len(wanted)} tensors, e.g. {broken[0]}; fetch it again"
+        )
     return {name: state[name] for name in wanted}
+
+
+def _unwrapped(state: dict[str, Tensor], wanted: list[str], unfit: Callable[[str], UserError]) -> dict[str, Tensor]:
+    """The tensors below a wrapper's plain prefix, without it; all of them where there is none.
+
+    wanted: the network's own names.  Raises unfit for a file of two wrapped networks.
+    """
+    patches = "patch_embed.proj.weight"  # of a class token or a position table files have other names and shapes
+    anchor = patches if patches in wanted else wanted[0]
+    ends = {name.removesuffix(anchor) for name in state if name.endswith(f".{anchor}")}
+    prefixes = sorted(prefix for prefix in ends if set(prefix.split(".")[:-1]) <= _WRAPPERS)
+    if anchor in state or not prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise unfit(f"holds {len(prefixes)} networks ({', '.join(prefixes)}); save the one to be used by itself")
+    return {n.removeprefix(prefixes[0]): value for n, value in state.items() if n.startswith(prefixes[0])}
+
+
+def _refuse_transformers_names(state: dict[str, Tensor], model: nn.Module, unfit: Callable[[str], UserError]) -> None:
+    """Raises unfit with the file to take, where the tensors have the names of Hugging Face's transformers."""
+    theirs = next((name for name in sorted(state) if "embeddings.patch_embeddings" in name), None)
+    if theirs is not None:
+        published: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+        repo = published.get("hf_hub_id")
+        better = f"take model.safetensors of {repo}" if repo else "take a file with timm's names"
+        raise unfit(f"has the names of Hugging Face's transformers (e.g. {theirs}), not timm's; {better}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

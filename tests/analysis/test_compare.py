@@ -237,7 +237,9 @@ def test_uncommitted_code_and_many_starts_are_mentioned(tmp_path: Path) -> None:
 def test_settings_of_another_version(tmp_path: Path) -> None:
     a, b = pair(tmp_path)
     text = (b / "config.yaml").read_text()
-    (b / "config.yaml").write_text(text.replace("ema:\n  decay: 0.98\n", "flavour: {patience: 3}\n"))
+    (b / "config.yaml").write_text(
+        text.replace("ema:\n  decay: 0.98\n", "flavour: {patience: 3, more: [], other: null}\n")
+    )
     result = compare_runs(a, b)
     assert result.configuration is not None
     assert [(d.name, repr(d.a), repr(d.b)) for d in result.configuration] == [

@@ -324,6 +324,11 @@ CROSS_FIELD = {
     "images-for-npz": recipe(
         "data: {source: npz, path: a.npz, images: b}", "data.images = 'b'", "is for source: store; remove it"
     ),
+    "more-views-for-npz": recipe(
+        "data: {source: npz, path: a.npz, more_views: [b]}",
+        "data.more_views = ['b']",
+        "is for source: store; remove it",
+    ),
     "tokenizer-for-digits": recipe("data: {tokenizer: vq.pt}", "data.tokenizer = 'vq.pt'", "is for source: store"),
     "held-out-of-digits": recipe("data: {held_out_path: a}", "data.held_out_path = 'a'", "remove held_out_path"),
     "held-out-twice": recipe(

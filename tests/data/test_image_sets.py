@@ -76,6 +76,77 @@ def test_folders_that_are_no_image_sets(tmp_path: Path) -> None:
     fails(tmp_path, "holds a line break or is not UTF-8", "rename it")
 
 
+def copies(root: Path, *names: str) -> None:
+    for name in names:
+        save(root / name)
+
+
+def test_what_systems_put_there_is_no_class_and_no_image(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    copies(tmp_path, "a/1.png", "a/sub/2.png", "b/3.png")
+    copies(
+        tmp_path, ".ipynb_checkpoints/1.png", "__MACOSX/1.png", "a/@eaDir/thumb.png", "lost+found/1.png", "b/._3.png"
+    )
+    for name in ("a/one.gif", "a/two.GIF", "b/photo.avif", "README"):
+        (tmp_path / name).write_bytes(b"")
+    found = open_image_set(tmp_path)
+    assert (found.classes, found.labels.tolist()) == (["a", "b"], [0, 0, 1])
+    assert found.names == ["a/1.png", "a/sub/2.png", "b/3.png"]
+    assert [message.removeprefix(f"{tmp_path}: ") for message in told.messages] == [
+        "left out 5 hidden or system names: .ipynb_checkpoints, __MACOSX, lost+found, a/@eaDir, b/._3.png",
+        "left out 3 files with endings that ImageFolder does not read: 2 .gif, 1 .avif",
+        "3 images in 2 classes: a 2, b 1",
+    ]
+
+
+@pytest.mark.parametrize(("link", "target"), [("a/self", "."), ("a/up", ".."), ("a/sub/above", "../../.."), ("b", ".")])
+def test_links_that_lead_back_are_refused_by_name(link: str, target: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    copies(root, "a/1.png", "a/sub/2.png")
+    (root / link).symlink_to(target)
+    leads_to = (root / link).resolve()
+    fails(root, f"{root / link}: leads back to {leads_to}, which holds it", "remove the link")
+
+
+def test_a_folder_that_comes_twice_is_told(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    copies(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "b" / "more").symlink_to(tmp_path / "a")
+    assert open_image_set(tmp_path).names == ["a/1.png", "b/2.png", "b/more/1.png"]
+    assert f"{tmp_path}: links bring in 1 folders once more: b/more is a" in told.messages
+
+
+def test_splits_are_no_classes(tmp_path: Path) -> None:
+    copies(tmp_path / "above", "train/a/1.png", "train/b/2.png", "val/a/3.png", "annotations/1.png")
+    fails(
+        tmp_path / "above", "train and val look like splits, not classes", f"give e.g. {tmp_path / 'above' / 'train'}"
+    )
+    copies(tmp_path / "one", "train/a/1.png", "train/b/2.png")
+    fails(tmp_path / "one", "train looks like a split", f"give e.g. {tmp_path / 'one' / 'train'}")
+    copies(tmp_path / "flat", "Train/1.png", "Test/2.png")
+    fails(
+        tmp_path / "flat", "Test and Train look like splits", "put the images of a split into one folder for each class"
+    )
+    for name, classes in {
+        "vehicles": ["bus/1.png", "train/1.png"], "words": ["test/1.png", "train/1.png", "word/1.png"],
+        "trains": ["train/1.png"], "railway": ["bus/1.png", "train/steam/1.png"],
+    }.items():  # fmt: skip
+        copies(tmp_path / name, *classes)
+        assert open_image_set(tmp_path / name).names == classes
+
+
+def test_numbers_as_class_names_keep_imagefolders_order_and_it_is_told(
+    tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    copies(tmp_path / "text", *(f"{name}/1.png" for name in (0, 1, 2, 10, 11)))
+    assert open_image_set(tmp_path / "text").classes == ["0", "1", "10", "11", "2"]
+    assert "class folders are numbers and sorted as text, as ImageFolder does: folder 10 has label 2" in told.text
+    told.clear()
+    copies(tmp_path / "padded", *(f"{name:02d}/1.png" for name in (0, 1, 2, 10, 11)))
+    open_image_set(tmp_path / "padded")
+    copies(tmp_path / "mixed", "10/1.png", "2/1.png", "two/1.png")
+    open_image_set(tmp_path / "mixed")
+    assert "sorted as text" not in told.text
+
+
 GOOD = {
     "rgb.jpg": ("RGB", {}, None),
     "progressive.jpg": ("RGB", {"progressive": True}, None),

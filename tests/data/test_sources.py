@@ -303,3 +303,15 @@ def test_the_model_must_fit_the_digits() -> None:
     large = DIGITS_MODEL.model_copy(update={"vocab_size": 18})
     with pytest.raises(ConfigError, match=r"^model.vocab_size = 18: the data's codebook has 17 entries; use that$"):
         load_dataset(DataConfig(), large)
+
+
+def test_held_out_codes_of_another_codebook_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train", "same", "other"):
+        book = np.full((5, 2, 2, 3), 7 if name == "other" else 8, np.uint8)
+        np.savez(tmp_path / name, codes=rng.integers(0, 5, (4, 4)), labels=np.arange(4) % 3, codebook=book)
+    paths = {name: str(tmp_path / f"{name}.npz") for name in ("train", "same", "other")}
+    data = DataConfig(source="npz", path=paths["train"], held_out_path=paths["same"])
+    assert len(load_dataset(data, MODEL).held_out) == 4
+    with pytest.raises(ConfigError, match=r"was made with patch-codebook [0-9a-f]{12}, data\.path with patch-codebook"):
+        load_dataset(data.model_copy(update={"held_out_path": paths["other"]}), MODEL)

@@ -123,6 +123,31 @@ def test_folders_that_cannot_be_judged(tmp_path: Path) -> None:
     one_line(lambda: list(open_images(folder).batches(2)), "000003.png", "cannot be read")
 
 
+def test_the_walk_of_a_judged_folder_is_that_of_an_extraction(tmp_path: Path) -> None:
+    """Thumbnails are not judged, links that lead back and splits are refused."""
+    folder = write_folder(tmp_path / "f", pictures(3))
+    wanted = open_images(folder).digest()
+    write_folder(folder / "@eaDir", pictures(2))
+    assert (open_images(folder).count, open_images(folder).digest()) == (3, wanted)
+    (folder / "self").symlink_to(".")
+    one_line(lambda: open_images(folder), f"{folder / 'self'}: leads back to")
+    (tmp_path / "both").mkdir()
+    for split in ("train", "val"):
+        write_folder(tmp_path / "both" / split, pictures(2))
+    one_line(lambda: open_images(tmp_path / "both"), "train and val look like splits", "give one of them")
+
+
+def test_images_read_otherwise_than_stored_are_told(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    folder, exif = write_folder(tmp_path / "f", pictures(3)), Image.Exif()
+    exif[0x0112] = 3
+    for name in ("000003.png", "000004.png"):
+        Image.fromarray(pictures(1)[0]).resize((40, 32)).save(folder / name, exif=exif)
+    for name in ("000000.png", "000001.png", "000002.png"):
+        Image.open(folder / name).resize((40, 32)).save(folder / name)
+    assert sum(len(batch) for batch in open_images(folder).batches(2)) == 5
+    assert told.messages == [f"{folder}: 2 images: not turned by its orientation tag (3)"]
+
+
 # --- references ----------------------------------------------------------------------------------------------------
 
 

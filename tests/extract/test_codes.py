@@ -102,16 +102,15 @@ def test_other_settings_do_not_go_on_with_an_unfinished_store(photos: Path, code
 
 
 def test_the_log_says_from_where_it_goes_on(
-    photos: Path, codebook: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    photos: Path, codebook: Path, tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And before the work begins what was taken for classes."""
     monkeypatch.setattr(LOG, "handlers", [])  # pytest's own among them
-    monkeypatch.setattr(LOG, "propagate", True)
-    caplog.set_level("INFO", LOG.name)
     with pytest.raises(UserError, match="blocks are missing"):
         extract_codes(options(photos, tmp_path / "s", block=4, stall_timeout=0.0), World(0, 0, 2, 2), codebook)
-    assert caplog.messages == []
+    assert told.messages == [f"{photos}: 18 images in 2 classes: china 9, flower 9"]
     extract_codes(options(photos, tmp_path / "s", block=4), ALONE, codebook)
-    assert [message.startswith("going on after ") for message in caplog.messages] == [True]
+    assert [message.startswith("going on after ") for message in told.messages] == [False, True]
 
 
 def test_a_folder_in_use_is_not_written_into(photos: Path, codebook: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mirai_ds.config import UserError
 from mirai_ds.data.stores import open_token_store
 from mirai_ds.extract.llamagen import Import, import_llamagen, spans
+from mirai_ds.tokenizer import PatchCodebook
 from tests.extract.conftest import options
 
 
@@ -107,6 +108,28 @@ def test_padding_of_the_sampler(store: Path, tmp_path: Path) -> None:
     assert made.made_with["drop_padding"] == "True"
     again = write_folder(tmp_path / "again", store, padding=6)
     assert imported(again, tmp_path / "all", keep_duplicates=True).num_images == 24
+
+
+def test_hidden_names_are_left_out(folder: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    (folder / "._imagenet16_codes").mkdir()
+    (folder / "imagenet16_codes" / ".DS_Store").write_bytes(b"")
+    (folder / "imagenet16_codes" / "@eaDir").mkdir()
+    assert imported(folder, tmp_path / "s").num_images == 18
+    assert f"{folder / 'imagenet16_codes'}: left out 2 hidden or system names, e.g. .DS_Store" in told.messages
+
+
+def test_the_name_of_the_other_crop_range_is_told(store: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path / "imagenet16_code_c2i_flip_ten_crop_105", store)
+    import_llamagen(Import(folder, options(folder, tmp_path / "right", crop_range=1.05)))
+    assert "1.05" not in told.text
+    imported(folder, tmp_path / "s")
+    assert f"{folder}: its name is that of LlamaGen's crop range 1.05, --crop-range is 1.1" in told.text
+
+
+def test_a_tokenizer_without_those_codes_is_refused(folder: Path, tmp_path: Path) -> None:
+    few = PatchCodebook(np.arange(4 * 4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 4, 3))
+    few.save(tmp_path / "few.npz")
+    refused(folder, tmp_path / "s", "has 4 codes, the files' go up to 63", tokenizer=tmp_path / "few.npz")
 
 
 def test_copies_in_the_middle(folder: Path, tmp_path: Path) -> None:

@@ -21,10 +21,13 @@ from mirai_ds.data.image_sets import open_image_set
 from mirai_ds.data.loader import auto_workers
 from mirai_ds.data.store_source import from_store
 from mirai_ds.data.stores import open_token_store
+from mirai_ds.data.stores.files import write_manifest
 from mirai_ds.extract import extract_codes, extract_images
+from mirai_ds.extract.llamagen import Import, import_llamagen
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 from tests.data.test_image_sets import write_idx
 from tests.extract.conftest import ALONE, options
+from tests.extract.test_llamagen import write_folder
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(size="custom", dim=8, n_layer=1, n_head=1, vocab_size=64, num_classes=2, block_size=16)
@@ -201,6 +204,87 @@ def test_held_out_samples(store: Path, photos: Path, codebook: Path, tmp_path: P
     extract_codes(options(photos, tmp_path / "foreign", crops="one"), ALONE, turned)
     with pytest.raises(ConfigError, match=r"data.held_out_path = .* was made with patch-codebook .*, data.path with"):
         load_dataset(DataConfig(source="store", path=str(store), held_out_path=str(tmp_path / "foreign")), MODEL)
+
+
+def held_out_refused(pattern: str, store: Path, held_out: Path) -> None:
+    with pytest.raises(ConfigError, match=pattern) as caught:
+        load_dataset(DataConfig(source="store", path=str(store), held_out_path=str(held_out)), MODEL)
+    assert caught.value.field == "data.held_out_path"
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_labels_must_mean_the_same_classes(
+    store: Path, photos: Path, codebook: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    """Class 0 of `flower` alone is `china` to the model; classes missing at the end move no label."""
+
+    def extracted(name: str, *folders: str, **others: Any) -> Path:
+        for folder in folders:
+            shutil.copytree(photos / folder.removeprefix("z-"), tmp_path / name / folder)
+        extract_codes(
+            options(tmp_path / name, tmp_path / f"{name}-codes", **{"crops": "one", **others}), ALONE, codebook
+        )
+        return tmp_path / f"{name}-codes"
+
+    held_out_refused("its label 0 is class 'flower', in data.path 'china'", store, extracted("moved", "flower"))
+    more = extracted("more", "china", "flower", "z-flower")
+    held_out_refused("its label 2 is class 'z-flower', data.path has no such label", store, more)
+    larger = tmp_path / "larger"
+    extract_codes(options(photos, larger, size=32, crops="one"), ALONE, codebook)
+    held_out_refused("is of 32 pixels a side, data.path of 16", store, larger)
+    told.clear()
+    fewer = extracted("fewer", "china", crops="ten", crop_range=1.3)
+    data = load_dataset(DataConfig(source="store", path=str(store), held_out_path=str(fewer)), MODEL)
+    assert data.held_out.labels.tolist() == [0] * 9
+    assert told.messages[1:] == [
+        "data.held_out_path: its views are cut from 1.3 times their size, those from 1.1 times of data.path"
+    ]
+
+
+def test_an_older_store_with_a_systems_folder_as_a_class_is_told(
+    store: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(store, tmp_path / "old")
+    made = open_token_store(store).manifest
+    write_manifest(tmp_path / "old", made.model_copy(update={"classes": [".ipynb_checkpoints", "flower"]}))
+    opened(tmp_path / "old")
+    assert told.messages == [
+        f"data.path: {tmp_path / 'old'} counts '.ipynb_checkpoints' as a class, a system's folder: extract it again"
+    ]
+
+
+def test_what_an_imported_store_does_not_say_is_a_note(
+    store: Path, photos: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    folder, imported = write_folder(tmp_path / "theirs", store), tmp_path / "imported"
+    import_llamagen(Import(folder, options(folder, imported), None))
+    config = DataConfig(source="store", path=str(store), held_out_path=str(imported))
+    assert load_dataset(config, MODEL).held_out.labels.tolist() == [0] * 9 + [1] * 9
+    assert told.messages == [
+        "data.held_out_path: classes and tokenizers not compared with data.path's: not known of both"
+    ]
+    shutil.copytree(photos / "flower", tmp_path / "moved" / "a")
+    shutil.copytree(photos / "china", tmp_path / "moved" / "b")
+    named = tmp_path / "named"
+    import_llamagen(Import(folder, options(folder, named), images=tmp_path / "moved"))
+    held_out_refused("its label 0 is class 'a', in data.path 'china'", store, named)
+
+
+def test_pixels_of_the_same_names_and_other_labels_are_refused(tmp_path: Path) -> None:
+    """MNIST and Fashion-MNIST name their images alike."""
+    levels = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)
+    PatchCodebook(levels).save(tmp_path / "grey.npz")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        write_idx(folder, "train", 7)
+    labels = theirs / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x02")  # 6 % 3 is 0
+    extract_codes(options(ours, tmp_path / "s", size=4, crops="one"), ALONE, tmp_path / "grey.npz")
+    extract_images(options(theirs, tmp_path / "i", size=4, crops="one"), ALONE)
+    for images in (theirs, tmp_path / "i"):
+        refused("was not made of the same images: image 6 has label 2 there and 0 in the token", tmp_path / "s", images)
+    assert opened(tmp_path / "s", ours).images is not None
 
 
 def test_a_store_must_fit_the_model(store: Path) -> None:

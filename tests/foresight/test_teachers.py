@@ -280,5 +280,30 @@ def test_weights_of_another_encoder(saved: Path, tmp_path: Path) -> None:
     refused({**state, "patch_embed.proj.weight": kernel}, "patch 14, not 16")
     refused({**state, "pos_embed": torch.zeros(1, 17, 48)}, "of other shapes", "pos_embed")
     refused(make_encoder("test_vit3", num_classes=0).state_dict(), WEIGHTS)
+    refused({**state, "norm.bias": torch.full((64,), torch.nan)}, "NaN or infinity in 1 of", "norm.bias")
     save_file({**state, "head.weight": torch.zeros(10, 64), "fc_norm.weight": torch.zeros(64)}, path)
     teacher_of(path)  # a classifier is no part of the features
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone.", "teacher._orig_mod."])
+def test_wrappers_of_the_encoder_are_taken_off(prefix: str, tmp_path: Path) -> None:
+    """With what else the program held; two wrapped encoders leave the choice to the user."""
+    path, plain = tmp_path / "w.safetensors", tmp_path / "plain.safetensors"
+    state = make_encoder(num_classes=0).state_dict()
+    save_file(state, plain)
+    wrapped = {prefix + name: value for name, value in state.items()}
+    save_file({**wrapped, "dino_head.mlp.0.weight": torch.zeros(3, 3)}, path)
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    wanted = teacher_of(plain).features(TOKENS, LABELS, images)
+    assert torch.equal(teacher_of(path).features(TOKENS, LABELS, images), wanted)
+    save_file({**wrapped, **{f"student.{name}": value.clone() for name, value in state.items()}}, path)
+    fails(lambda: teacher_of(path), WEIGHTS, "holds 2 networks", "student.", prefix, "save the one to be used")
+
+
+@pytest.mark.parametrize("prefix", ["", "vit.", "dinov2."])
+def test_transformers_names_are_told_with_the_file_to_take(prefix: str, tmp_path: Path) -> None:
+    names = ("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.attention.attention.query.weight")
+    save_file({prefix + name: torch.zeros(2, 2) for name in names}, tmp_path / "w.safetensors")
+    said = f"has the names of Hugging Face's transformers (e.g. {prefix}{names[0]}), not timm's"
+    better = "take model.safetensors of timm/test_vit.r160_in1k"
+    fails(lambda: teacher_of(tmp_path / "w.safetensors"), WEIGHTS, said, better)

@@ -40,7 +40,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         done = mirai_ds("extract", *map(str, command))
         assert done.code == 0, done.out + done.err
         said.append(done.out.strip().splitlines()[-1])
-    assert said[0].startswith(f"{book}: 64 patches of 4x4x3 from 80 images, reconstruction ")
+    assert said[0].startswith(f"{book}: 64 patches of 4x4x3 from 80 images (1 more could not be read), ")
     assert said[1] == (
         f"{codes}: 80 images x 10 views x 64 tokens; 1 could not be read, 0 were converted: see problems.jsonl"
     )

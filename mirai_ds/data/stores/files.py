@@ -53,6 +53,17 @@ class StoreManifest(Section):
     labels_digest: str = Field(pattern=DIGEST)
     names_digest: str = Field(pattern=DIGEST)
     problems_digest: str = Field(pattern=DIGEST)
+
+    @property
+    def named(self) -> bool:
+        """Whether images and classes have names: those of imported codes may be numbers that say nothing."""
+        return "from" not in self.made_with or self.classes != [str(label) for label in range(len(self.classes))]
+
+    @property
+    def upright(self) -> bool:
+        """Whether photographs were turned by their orientation tag."""
+        return self.made_with.get("orientation") == "applied"
+
     seal: str = Field("", description="sha256 of this file's other fields")
 
 
