@@ -31,6 +31,7 @@ SCRIPT = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE":
 INTERACTIVE = {**step(0, 1, 0, "1", "4294967290"), "SLURM_NNODES": "1"}  # salloc, on Slurm 22.05
 SALLOC = {k: v for k, v in INTERACTIVE.items() if k != "SLURM_NTASKS"}
 PTY = {**step(0, 1, 0, "1"), "SLURM_PTY_PORT": "4000"}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 FOURTH = World(3, 1, 4, 2)
 
 # What started the process, and what is recognised of it.
@@ -55,9 +56,8 @@ LAUNCHERS: dict[str, tuple[Env, str, World | None]] = {
     "mpirun in a job": ({**ompi(3, 4, 1, 2), **step(1, 2, 0, "1(x2)")}, "mpirun (Open MPI)", FOURTH),
     "MVAPICH": ({"MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "1",
                  "MV2_COMM_WORLD_LOCAL_SIZE": "2"}, "mpirun (MVAPICH)", FOURTH),
-    "Hydra": ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, "mpirun (Hydra)", FOURTH),
-    "srun --mpi=pmi2": ({**step(3, 4, 1, "2(x2)"), "PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1",
-                         "MPI_LOCALNRANKS": "2"}, "mpirun (Hydra)", FOURTH),
+    "Hydra": (HYDRA, "mpirun (Hydra)", FOURTH),
+    "srun --mpi=pmi2": ({**step(3, 4, 1, "2(x2)"), **HYDRA}, "mpirun (Hydra)", FOURTH),
     "torchrun in a job": ({**step(1, 2, 0, "1(x2)"), **TORCHRUN}, "torchrun", FOURTH),
     "deepspeed in a shell of salloc": ({**SALLOC, **DEEPSPEED}, "deepspeed", FOURTH),
     "srun, and a script that sets RANK": ({**step(3, 4, 1, "2(x2)"), **SCRIPT}, "RANK and WORLD_SIZE", FOURTH),
@@ -78,22 +78,17 @@ def test_each_launcher_is_recognised() -> None:
 
 def test_what_was_left_over_makes_no_other_world() -> None:
     """23 launchers x 6 variables left in the environment: the same world, or a refusal that names both sides."""
-    refused = set()
-    for name, (env, launcher, world) in LAUNCHERS.items():
+    for name, (env, _, world) in LAUNCHERS.items():
         for left, extra in LEFT_OVER.items():
             given = {**extra, **env}
-            try:
-                found = recognise(given)
-            except UserError as error:
-                assert "contradicts itself" in str(error), (name, left)
-                assert "rank 0 of 1" in str(error)
-                refused.add((name, left))
+            if left == "RANK and WORLD_SIZE" and world is not None and name not in SETS_RANK:
+                with pytest.raises(UserError, match=r"contradicts itself: .* rank 0 of 1, .* rank \d of \d"):
+                    recognise(given)
                 continue
+            found = recognise(given)
             assert found.world == world, (name, left, found)
             if left in ("RANK", "WORLD_SIZE") and name not in SETS_RANK:
                 assert found.notes == (f"{left} is set without the other of RANK and WORLD_SIZE: ignored",)
-    several = {name for name, (_, _, world) in LAUNCHERS.items() if world is not None}
-    assert refused == {(name, "RANK and WORLD_SIZE") for name in several - SETS_RANK}
 
 
 def test_ranks_that_are_asked_for_are_those_there_are() -> None:
@@ -104,9 +99,7 @@ def test_ranks_that_are_asked_for_are_those_there_are() -> None:
             if world is None or asked == world.size:
                 check_asked(asked, found)  # nobody: as many are started
             else:
-                with pytest.raises(
-                    UserError, match=f"--ranks {asked}: this process is rank .* of {world.size} already"
-                ):
+                with pytest.raises(UserError, match=f"--ranks {asked}: .* of {world.size} already"):
                     check_asked(asked, found)
         assert (world is None) == (found.world is None), name
 
