@@ -66,8 +66,8 @@ def recognise(environ: Mapping[str, str] | None = None) -> Recognised:
         if world.size > 1 and (world.rank, world.size) != (torch_like.rank, torch_like.size):
             raise UserError(
                 f"the environment contradicts itself: RANK and WORLD_SIZE say rank {torch_like.rank} of "
-                f"{torch_like.size}, {name} says rank {world.rank} of {world.size}; unset RANK and WORLD_SIZE, which may "
-                "be left over, or set both for every rank"
+                f"{torch_like.size}, {name} says rank {world.rank} of {world.size}; unset RANK and WORLD_SIZE, which "
+                "may be left over, or set both for every rank"
             )
     return Recognised("RANK and WORLD_SIZE", torch_like, notes)
 
