@@ -148,7 +148,7 @@ class Checkpoints:
         self.engine.resume_counters(progress.step)
         return name, info
 
-    def _check_origin(self, info: store.CheckpointInfo, folder: str, allowed: Iterable[str]) -> None:
+    def _check_origin(self, info: store.CheckpointInfo, folder: str, allowed: Iterable[str] = ()) -> None:
         config = self.config
         if info.data and info.data != self.origin.data and not is_allowed("data.path", allowed):
             raise UserError(
