@@ -23,7 +23,8 @@ from mirai_ds.train.step import mean_over_ranks, train_step
 SAVED, STEPS = 4, 2
 SETTINGS = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "train.global_batch_size=16",
-    "foresight.warmup_epochs=0.025", "foresight.heads_in_warmup=sleep", "foresight.projector_dim=32", "foresight.kernel=reference",
+    "foresight.warmup_epochs=0.025", "foresight.heads_in_warmup=sleep", "foresight.projector_dim=32",
+    "foresight.kernel=reference",
     "eval.classifier.enabled=false", "ema.decay=0.9", "model.token_dropout=0.05", "model.resid_dropout=0.1",
     "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
