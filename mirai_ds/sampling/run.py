@@ -66,7 +66,8 @@ def draw_archive(request: SamplingRequest, world: World) -> str | None:
         if world.rank != 0:
             return None
         _tidy(files)
-    return f"{files.archive}: {request.num} images of {drawing.size} pixels from {request.source}; {files.record.name}"
+    origin = f"{request.source} ({drawing.protocol['weights']} weights)"
+    return f"{files.archive}: {request.num} images of {drawing.size} pixels from {origin}; {files.record.name}"
 
 
 def _work(job: DrawJob, files: Files, plan: WorkPlan, request: SamplingRequest, world: World) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import StateReader
-from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.gpt_file import read_gpt_file
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.foresight import EmaTeacher, Teacher, method_of
 from mirai_ds.runs.configuration import read_run_config
@@ -65,7 +66,9 @@ def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
             folder, info, _ = store.find(run, step)
             weights, origin = StateReader(folder).weights("ema"), f"EMA of {run} at step {info.step}"
         else:
-            weights, origin = read_gpt_weights(path, "ema-or-model"), given
+            file = read_gpt_file(path, "ema", or_other=True)
+            check_told(file.model, config.model, path)
+            weights, origin = file.weights, f"{given} ({file.kind} weights)"
         check_gpt_weights(weights, config.model, path)
     except UserError as error:
         raise ConfigError(FIELD, given, str(error)) from None

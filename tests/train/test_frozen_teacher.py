@@ -53,14 +53,14 @@ def gpt() -> dict[str, torch.Tensor]:
 def test_the_average_is_preferred(gpt: dict[str, torch.Tensor], tmp_path: Path) -> None:
     ema = {name: value + 1 for name, value in gpt.items()}
     write_llamagen(tmp_path / "both.pt", gpt, ema)
-    write_llamagen(tmp_path / "ema.safetensors", ema)
+    write_llamagen(tmp_path / "ema.safetensors", ema, info={"weights": "ema"})
     write_llamagen(tmp_path / "raw.pt", gpt)
     teachers = {name: teacher_of(tmp_path / name) for name in ("both.pt", "ema.safetensors", "raw.pt")}
-    for name, wanted in (("both.pt", ema), ("ema.safetensors", ema), ("raw.pt", gpt)):
+    for name, wanted, kind in (("both.pt", ema, "ema"), ("ema.safetensors", ema, "ema"), ("raw.pt", gpt, "raw")):
         teacher, digest, notes = teachers[name]
         assert teacher.frozen
         assert all(torch.equal(value, wanted[key]) for key, value in teacher.trunk.named_parameters())
-        assert notes == [f"frozen teacher: {tmp_path / name}, digest {digest[:12]}"]
+        assert notes == [f"frozen teacher: {tmp_path / name} ({kind} weights), digest {digest[:12]}"]
     digests = [digest for _, digest, _ in teachers.values()]
     assert digests[0] == digests[1] != digests[2]  # of the weights, not of the file
 
