@@ -123,7 +123,7 @@ def _read_header(file: IO[bytes]) -> Member:
 
 
 class FolderSource:
-    """All image files below a folder, by their path's order; every one must be of the same size."""
+    """All image files below a folder, by their path's order; every one must be of the same size, by its header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,6 +137,24 @@ class FolderSource:
             raise UserError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
         self.count = len(self.names)
         self.height, self.width = self._read(self.names[0]).shape[:2]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for name, size in zip(self.names, pool.map(self._size, self.names), strict=True):
+                self._check_size(name, size)
+
+    def _size(self, name: str) -> tuple[int, ...]:
+        """(height, width), and nothing else read of a file that is whole."""
+        from PIL import Image
+
+        try:
+            with Image.open(self.path / name) as image:
+                return image.height, image.width
+        except Exception:  # Pillow raises nearly any type; what reads the image says what is wrong with it
+            return self._read(name).shape[:2]
+
+    def _check_size(self, name: str, size: tuple[int, ...]) -> None:
+        if size != (self.height, self.width):
+            sizes = f"{size[1]}x{size[0]}, {self.names[0]} is {self.width}x{self.height}"
+            raise UserError(f"{self.path / name}: is {sizes}; bring all images to one size")
 
     def _read(self, name: str) -> Array:
         try:
@@ -153,9 +171,7 @@ class FolderSource:
                 images = [future.result() for future in pending]
                 pending = [pool.submit(self._read, name) for name in coming]
                 for name, image in zip(self.names[start : start + size], images, strict=True):
-                    if image.shape[:2] != (self.height, self.width):
-                        sizes = f"{image.shape[1]}x{image.shape[0]}, {self.names[0]} is {self.width}x{self.height}"
-                        raise UserError(f"{self.path / name}: is {sizes}; bring all images to one size")
+                    self._check_size(name, image.shape[:2])  # a file may have changed since
                 yield np.stack(images)
 
     def digest(self) -> str:

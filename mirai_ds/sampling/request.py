@@ -75,6 +75,7 @@ class Drawing:
     size: int
     out: Path
     protocol: dict[str, Any]
+    in_any_company: bool  # whether an image is the same in every batch
 
     @property
     def settings(self) -> dict[str, str]:
@@ -121,7 +122,8 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: must end in .npz")
     dtype = PRECISIONS[precision]
-    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol)
+    alone = device.type == "cpu" and precision == "fp32" and not speed.compile
+    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone)
 
 
 def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int | None:
