@@ -293,7 +293,12 @@ def make_maps(
     label: int | None, measured: int, seed: int, slots: str,
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """Write the picture and, beside it, its JSON; returns the picture's path and what the JSON holds."""
-    loaded = [(source, load_weights(source, weights, step, recipe, block_size)) for source in sources]
+    mixed = len({source.is_dir() for source in sources}) == 2  # then a step is the runs', a recipe the files'
+    loaded = []
+    for source in sources:
+        of_run, of_file = (not mixed or source.is_dir()), (not mixed or not source.is_dir())
+        options = (step if of_run else None, recipe if of_file else None)
+        loaded.append((source, load_weights(source, weights, *options, block_size)))
     first = loaded[0][1].config
     for source, one in loaded[1:]:
         for field in ("block_size", "vocab_size", "num_classes"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def read_gpt_file(path: Path, kind: Weights = "raw", or_other: bool = False) -> 
     told = {name: notes[name] for name in ModelConfig.model_fields if name in notes} if "size" in notes else {}
     # Copies: the file may be mapped into memory, and its optimizer state must not stay there with it.
     copies = {key: value.detach().clone() for key, value in _official_keys(weights, path).items()}
-    return GptFile(copies, kind, held, told, steps if isinstance(steps, int) else 0)
+    return GptFile(copies, kind, held, told, int(steps) if isinstance(steps, Integral) else 0)
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:

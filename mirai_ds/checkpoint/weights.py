@@ -65,6 +65,8 @@ def load_weights(
     sizes are.  `block_size`, tokens an image, they cannot tell.  Raises UserError.
     """
     if source.is_dir():
+        if recipe is not None:
+            raise UserError(f"--recipe {recipe}: {source} is a run, which holds its own configuration; leave it out")
         config = read_run_config(source)
         kind = kind or config.sampling.weights
         folder, steps = checkpoint_of(source, step)

@@ -63,6 +63,7 @@ def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
             theirs = read_run_config(run).model
             if theirs.grid != config.model.grid:  # shapes do not tell
                 raise UserError(f"is of a {theirs.grid}x{theirs.grid} grid, this run has {config.model.grid}")
+            check_told(theirs.model_dump(), config.model, path)
             folder, info, _ = store.find(run, step)
             weights, origin = StateReader(folder).weights("ema"), f"EMA of {run} at step {info.step}"
         else:

@@ -114,6 +114,7 @@ def test_what_a_file_says_of_its_model_is_not_overruled(tiny: Path, tmp_path: Pa
     one_line(lambda: load_weights(file, recipe=str(tmp_path / "r.yaml")), "n_head = 4", "has 2", "model.n_head")
     one_line(lambda: load_weights(file, block_size=64), "16 tokens an image, not 64", "--block-size")
     one_line(lambda: load_weights(file, step=3), "--step 3", "is a file")
+    one_line(lambda: load_weights(tmp_path, recipe="digits-baseline"), "--recipe digits-baseline", "is a run")
     heads = RunConfig.model_validate({"model": {**MODEL.model_dump(), "n_head": 2}, "train": {"init_from": str(file)}})
     one_line(lambda: initial_weights(heads, {}), "n_head = 4")
 

@@ -149,6 +149,7 @@ def test_a_run_is_a_teacher(finished: Path, tmp_path: Path) -> None:
     assert not torch.equal(newest.trunk.tok_embeddings.weight, at_22.trunk.tok_embeddings.weight)
     one_line(lambda: teacher_of(store.folder_of(finished, 23), *sizes), FIELD)
     one_line(lambda: teacher_of(finished, *sizes, "model.block_size=16"), "is of a 8x8 grid, this run has 4")
+    one_line(lambda: teacher_of(finished, *[*sizes, "model.n_head=4"]), "n_head = 2", "this one has 4")  # shapes fit
 
 
 def settings(*changes: str) -> dict[str, Any]:
