@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from mirai_ds.config.paths import PATHS
 from mirai_ds.runs.records import Json, RunRecords, code_text, flatten
 
 Effect = Literal["curve", "code", "rounding", "none"]
@@ -67,7 +69,17 @@ def _differ(left: Any, right: Any) -> bool:
 
 def of_configurations(a: RunRecords, b: RunRecords) -> list[Difference] | None:
     """Settings that differ; None when one of the runs has none to compare."""
-    return None if a.config is None or b.config is None else _between(a.config, b.config)
+    if a.config is None or b.config is None:
+        return None
+    return [d for d in _between(a.config, b.config) if not (d.name in (*PATHS, "deepspeed") and _same_place(d.a, d.b))]
+
+
+def _same_place(a: Any, b: Any) -> bool:
+    """Whether two different paths may be one: runs of an earlier version hold them as they were given."""
+    if not isinstance(a, str) or not isinstance(b, str) or Path(a).is_absolute() == Path(b).is_absolute():
+        return False
+    given, whole = sorted((Path(a), Path(b)), key=Path.is_absolute)
+    return given.parts == whole.parts[-len(given.parts) :]
 
 
 def of_environments(a: RunRecords, b: RunRecords) -> list[Difference] | None:

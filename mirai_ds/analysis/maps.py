@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirai_ds.checkpoint.weights import load_weights
+from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
+from mirai_ds.config.run_config import Weights
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder, TokenSource
 from mirai_ds.model import GPT, gpt_from_weights
-from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.tokenizer import open_tokenizer
 
@@ -148,7 +148,7 @@ def _pca(points: Array) -> Array:
 
 
 def find_images(
-    config: RunConfig, wanted: Sequence[str], tokenizer: Path | None, label: int | None, measured: int
+    loaded: LoadedWeights, wanted: Sequence[str], tokenizer: Path | None, label: int | None, measured: int
 ) -> tuple[Images, Images]:
     """(shown, measured).  wanted: numbers of held-out samples, .npz files of tokens, or picture files; default the
     first four held-out samples.  What is measured are the first held-out samples, else what is shown.
@@ -157,8 +157,8 @@ def find_images(
     """
     numbers = [int(one) for one in wanted if one.isdigit()]
     files = [Path(one) for one in wanted if not one.isdigit()]
-    held, decoder = _held_out(config, tokenizer, needed=not files)
-    parts = [_from_file(path, config, decoder, label) for path in files]
+    held, decoder = _held_out(loaded, tokenizer, needed=not files)
+    parts = [_from_file(path, loaded.config, decoder, label) for path in files]
     if held is not None and (numbers or not files):
         chosen = numbers or list(range(min(4, len(held))))
         beyond = [n for n in chosen if n >= len(held)]
@@ -175,12 +175,16 @@ _NO_HELD_OUT = "there are no held-out samples at hand; give --image FILE.npz wit
 
 
 def _held_out(
-    config: RunConfig, tokenizer: Path | None, needed: bool
+    loaded: LoadedWeights, tokenizer: Path | None, needed: bool
 ) -> tuple[TokenSource | None, TokenDecoder | None]:
     """The run's held-out samples, None where there are none, and what decodes tokens."""
     decoder: TokenDecoder | None = None if tokenizer is None else open_tokenizer(tokenizer)
+    if loaded.data is None:
+        if needed:
+            raise UserError(_NO_HELD_OUT)
+        return None, decoder
     try:
-        data = load_dataset(config.data, config.model)
+        data = load_dataset(loaded.data, loaded.config.model)
     except UserError as error:
         if needed:
             raise UserError(f"{error}; or give --image FILE.npz with an array `tokens` (n, N)") from None
@@ -267,42 +271,42 @@ def _joined(parts: list[Images]) -> Images:
 
 
 def map_run(
-    source: Path, config: RunConfig, weights: dict[str, Tensor], about: tuple[str, int, str], layer: int | None,
-    shown: Images, measured: Images, method: Method, seed: int, slots: str,
+    source: Path, loaded: LoadedWeights, layer: int | None, shown: Images, measured: Images, method: Method, seed: int,
+    slots: str,
 ) -> RunMap:  # fmt: skip
-    """about: origin, step, kind of weights.  layer: default two thirds of the depth, as the paper's 8 of 12."""
+    """layer: default two thirds of the depth, as the paper's 8 of 12."""
+    config = loaded.config
     chosen = layer or max(1, round(config.model.depth * 8 / 12))
     if chosen > config.model.depth:
         raise ConfigError("--layer", layer, f"{source}: the model has {config.model.depth} blocks")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpt = gpt_from_weights(config.model, {name: value.float().to(device) for name, value in weights.items()})
+    gpt = gpt_from_weights(config.model, {name: value.float().to(device) for name, value in loaded.gpt.items()})
     name = config.name if source.is_dir() else source.name
     features = token_features(gpt, shown.tokens, shown.labels, chosen, slots)
     measure = smoothness(token_features(gpt, measured.tokens, measured.labels, chosen, slots))
-    return RunMap(name, about[0], about[1], chosen, about[2], colours(features, method, seed), measure)
+    return RunMap(name, loaded.origin, loaded.step, chosen, loaded.kind, colours(features, method, seed), measure)
 
 
 def make_maps(
     sources: Sequence[Path], wanted: Sequence[str], layer: int | None, method: Method, out: Path | None,
-    weights: str | None, step: int | None, recipe: str | None, block_size: int, tokenizer: Path | None,
+    weights: Weights | None, step: int | None, recipe: str | None, block_size: int | None, tokenizer: Path | None,
     label: int | None, measured: int, seed: int, slots: str,
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """Write the picture and, beside it, its JSON; returns the picture's path and what the JSON holds."""
+    mixed = len({source.is_dir() for source in sources}) == 2  # then a step is the runs', a recipe the files'
     loaded = []
     for source in sources:
-        kind = weights or (read_run_config(source).sampling.weights if source.is_dir() else "raw")
-        loaded.append((source, kind, load_weights(source, kind, step, recipe, block_size)))
-    first = loaded[0][2].config
-    for source, _, one in loaded[1:]:
+        of_run, of_file = (not mixed or source.is_dir()), (not mixed or not source.is_dir())
+        options = (step if of_run else None, recipe if of_file else None)
+        loaded.append((source, load_weights(source, weights, *options, block_size)))
+    first = loaded[0][1].config
+    for source, one in loaded[1:]:
         for field in ("block_size", "vocab_size", "num_classes"):
             ours, theirs = getattr(first.model, field), getattr(one.config.model, field)
             if ours != theirs:
                 raise UserError(f"{source}: model.{field} = {theirs}, {sources[0]} has {ours}: other images")
-    shown, measure = find_images(first, wanted, tokenizer, label, measured)
-    maps = [
-        map_run(source, one.config, one.gpt, (one.origin, one.step, kind), layer, shown, measure, method, seed, slots)
-        for source, kind, one in loaded
-    ]
+    shown, measure = find_images(loaded[0][1], wanted, tokenizer, label, measured)
+    maps = [map_run(source, one, layer, shown, measure, method, seed, slots) for source, one in loaded]
     picture = out or _default_path(sources[0], maps[0].layer, method)
     record = as_json(maps, shown, method, seed, slots)
     try:

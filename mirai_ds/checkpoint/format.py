@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mirai_ds.checkpoint.store import files_of
 from mirai_ds.config import UserError
+from mirai_ds.runtime.weight_files import write_safetensors
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 FP32_COPIES = len(KINDS)  # of every parameter
@@ -37,7 +37,7 @@ class Snapshot(NamedTuple):
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Write a snapshot as one safetensors file.  Raises what safetensors or the system raise."""
-    save_file(snapshot.tensors, path, metadata=snapshot.metadata)
+    write_safetensors(path, snapshot.tensors, snapshot.metadata)
 
 
 class StateReader:

@@ -1,75 +1,25 @@
-"""Foreign weights in and out: LlamaGen's checkpoint files, and what its own samplers read.  Never runs a file's code.
-
-Layouts and keys: FoundationVision/LlamaGen (commit ce98ec4), y0urOy/Mirai-Code (commit 4e8611e), YuqingWang1029/PAR
-(commit b1dd994), whose files have one tensor more.
-"""
+"""Which model foreign weights are of, whether they fit one, and files that LlamaGen's own samplers read."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mirai_ds.checkpoint.gpt_file import AVERAGE, PROJECTORS
 from mirai_ds.config import SIZES, ConfigError, ModelConfig, UserError
 from mirai_ds.config.errors import from_validation, shown
 from mirai_ds.model import GPT
 from mirai_ds.runtime.disk import replacing
-from mirai_ds.runtime.weight_files import SAFETENSORS, first_line, read_safetensors_file, read_torch_file
+from mirai_ds.runtime.weight_files import SAFETENSORS, first_line, write_safetensors
 
-# Where the raw weights lie, in the order LlamaGen's samplers look: DDP script, DeepSpeed, others, else a bare dict.
-WRAPPERS = ("model", "module", "state_dict")
-# The rotary table of older released files: LlamaGen's samplers ignore it, and so do we; everything else is strict.
-STRAY = "freqs_cis"
-PROJECTORS = "projectors."
 LEARNABLE = "spe_tok_embeddings.special_embeddings.weight"  # PAR's n - 1 tokens
-
-
-def read_gpt_weights(path: Path, which: Literal["model", "ema", "ema-or-model"] = "model") -> dict[str, Tensor]:
-    """The state dict in a LlamaGen or Mirai checkpoint file: GPT keys and `projectors.*`, on CPU, dtypes as stored.
-
-    Accepts `{"model", "optimizer", "steps", "args"[, "ema"]}`, `{"module"}`, `{"state_dict"}` and a bare state dict in
-    .pt, .pth or .bin, and .safetensors.  Only `freqs_cis` is dropped.  `ema-or-model`: the average where the file has
-    one.  Raises UserError.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a weights file; `mirai-ds export` writes one from a run")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == SAFETENSORS:
-        if which == "ema":
-            raise UserError(f"{path}: a .safetensors file holds one set of weights and no 'ema'; use which = 'model'")
-        weights: Any = read_safetensors_file(path)
-    else:
-        weights = _select(read_torch_file(path), which, path)
-    bad = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
-    if bad is not None or not weights:
-        reason = f"{shown(bad)} is a {type(weights[bad]).__name__}" if weights else "it is empty"
-        raise UserError(f"{path}: is not a state dict of tensors: {reason}")
-    # Copies: the file may be mapped into memory, and its optimizer state must not stay there with it.
-    return {str(key): value.detach().clone() for key, value in weights.items() if key != STRAY}
-
-
-def _select(data: Any, which: str, path: Path) -> dict[Any, Any]:
-    """The chosen state dict inside `data`."""
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not a checkpoint or state dict")
-    held = ", ".join(shown(key, 30) for key in list(data)[:6])
-    if which == "ema" or (which == "ema-or-model" and "ema" in data):
-        if "ema" not in data:
-            raise UserError(f"{path}: has no 'ema' weights (it holds {held or 'nothing'}); use which = 'model'")
-        weights = data["ema"]
-    else:
-        name = next((name for name in WRAPPERS if name in data), None)
-        weights = data if name is None else data[name]
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: the weights are a {type(weights).__name__}, not a state dict; the file holds {held}")
-    return weights
 
 
 class _Shape(NamedTuple):
@@ -130,6 +80,17 @@ def infer_model_config(weights: Mapping[str, Tensor], block_size: int = 256, n_h
     )
 
 
+# Of what shapes do not tell, which a file may: what makes other numbers, and with `block_size` other places.
+UNSEEN = ("n_head", "norm_eps", "rope_base", "block_size")
+
+
+def check_told(told: Mapping[str, Any], config: ModelConfig, path: Path, names: Sequence[str] = UNSEEN) -> None:
+    """That the model whose fields a file tells has the `names` of this one; raises UserError."""
+    for name in names:
+        if told.get(name, (ours := getattr(config, name))) != ours:
+            raise UserError(f"{path}: is of a model with {name} = {told[name]}, this one has {ours}; set model.{name}")
+
+
 def check_gpt_weights(weights: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Strict: every tensor of the GPT with its shape, and nothing else but `projectors.*`; raises UserError."""
     with torch.device("meta"):
@@ -147,13 +108,28 @@ def check_gpt_weights(weights: Mapping[str, Tensor], config: ModelConfig, path: 
     if misshaped:
         key = misshaped[0]
         parts.append(f"{len(misshaped)} misshaped (first: {key} is {tuple(weights[key].shape)}, needed {wanted[key]})")
-    raise UserError(f"{path}: does not fit the model: {', '.join(parts)}; {_hint(weights, config, unexpected)}")
+    raise UserError(f"{path}: does not fit the model: {', '.join(parts)}; {_hint(weights, config)}")
 
 
-def _hint(weights: Mapping[str, Tensor], config: ModelConfig, unexpected: list[str]) -> str:
-    for prefix in ("module.", "_orig_mod.", "gpt.", "model."):
-        if unexpected and all(key.startswith(prefix) for key in weights):
-            return f"its keys carry the prefix {prefix!r}; remove it from the file"
+def check_heads(weights: Mapping[str, Tensor], heads: Mapping[str, Tensor], path: Path) -> None:
+    """Strict, of weights that hold alignment heads: those of `heads`, by `projectors.*` key, with their shapes, and no
+    others; raises UserError."""
+    found, wanted = (
+        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(PROJECTORS)}
+        for tensors in (weights, heads)
+    )
+    if not found or found == wanted:
+        return
+    key = next(key for key in (*found, *wanted) if found.get(key) != wanted.get(key))
+    ours, theirs = wanted.get(key, "no such tensor"), found.get(key, "no such tensor")
+    raise UserError(
+        f"{path}: its alignment heads are not this run's: {key} is {theirs} there and {ours} here; set "
+        "foresight.head, num_heads and projector_dim as there, or give a file without heads, which `mirai-ds export` "
+        "writes of it"
+    )
+
+
+def _hint(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
     shape = _measure(weights)
     if shape is None:
         return "these are not a LlamaGen GPT's weights"
@@ -181,18 +157,16 @@ def write_llamagen(
     """Write a file that LlamaGen's own samplers load: {"model", "ema"?, "steps", "args"}, weights in fp32, atomically.
 
     `info` becomes `args` and must be JSON values.  The samplers take "model", so give the averaged weights as `model`
-    where they should be sampled.  A .safetensors path holds `model` alone; `steps` and `info` are its metadata.
-    Raises UserError when the file cannot be written, or both sets are given for .safetensors.
+    where they should be sampled, and say `weights: ema` in `info`.  A .safetensors path holds `model`'s keys, those of
+    `ema` after "ema."; `steps` and `info` are its metadata.  Raises UserError when the file cannot be written.
     """
     args = json.loads(json.dumps(dict(info or {})))
     plain = _plain(model)
     if path.suffix == SAFETENSORS:
-        if ema is not None:
-            raise UserError(f"{path}: .safetensors holds one set of weights; write the EMA to its own file, or use .pt")
-        from safetensors.torch import save_file
-
+        plain |= {f"{AVERAGE}.{key}": value for key, value in _plain(ema or {}).items()}
         notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items()}
-        _write_atomically(path, lambda part: save_file(plain, part, {"format": "pt", **notes, "steps": str(steps)}))
+        notes = {"format": "pt", **notes, "steps": str(steps)}
+        _write_atomically(path, lambda part: write_safetensors(Path(part), plain, notes))
         return
     data: dict[str, Any] = {"model": plain, "steps": steps, "args": args}
     if ema is not None:

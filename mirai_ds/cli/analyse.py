@@ -18,11 +18,10 @@ from mirai_ds.cli.output import JSON, PATH, print_json
 @click.option("--layer", type=click.IntRange(min=1), help="Block, 1-based; default two thirds of the depth (8 of 12).")
 @click.option("--method", type=click.Choice(["tsne", "pca"]), default="tsne", show_default=True)
 @click.option("--out", type=PATH, metavar="PNG", help="Default RUN/maps/layer-LL-METHOD.png; the JSON goes beside it.")
-@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema); of a file raw.")
+@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema), else what a file has.")
 @click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
-@click.option("--recipe", help="For bare weights files: the recipe they were trained with; default by their shapes.")
-@click.option("--block-size", type=click.IntRange(min=1), default=256, show_default=True,
-              help="Tokens an image, for files without a recipe.")  # fmt: skip
+@click.option("--recipe", help="Of weights files: what trained them; default as they say, or their shapes.")
+@click.option("--block-size", type=click.IntRange(min=1), help="Tokens an image, where files say none; default 256.")
 @click.option("--tokenizer", type=PATH, help="Its file, to show tokens as pictures and to encode pictures.")
 @click.option("--label", type=click.IntRange(min=0), help="Class of given files; default the unconditional one.")
 @click.option("--num", "measured", type=click.IntRange(min=1), default=256, show_default=True,

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -94,25 +95,28 @@ def train(options: TrainOptions, ranks: int | None) -> None:
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
-@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), default="both", show_default=True)
+@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), help="Default all that SOURCE has.")
 @click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
 @click.option("--projectors", is_flag=True, help="Keep the alignment heads too (samplers do not need them).")
+@click.option("--recipe", help="Of a weights file: what trained it; default as it says, or its shapes.")
 @mistakes_in_one_line
-def export(run: Path, out: Path, weights: str, step: int | None, projectors: bool) -> None:
-    """Write a run's weights as a file that LlamaGen's own samplers load.
+def export(
+    source: Path, out: Path, weights: Any, step: int | None, projectors: bool, recipe: str | None
+) -> None:  # fmt: skip
+    """Write the weights of SOURCE, a run or a weights file, as a file that LlamaGen's own samplers load.
 
     `both` puts raw weights under "model" and the average under "ema"; LlamaGen's samplers read "model", so use
-    `--weights ema` to sample the average there.
+    `--weights ema` to sample the average there.  A weights file becomes one with official keys in fp32.
 
     \b
     Example:
       mirai-ds export runs/digits-mirai-e --weights ema --out digits.pt
     """
-    from mirai_ds.checkpoint.export import export_run
+    from mirai_ds.checkpoint.export import export_weights
 
-    click.echo(export_run(run, out, weights, step, projectors))
+    click.echo(export_weights(source, out, weights, step, projectors, recipe))
 
 
 @main.command()

@@ -51,7 +51,7 @@ def _many(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--out", type=FILE, help="Output folder, with --num an .npz file; default below SOURCE or ./samples.")
 @click.option("--per-class", type=click.IntRange(min=1), help="Images of each class; default the run's.")
 @click.option("--classes", metavar="0,3,7", help="Classes to draw; default the run's, with --num all.")
-@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema).")
+@click.option("--weights", type=click.Choice(["raw", "ema"]), help="Default the run's (ema), else what a file has.")
 @click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
 @click.option("--cfg", "cfg_scale", type=float, help="Guidance scale; 1 = none.")
 @click.option("--cfg-interval", type=int, help="Guide decode steps 0..N only; -1 = all.")
@@ -60,14 +60,8 @@ def _many(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--top-p", type=float, help="1 = off.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--tokenizer", type=FILE, help="Its file, to show tokens of any run as pictures.")
-@click.option("--recipe", help="For a bare weights file: the recipe it was trained with; default by its shapes.")
-@click.option(
-    "--block-size",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens an image, without a recipe.",
-)
+@click.option("--recipe", help="Of a weights file: what trained it; default as it says, or its shapes.")
+@click.option("--block-size", type=click.IntRange(min=1), help="Tokens an image, where a file says none; default 256.")
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # from the deepspeed command
 @mistakes_in_one_line
 def sample(source: Path, num: int | None, ranks: int | None, patience: float | None, **options: Any) -> None:
@@ -94,8 +88,6 @@ def sample(source: Path, num: int | None, ranks: int | None, patience: float | N
 
     if ranks not in (None, world.size):
         raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
-    if not _given("block_size"):
-        options["block_size"] = None
     del options["per_class"]
     if patience is not None:
         options["stall_timeout"] = _renamed_patience(patience, world.rank)

@@ -54,14 +54,37 @@ class EvaluationRequest:
     batch_size: int = BATCH_SIZE
 
 
-def sidecar(samples: Path) -> Path | None:
-    """The record that a sampler wrote beside its samples: `x.npz.json` or `x.json`; None without one.
+# What a sampler says of its samples: an object with none of these is no record of one.
+RECORDED = {
+    "samples_sha256", "sha256", "cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "seed", "weights",
+    "checkpoint_step", "policy",
+}  # fmt: skip
 
-    Of a folder `x` it is `x.npz.json` too: the sampler's pictures lie beside its archive.
+
+def sidecar(samples: Path) -> dict[str, Any] | None:
+    """The record that a sampler wrote beside its samples, with its `file`: `x.npz.json`, which is its own, or `x.json`
+    where that is one by its content; None without one.
+
+    Of a folder `x` it is `x.npz.json` too: the sampler's pictures lie beside its archive.  Raises UserError.
     """
-    names = [f"{samples.name}.json", f"{samples.stem}.json"] + [f"{samples.name}.npz.json"] * samples.is_dir()
-    beside = [samples.with_name(name) for name in names]
-    return next((path for path in beside if path.is_file() and path != samples), None)
+    own = f"{samples.name}{'.npz' * samples.is_dir()}.json"
+    for path in map(samples.with_name, (f"{samples.name}.json", f"{samples.stem}.json", own)):
+        if not path.is_file() or path == samples:
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        except (OSError, ValueError) as error:
+            if path.name not in (own, f"{samples.name}.json"):
+                continue
+            raise UserError(f"{path}: the samples' record cannot be read ({error}); mend or remove it") from None
+        if isinstance(record, dict) and RECORDED & record.keys() and not is_row(record):
+            return {"file": path.name, **record}
+    return None
+
+
+def is_row(content: Any) -> bool:
+    """Whether the content of a JSON file is what `evaluate_files` returns."""
+    return isinstance(content, dict) and {"protocol", "num_samples", *COLUMNS} <= content.keys()
 
 
 def evaluate_files(
@@ -74,7 +97,7 @@ def evaluate_files(
     if request.metrics is not None:
         check_metrics(request.metrics, network)
     samples, reference = open_images(request.samples), open_reference(request.reference)
-    record = _read_sidecar(request.samples)
+    record = sidecar(request.samples)
     digests = samples.digest(), reference.digest()
     kept = Kept(network, request, progress)
     given, stored, own = _prepare(reference, digests[1], kept)
@@ -200,19 +223,6 @@ def _of_inception(samples: int, facts: dict[str, Any]) -> list[str]:
 def _recorded_digest(record: dict[str, Any] | None) -> str | None:
     digests = [record[key] for key in ("samples_sha256", "sha256") if key in record] if record else []
     return str(digests[0]) if digests else None
-
-
-def _read_sidecar(samples: Path) -> dict[str, Any] | None:
-    path = sidecar(samples)
-    if path is None:
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the samples' record cannot be read ({error}); mend or remove it") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: the samples' record is no JSON object; mend or remove it")
-    return {"file": path.name, **record}
 
 
 def _no_number(name: str) -> None:

@@ -127,7 +127,7 @@ def _read_header(file: IO[bytes]) -> Member:
 
 
 class FolderSource:
-    """All image files below a folder, by their path's order; every one must be of the same size."""
+    """All image files below a folder, by their path's order; every one must be of the same size, by its header."""
 
     def __init__(self, path: Path) -> None:
         self.path, walk = path, Walk(path)
@@ -144,6 +144,24 @@ class FolderSource:
             raise UserError(f"{path}: {' and '.join(splits)} {problem}")
         self.count = len(self.names)
         self.width, self.height = self._read(self.names[0]).image.size
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for name, size in zip(self.names, pool.map(self._size, self.names), strict=True):
+                self._check_size(name, size)
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """(width, height), and nothing else read of a file that is whole."""
+        from PIL import Image
+
+        try:
+            with Image.open(self.path / name) as image:
+                return image.width, image.height
+        except Exception:  # Pillow raises nearly any type; what reads the image says what is wrong with it
+            return self._read(name).image.size
+
+    def _check_size(self, name: str, size: tuple[int, int]) -> None:
+        if size != (self.width, self.height):
+            sizes = f"{size[0]}x{size[1]}, {self.names[0]} is {self.width}x{self.height}"
+            raise UserError(f"{self.path / name}: is {sizes}; bring all images to one size")
 
     def _read(self, name: str) -> Loaded:
         try:
@@ -161,9 +179,7 @@ class FolderSource:
                 images = [future.result() for future in pending]
                 pending = [pool.submit(self._read, name) for name in coming]
                 for name, (image, _) in zip(self.names[start : start + size], images, strict=True):
-                    if image.size != (self.width, self.height):
-                        sizes = f"{image.width}x{image.height}, {self.names[0]} is {self.width}x{self.height}"
-                        raise UserError(f"{self.path / name}: is {sizes}; bring all images to one size")
+                    self._check_size(name, image.size)  # a file may have changed since
                 notes.update(note for _, note in images if note is not None and not note.startswith("only "))
                 yield np.stack([np.asarray(image) for image, _ in images])
         for note, count in notes.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import UserError
-from mirai_ds.eval.evaluation import sidecar
+from mirai_ds.eval.evaluation import is_row
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.weight_files import first_line
 
@@ -84,14 +84,22 @@ def _size(resolution: list[int] | None) -> str:
     return "" if resolution is None else f"{resolution[1]}x{resolution[0]}"
 
 
+def _holds_scores(path: Path) -> bool:
+    try:
+        return is_row(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
 def write_json(path: Path, others: tuple[Path, Path]) -> Callable[[dict[str, Any]], None]:
     """What writes a row to `path`, which is checked now: hours of work must not end at a folder that is not there.
 
-    Raises UserError, also where it would overwrite samples, reference or the samples' record.
+    Raises UserError, also where there is anything but scores.
     """
-    taken = [*others, sidecar(others[0])]
-    if any(other is not None and path.resolve() == other.resolve() for other in taken):
+    if any(path.resolve() == other.resolve() for other in others):
         raise UserError(f"--json {path}: is an input; give another name")
+    if path.is_file() and not _holds_scores(path):
+        raise UserError(f"--json {path}: is there and holds no scores; give another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading weight files of unknown origin (.pt, .pth, .bin, .safetensors) without running anything in them."""
+"""Weight files: reading those of unknown origin (.pt, .pth, .bin, .safetensors) without running anything in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,13 +42,44 @@ def read_safetensors_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: is not a readable .safetensors file ({first_line(error)})") from None
 
 
+def read_safetensors_notes(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file.  Raises UserError when it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a readable .safetensors file ({first_line(error)})") from None
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file that others may read as the umask allows: safetensors makes its owner's alone.
+
+    Raises what safetensors or the system raise.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, notes)
+    path.chmod(mode)
+
+
+# What numpy's numbers are pickled as: they hold bytes, and reading them runs nothing.
+_NUMBERS = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *_NUMBERS]
+_PLAIN += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+
+
 def read_torch_file(path: Path) -> Any:
-    """The file's content by torch's restricted unpickler; argparse.Namespace (LlamaGen's `args`) is allowed.
+    """The file's content by torch's restricted unpickler; argparse.Namespace (LlamaGen's `args`) and numpy's numbers
+    are allowed.
 
     On CPU, mapped into memory where the format allows.  Raises UserError when it cannot be read or holds other objects.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))

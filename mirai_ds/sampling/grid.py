@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.checkpoint.weights import load_weights
+from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
 from mirai_ds.data.token_source import TokenDecoder
@@ -18,15 +18,17 @@ from mirai_ds.model.rules import rules_of
 from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tracking.pictures import labelled_grid, save_png
 
+NO_DATA = "a weights file does not say what shows its tokens; give --tokenizer FILE, or its --recipe"
+
 
 def sample_to_folder(
     source: Path, out: Path | None, per_class: int | None, classes: str | None, weights: str | None, step: int | None,
     cfg_scale: float | None, cfg_interval: int | None, temperature: float | None, top_k: int | None,
     top_p: float | None, seed: int, recipe: str | None,
-    block_size: int = 256, tokenizer: Path | None = None,
+    block_size: int | None = None, tokenizer: Path | None = None,
 ) -> str:  # fmt: skip
-    """Write tokens.npz and, where the data can decode its tokens, grid.png; returns a line that says what was done."""
-    loaded = load_weights(source, weights or default_kind(source), step, recipe, block_size)
+    """Write tokens.npz and, where something can decode its tokens, grid.png; returns a line that says what was done."""
+    loaded = load_weights(source, weights, step, recipe, block_size)  # type: ignore[arg-type]
     config = loaded.config
     given = {
         "cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k,
@@ -37,25 +39,35 @@ def sample_to_folder(
     columns = per_class or config.sampling.per_class
     labels = torch.tensor(chosen_classes(classes, config)).repeat_interleave(columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpt = gpt_from_weights(config.model, {name: value.to(device) for name, value in loaded.gpt.items()})
-    tokens = draw_in_batches(gpt, labels, rules, seed, device)
+    decoder, reason = _decoder(loaded, tokenizer, device)
     folder = out or (source / "samples" if source.is_dir() else Path("samples"))
     folder.mkdir(parents=True, exist_ok=True)
+    gpt = gpt_from_weights(config.model, {name: value.to(device) for name, value in loaded.gpt.items()})
+    tokens = draw_in_batches(gpt, labels, rules, seed, device)
     arrays = {"tokens": tokens.numpy().astype(np.uint16), "labels": labels.numpy()}
-    try:
-        decoder = load_decoder(config.data) if tokenizer is None else open_tokenizer(tokenizer, str(device))
-        reason = "the data has no codebook; --tokenizer FILE shows them"
-    except UserError as error:  # a released file, or data that has moved: the tokens are worth having all the same
-        if tokenizer is not None:
-            raise
-        decoder, reason = None, str(error)
     if decoder is not None:
-        check_vocabulary(decoder, config)
         arrays["images"] = decoder.decode(tokens)
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns=columns))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
     written = f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {folder}/tokens.npz"
     return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"
+
+
+def _decoder(loaded: LoadedWeights, tokenizer: Path | None, device: torch.device) -> tuple[TokenDecoder | None, str]:
+    """What shows the tokens, else why nothing does: they are worth having all the same.  Raises UserError."""
+    if tokenizer is not None:
+        decoder: TokenDecoder | None = open_tokenizer(tokenizer, str(device))
+    elif loaded.data is None:
+        return None, NO_DATA
+    else:
+        try:
+            decoder = load_decoder(loaded.data)
+        except UserError as error:  # data that has moved
+            return None, str(error)
+    if decoder is None:
+        return None, "the data has no codebook; --tokenizer FILE shows them"
+    check_vocabulary(decoder, loaded.config, given=tokenizer is not None)
+    return decoder, ""
 
 
 def draw_in_batches(
@@ -67,13 +79,6 @@ def draw_in_batches(
         for indices in torch.arange(len(labels)).split(batch)
     ]
     return torch.cat(parts)
-
-
-def default_kind(source: Path) -> str:
-    """The run's choice of raw or ema; a file's raw weights."""
-    from mirai_ds.runs.configuration import read_run_config
-
-    return read_run_config(source).sampling.weights if source.is_dir() else "raw"
 
 
 def chosen_classes(text: str | None, config: RunConfig) -> list[int]:
@@ -90,12 +95,13 @@ def chosen_classes(text: str | None, config: RunConfig) -> list[int]:
     return classes
 
 
-def check_vocabulary(decoder: TokenDecoder, config: RunConfig) -> None:
-    """Raises UserError when the decoder is not of the model's tokens."""
+def check_vocabulary(decoder: TokenDecoder, config: RunConfig, given: bool) -> None:
+    """Raises UserError when the decoder, `given` by --tokenizer or the data's, is not of the model's tokens."""
     if decoder.vocab_size != config.model.vocab_size:
+        what, fix = ("--tokenizer", "") if given else ("the data's codebook", "; give --tokenizer FILE")
         raise UserError(
-            f"--tokenizer: has {decoder.vocab_size} codes, the model {config.model.vocab_size}: not the one it was "
-            "trained on"
+            f"{what}: has {decoder.vocab_size} codes, the model {config.model.vocab_size}: not the one it was "
+            f"trained on{fix}"
         )
 
 

@@ -25,7 +25,8 @@ FEWEST_ROWS = 4
 
 class DrawJob:
     """Blocks are batches, always full: the last one draws further images and drops them.  So every image is computed in
-    the same shapes and in the same company, whatever ranks there are and how often they were killed."""
+    the same shapes and in the same company, whatever ranks there are and how often they were killed.  Only where an
+    image is the same in any company, a start with another batch draws the blocks of the first one in its own."""
 
     def __init__(
         self, request: SamplingRequest, drawing: Drawing, plan: WorkPlan, device: torch.device, pictures: Path
@@ -49,12 +50,15 @@ class DrawJob:
         return images
 
     def finish(self, prepared: range, block: int) -> Part:
-        """Draw and decode images block * batch .. + batch; those beyond `prepared` are dropped."""
+        """Draw and decode the images of a block; those beyond `prepared` are dropped."""
         d, n = self.drawing, len(prepared)
-        indices = torch.arange(block * d.batch, (block + 1) * d.batch)
+        size = self.plan.block_images
+        rows = min(d.batch, size)
+        indices = torch.arange(block * size, block * size + -(-size // rows) * rows)
         labels = image_labels(self.request.policy, d.classes, self.request.seed, indices)
+        pieces = zip(labels.to(self.device).split(rows), indices.to(self.device).split(rows), strict=True)
         try:
-            tokens = self.sampler.draw(labels.to(self.device), indices.to(self.device), self.request.seed)
+            tokens = torch.cat([self.sampler.draw(*piece, self.request.seed) for piece in pieces])
             images = self._pixels(tokens, n)
         except torch.cuda.OutOfMemoryError:
             raise UserError(

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from mirai_ds.checkpoint.weights import load_weights
-from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config import DataConfig, RunConfig, UserError
+from mirai_ds.config.run_config import Weights
 from mirai_ds.data import load_decoder
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
 from mirai_ds.model.orders import token_order
 from mirai_ds.model.rules import Policy, rules_of
 from mirai_ds.runtime.environment import cpu_name
-from mirai_ds.sampling.grid import check_rules, check_vocabulary, chosen_classes, default_kind
+from mirai_ds.sampling.grid import NO_DATA, check_rules, check_vocabulary, chosen_classes
 from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tokenizer.vq import weights_digest
 from mirai_ds.version import __version__
@@ -38,7 +39,7 @@ class SamplingRequest:
     out: Path | None = None
     policy: Policy = "random"
     classes: str | None = None
-    weights: str | None = None
+    weights: Weights | None = None
     step: int | None = None
     recipe: str | None = None
     block_size: int | None = None
@@ -74,6 +75,7 @@ class Drawing:
     size: int
     out: Path
     protocol: dict[str, Any]
+    in_any_company: bool  # whether an image is the same in every batch
 
     @property
     def settings(self) -> dict[str, str]:
@@ -83,12 +85,13 @@ class Drawing:
 
 def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
     """Load and check; raises UserError.  The same on every rank but for the device's number."""
-    kind = request.weights or default_kind(request.source)
     given = None if request.tokenizer is None else open_tokenizer(request.tokenizer, str(device))
-    loaded = load_weights(request.source, kind, request.step, request.recipe, _tokens_an_image(request, given))
+    loaded = load_weights(
+        request.source, request.weights, request.step, request.recipe, _tokens_an_image(request, given)
+    )
     config = loaded.config
-    decoder = given or _decoder_of_the_data(config, device)
-    check_vocabulary(decoder, config)
+    decoder = given or _decoder_of_the_data(loaded.data, device)
+    check_vocabulary(decoder, config, given is not None)
     decoded = config.model.grid * decoder.downsampling
     if request.image_size not in (None, decoded):
         raise UserError(
@@ -104,7 +107,7 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
     batch = request.batch or BATCH.get(device.type, BATCH["cpu"])
     size = request.image_size_eval or decoded
     protocol = {
-        "checkpoint_step": loaded.step if request.source.is_dir() else None, "weights": kind,
+        "checkpoint_step": loaded.step if request.source.is_dir() else None, "weights": loaded.kind,
         "weights_digest": weights_digest(loaded.gpt), "model": config.model.model_dump(mode="json"),
         "num": request.num, "policy": request.policy, "classes": _short(classes), "seed": request.seed,
         "cfg_scale": rules.cfg_scale, "cfg_interval": rules.cfg_interval, "temperature": rules.temperature,
@@ -119,15 +122,16 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: must end in .npz")
     dtype = PRECISIONS[precision]
-    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol)
+    alone = device.type == "cpu" and precision == "fp32" and not speed.compile
+    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone)
 
 
-def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int:
-    """Of a weights file without a recipe, whose shapes do not tell: by the image's size where both are known."""
+def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int | None:
+    """Of a weights file whose shapes do not tell: by the image's size where both are known; None: nobody says."""
     if request.block_size is not None:
         return request.block_size
     if request.image_size is None or tokenizer is None:
-        return 256
+        return None
     side = request.image_size / tokenizer.downsampling
     if side != int(side):
         raise UserError(
@@ -136,9 +140,11 @@ def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -
     return int(side) ** 2
 
 
-def _decoder_of_the_data(config: RunConfig, device: torch.device) -> TokenDecoder:
+def _decoder_of_the_data(data: DataConfig | None, device: torch.device) -> TokenDecoder:
+    if data is None:
+        raise UserError(f"--num: {NO_DATA}")
     try:
-        decoder = load_decoder(config.data, str(device))
+        decoder = load_decoder(data, str(device))
     except UserError as error:
         raise UserError(f"{error}; or give --tokenizer FILE") from None
     if decoder is None:

@@ -60,13 +60,15 @@ def draw_archive(request: SamplingRequest, world: World) -> str | None:
     files = Files(drawing.out)
     plan = WorkPlan(KIND, str(request.source), drawing.settings, drawing.batch, request.num, [])
     with troubles_in_one_line(files):
-        if _agree(files, plan, world, bytes_needed(drawing, request.num)):
-            job = DrawJob(request, drawing, plan, device, files.pictures)
-            _work(job, files, plan, request, world)
+        begun = _agree(files, plan, world, bytes_needed(drawing, request.num), drawing.in_any_company)
+        if begun is not None:
+            job = DrawJob(request, drawing, begun, device, files.pictures)
+            _work(job, files, begun, request, world)
         if world.rank != 0:
             return None
         _tidy(files)
-    return f"{files.archive}: {request.num} images of {drawing.size} pixels from {request.source}; {files.record.name}"
+    origin = f"{request.source} ({drawing.protocol['weights']} weights)"
+    return f"{files.archive}: {request.num} images of {drawing.size} pixels from {origin}; {files.record.name}"
 
 
 def _work(job: DrawJob, files: Files, plan: WorkPlan, request: SamplingRequest, world: World) -> None:
@@ -82,21 +84,22 @@ def _work(job: DrawJob, files: Files, plan: WorkPlan, request: SamplingRequest, 
         progress.close()
 
 
-def _agree(files: Files, plan: WorkPlan, world: World, needed: int) -> bool:
-    """Whether there is work to do by `plan`, which rank 0 fixes and all check.  Raises UserError where it cannot be."""
+def _agree(files: Files, plan: WorkPlan, world: World, needed: int, any_batch: bool) -> WorkPlan | None:
+    """The plan to work by, which rank 0 fixes and all check; None when all is done.  any_batch: it may be of another
+    batch.  Raises UserError where it cannot be."""
     if world.rank == 0 and not files.record.is_file() and read_plan(files.work) is None:
         _begin(files, plan, needed)
     end = time.monotonic() + PLAN_SECONDS
     while True:
         if files.record.is_file():
-            _check_same(files, json.loads(files.record.read_text(encoding="utf-8")), plan, finished=True)
+            _check_same(files, json.loads(files.record.read_text(encoding="utf-8")), plan, True, any_batch)
             if not files.archive.is_file():
                 raise UserError(f"{files.record}: is there without {files.archive.name}; remove it to draw again")
-            return False
+            return None
         begun = read_plan(files.work)
         if begun is not None:
-            _check_same(files, record_of(begun), plan, finished=False)
-            return True
+            _check_same(files, record_of(begun), plan, False, any_batch)
+            return begun
         if time.monotonic() > end:
             raise UserError(f"--out {files.archive}: rank 0 made no plan within {PLAN_SECONDS:.0f} s; see its messages")
         time.sleep(0.1)
@@ -118,16 +121,17 @@ def record_of(plan: WorkPlan) -> dict[str, Any]:
     return {"source": plan.source, **{name: json.loads(text) for name, text in plan.settings.items()}}
 
 
-def _check_same(files: Files, before: dict[str, Any], plan: WorkPlan, finished: bool) -> None:
+def _check_same(files: Files, before: dict[str, Any], plan: WorkPlan, finished: bool, any_batch: bool) -> None:
     """Raises UserError naming the first setting that differs.  The source may have moved: its digest counts."""
     now = record_of(plan)
     for name in plan.settings:
-        if before.get(name) != now[name]:
+        if before.get(name) != now[name] and not (any_batch and name == "batch"):
             state = "was drawn" if finished else "was begun"
             instead = "give another --out" if finished else f"go on with the same, or remove {files.work}"
+            why = "on this device and at this precision some draws depend on it: " if name == "batch" else ""
             raise UserError(
                 f"--out {files.archive}: {state} with {name} = {shown(before.get(name))}, this is {shown(now[name])}; "
-                f"{instead}"
+                f"{why}{instead}"
             )
 
 

@@ -76,7 +76,7 @@ def draw_samples(study: Study, folder: Path, arms: list[StudyArm], path: Path) -
     pictures = [("real, as tokens", data.held_out.decode(data.held_out.first_view(np.concatenate(chosen))))]
     labels = torch.arange(SHOWN_CLASSES).repeat_interleave(SHOWN_EACH)
     for arm in arms:
-        loaded = load_weights(runs_folder(folder, Planned(arm, 0)), "ema", None, None)
+        loaded = load_weights(runs_folder(folder, Planned(arm, 0)), "ema")
         gpt = gpt_from_weights(config.model, {name: value.float() for name, value in loaded.gpt.items()})
         tokens = draw_in_batches(gpt, labels, SamplingRules(), SAMPLE_SEED, torch.device("cpu"))
         pictures.append((arm.title, data.train.decode(tokens)))
@@ -95,5 +95,5 @@ def draw_maps(folder: Path, arms: list[StudyArm], path: Path) -> None:
 
     sources = [runs_folder(folder, Planned(arm, 0)) for arm in arms]
     wanted = [str(i) for i in range(MAPPED)]
-    make_maps(sources, wanted, None, "pca", path, "ema", None, None, 256, None, None, 256, 0, "input")
+    make_maps(sources, wanted, None, "pca", path, "ema", None, None, None, None, None, 256, 0, "input")
     path.with_suffix(".json").unlink()

@@ -57,7 +57,7 @@ def reference(study: Study, folder: Path) -> tuple[Array, GaussianStatistics]:
 
 def measure(study: Study, planned: Planned, run: Path, folder: Path) -> RunRow:
     """The row of a finished run in the study's `folder`."""
-    loaded = load_weights(run, "ema", None, None)
+    loaded = load_weights(run, "ema")
     config = loaded.config
     gpt = gpt_from_weights(config.model, {name: value.float() for name, value in loaded.gpt.items()})
     data = load_dataset(config.data, config.model)

@@ -20,7 +20,7 @@ from mirai_ds.config.load import load
 from mirai_ds.data import DataOrder, TokenSource, load_dataset
 from mirai_ds.foresight import encoder_input, untrained_encoder
 from mirai_ds.runtime.disk import replacing
-from mirai_ds.runtime.weight_files import read_safetensors_file
+from mirai_ds.runtime.weight_files import read_safetensors_file, write_safetensors
 from mirai_ds.study.arms import ENCODER, Study, data_overrides, encoder_file, judge_file
 from mirai_ds.study.images import Pixels
 from mirai_ds.train.teacher import digest_of_tensors
@@ -129,10 +129,8 @@ def decayed(step: int, steps: int) -> float:
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Writes a .safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
     with replacing(path) as part:
-        save_file(weights, str(part))
+        write_safetensors(part, weights)
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import RunConfig, UserError
+from mirai_ds.config.paths import absolute_paths
 from mirai_ds.config.schedule import total_steps
 from mirai_ds.data import load_dataset
 from mirai_ds.runs.configuration import read_run_config
@@ -189,7 +190,7 @@ def train(study: Study, planned: Planned, folder: Path) -> None:
     its folder holds another."""
     run = runs_folder(folder, planned)
     wanted = run_config(study, planned.arm, planned.seed, folder)
-    if (run / "config.yaml").is_file() and read_run_config(run) != wanted:
+    if (run / "config.yaml").is_file() and absolute_paths(read_run_config(run)) != absolute_paths(wanted):
         raise UserError(f"{run}: holds a run with other settings; move it away or give another --folder")
     outcome = read_outcome(run / OUTCOME)
     if outcome is not None and outcome[0] == "finished":

@@ -17,6 +17,7 @@ import click
 
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.errors import LocalError
+from mirai_ds.config.paths import absolute_paths
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import export_world
@@ -176,7 +177,7 @@ def run_rank(options: TrainOptions) -> None:
     if world.rank == 0:
         start.outcome.clear_named()
     try:
-        config = load(options.recipe, options.overrides, options.deepspeed)
+        config = absolute_paths(load(options.recipe, options.overrides, options.deepspeed))
         run = options.run_dir or Path(config.output_dir) / config.name
         verdict, _ = start.train(config, run, options)
     except (UserError, OSError) as error:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.format import StateReader
-from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.gpt_file import PROJECTORS, read_gpt_file
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_heads, check_told
 from mirai_ds.checkpoint.saver import Saver
+from mirai_ds.checkpoint.weights import checkpoint_of, checkpoint_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
@@ -20,7 +21,7 @@ from mirai_ds.data.loader import auto_workers, warm_page_cache
 from mirai_ds.engine.compiled import compile_blocks
 from mirai_ds.engine.engine import TrainEngine
 from mirai_ds.engine.step_graphs import StepGraphs, enter_capturable_stream
-from mirai_ds.foresight import MiraiObjective, seam_notes
+from mirai_ds.foresight import MiraiObjective, Teacher, seam_notes
 from mirai_ds.model import initialise
 from mirai_ds.runs.lock import RunLock
 from mirai_ds.runtime.control import Control
@@ -64,17 +65,14 @@ def build_session(
     initialise(objective, config.seed, config.model.init_std)
     if device.type == "cuda" and config.train.cuda_graph == "auto":
         enter_capturable_stream(device)
+    heads = objective.projectors.state_dict(prefix=PROJECTORS)
+    given = on_every_rank(lambda: initial_weights(config, heads)) if config.train.init_from else None
     engine = TrainEngine(objective, config, ds_config, device)
     if engine.compiled and teacher is not None:
         compile_blocks(teacher.blocks)
-    if config.train.init_from:
-        engine.load_weights(initial_weights(config))
-    watches = teacher is not None and teacher.reads_images
-    loader = BatchLoader(
-        dataset.train, order, ds_config["train_micro_batch_size_per_gpu"], world.rank, world.size, device,
-        images=watches, prefetch=config.data.prefetch,
-        workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
-    )  # fmt: skip
+    if given is not None:
+        engine.load_weights(given)
+    loader = _loader(config, dataset, order, ds_config["train_micro_batch_size_per_gpu"], world, device, teacher)
     control = Control(config.launch.timeout_minutes)
     saver = Saver(run, world.rank, run_lock, control, config.checkpoint)
     origin = Origin(dataset.train.digest(), teacher_digest)
@@ -94,6 +92,18 @@ def build_session(
     return Session(
         config, run, world, device, dataset, loader, engine, teacher, control, stop, run_lock, checkpoints,
         graphs,
+    )  # fmt: skip
+
+
+def _loader(
+    config: RunConfig, dataset: Dataset, order: DataOrder, micro_batch: int, world: World, device: torch.device,
+    teacher: Teacher | None,
+) -> BatchLoader:  # fmt: skip
+    """This rank's batches, with pixels where the teacher reads them."""
+    watches = teacher is not None and teacher.reads_images
+    return BatchLoader(
+        dataset.train, order, micro_batch, world.rank, world.size, device, watches, prefetch=config.data.prefetch,
+        workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
     )  # fmt: skip
 
 
@@ -123,15 +133,23 @@ def check_score(config: RunConfig, dataset: Dataset) -> None:
         )
 
 
-def initial_weights(config: RunConfig) -> dict[str, Tensor]:
-    """`train.init_from`: a weights file, or a run folder whose newest whole checkpoint gives its raw weights."""
+def initial_weights(config: RunConfig, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`train.init_from`: the raw weights of a file, the average where it has no other, or of a run folder's newest
+    whole checkpoint.  heads: the run's own, by `projectors.*` key, for their shapes.  Raises UserError."""
     path = Path(config.train.init_from or "")
     if path.is_dir():
-        reader = StateReader(store.find(path, "auto")[0])
-        weights = reader.weights("master") | {
-            f"projectors.{name}": value for name, value in reader.weights("master", "projectors.").items()
-        }
+        folder, step, theirs = checkpoint_of(path, None)
+        weights, told = checkpoint_weights(folder, "raw", heads=True), theirs.model.model_dump()
+        what = f"raw weights of step {step}"
     else:
-        weights = read_gpt_weights(path)
+        file = read_gpt_file(path, or_other=True)
+        weights, told, what = file.weights, file.model, f"{file.kind} weights"
+    check_told(told, config.model, path, ["n_head"])
     check_gpt_weights(weights, config.model, path)
+    if heads:
+        check_heads(weights, heads, path)
+    given = any(key.startswith(PROJECTORS) for key in weights)
+    if given or heads:
+        what += f", alignment heads {'too' if given and heads else 'anew' if heads else 'left out'}"
+    LOG.info("train.init_from: %s, %s; the average begins as a copy", path, what)
     return weights

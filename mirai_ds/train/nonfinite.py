@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mirai_ds.config import UserError
 from mirai_ds.engine.compiled import eager
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.log import LOG
+from mirai_ds.runtime.weight_files import write_safetensors
 from mirai_ds.train.session import Session
 from mirai_ds.train.step import StepRecord, train_step
 
@@ -211,7 +211,7 @@ def _write_batches(session: Session, step: int, path: Path) -> None:
         for name, tensor in batch._asdict().items():
             if tensor is not None:
                 tensors[f"{number}/{name}"] = tensor.cpu().contiguous()
-    save_file(tensors, path)
+    write_safetensors(path, tensors)
 
 
 def _named_numbers(value: Any) -> Any:

@@ -20,7 +20,8 @@ RULES: dict[str, Rule] = {
     "hooks": "free", "eval": "free", "sampling": "free",
     "seed": "kept", "model": "kept", "data": "kept", "foresight": "kept",
     # Files may have moved; that they hold the same is compared by digest.
-    "data.path": "told", "data.held_out_path": "told", "data.images": "told", "data.tokenizer": "told",
+    "data.path": "told", "data.more_views": "told", "data.held_out_path": "told", "data.images": "told",
+    "data.tokenizer": "told",
     "data.workers": "free", "data.prefetch": "free",
     "foresight.weights": "told", "foresight.schedule": "told", "foresight.warmup_epochs": "told",
     "foresight.heads_in_warmup": "told", "foresight.kernel": "free", "foresight.teacher_weights": "told",

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mirai_ds.checkpoint import store
-from mirai_ds.checkpoint.format import StateReader
-from mirai_ds.checkpoint.llamagen import check_gpt_weights, read_gpt_weights
+from mirai_ds.checkpoint.gpt_file import read_gpt_file
+from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told
+from mirai_ds.checkpoint.weights import checkpoint_of, checkpoint_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.foresight import EmaTeacher, Teacher, method_of
-from mirai_ds.runs.configuration import read_run_config
 
 FIELD = "foresight.teacher_weights"
 
@@ -59,13 +58,16 @@ def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     try:
         if path.is_dir():
             run, step = _run_and_step(path)
-            theirs = read_run_config(run).model
+            folder, steps, trained = checkpoint_of(run, step)
+            theirs = trained.model
             if theirs.grid != config.model.grid:  # shapes do not tell
                 raise UserError(f"is of a {theirs.grid}x{theirs.grid} grid, this run has {config.model.grid}")
-            folder, info, _ = store.find(run, step)
-            weights, origin = StateReader(folder).weights("ema"), f"EMA of {run} at step {info.step}"
+            check_told(theirs.model_dump(), config.model, path)
+            weights, origin = checkpoint_weights(folder, "ema", heads=False), f"EMA of {run} at step {steps}"
         else:
-            weights, origin = read_gpt_weights(path, "ema-or-model"), given
+            file = read_gpt_file(path, "ema", or_other=True)
+            check_told(file.model, config.model, path)
+            weights, origin = file.weights, f"{given} ({file.kind} weights)"
         check_gpt_weights(weights, config.model, path)
     except UserError as error:
         raise ConfigError(FIELD, given, str(error)) from None

@@ -14,6 +14,8 @@ import pytest
 
 from mirai_ds.analysis.compare import Point, compare_runs
 from mirai_ds.analysis.compare_report import as_json, verdict_text
+from mirai_ds.analysis.differences import of_configurations
+from mirai_ds.runs.records import Curve, RunRecords
 from tests.analysis.fake import changed, cli, curve, write_curve, write_run
 from tests.one_line import one_line
 
@@ -336,3 +338,16 @@ def test_needs_no_torch(tmp_path: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-2:] == ["0", "[]"]
+
+
+def test_a_path_as_it_was_given_is_not_another_one() -> None:
+    """Runs of an earlier version hold relative paths: that alone explains nothing.  Another file does."""
+
+    def differing(a: str, b: str, field: str = "path") -> list[str]:
+        runs = [RunRecords(Path(), Curve(), {"data": {field: value}}, None, []) for value in (a, b)]
+        return [one.name for one in of_configurations(*runs) or []]
+
+    assert differing("stores/codes", "/home/me/stores/codes") == differing("/a/codes", "codes") == []
+    assert differing("stores/codes", "/home/me/stores/other") == ["data.path"]
+    assert differing("codes", "stores/codes") == differing("/a/codes", "/b/codes") == ["data.path"]
+    assert differing("npz", "/home/npz", "source") == ["data.source"]

@@ -213,3 +213,9 @@ def test_a_run_and_its_export(tmp_path: Path) -> None:
     again = cli(tmp_path / "e.pt", "--recipe", run / "config.yaml", "--num", 40, "--out", tmp_path / "e.png", "--json")
     row = json.loads(again.output)["runs"][0]
     assert row["smoothness"] == pytest.approx(record["runs"][0]["smoothness"], abs=1e-6)
+    # Beside each other: the step is the run's, the recipe the file's.
+    options = ("--recipe", run / "config.yaml", "--step", 8, "--num", 40, "--out", tmp_path / "b.png", "--json")
+    both = json.loads(cli(run, tmp_path / "e.pt", *options).output)["runs"]
+    assert [(one["step"], one["weights"]) for one in both] == [(8, "ema"), (8, "ema")]
+    assert both[1]["over_first"] == pytest.approx(0, abs=1e-6)
+    assert "--recipe" in cli(run, "--recipe", run / "config.yaml").output

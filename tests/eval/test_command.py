@@ -105,9 +105,15 @@ def test_mistakes_are_one_line(inception_file: Path, timm_file: Path, tmp_path: 
         assert result.output.startswith("mirai-ds: error: "), result.output
         assert part in result.output
         assert result.output.count("\n") == 1
-    (tmp_path / "s.json").write_text("{}")
-    assert "is an input" in run(*pair, *timm_features, "--json", tmp_path / "s.json").output
-    assert (tmp_path / "s.json").read_text() == "{}"
+    for text in ("{}", "[3, 1, 4]", '{"cfg_scale": 1.5}', "no JSON"):
+        (tmp_path / "s.json").write_text(text)
+        assert "holds no scores" in run(*pair, *timm_features, "--json", tmp_path / "s.json").output
+        assert (tmp_path / "s.json").read_text() == text
+    (tmp_path / "s.json").unlink()
+    for _ in range(2):  # scores are written again, and are no record of the samples
+        again = run(*pair, *timm_features, "--json", tmp_path / "s.json")
+        assert again.exit_code == 0, again.output
+        assert "unknown: no record" in again.output
 
 
 def test_too_few_images_are_named(timm_file: Path, tmp_path: Path) -> None:

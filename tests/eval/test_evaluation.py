@@ -229,12 +229,45 @@ def test_the_samplers_record_is_part_of_the_protocol(name: str, tmp_path: Path) 
     row = evaluate_files(EvaluationRequest(folder, request.reference, metrics=("fid",)), ColourNetwork())
     assert row["protocol"]["sampling"]["file"] == name
     assert not any("record" in reason for reason in row["protocol"]["departures"])
-    (tmp_path / name).write_text("{")
-    one_line(lambda: evaluate_files(request, ColourNetwork()), name, "cannot be read")
-    (tmp_path / name).write_text('{"temperature": NaN}')
-    one_line(lambda: evaluate_files(request, ColourNetwork()), name, "NaN is no JSON")
-    (tmp_path / name).write_text("[]")
-    one_line(lambda: evaluate_files(request, ColourNetwork()), name, "no JSON object")
+    for text, said in (("{", "cannot be read"), ('{"temperature": NaN}', "NaN is no JSON")):
+        (tmp_path / name).write_text(text)
+        if name == "s.npz.json":  # the sampler's own name
+            one_line(lambda: evaluate_files(request, ColourNetwork()), name, said)
+        else:
+            assert evaluate_files(request, ColourNetwork())["protocol"]["sampling"] is None
+
+
+@pytest.mark.parametrize("name", ["s.npz.json", "s.json"])
+def test_a_record_is_known_by_what_it_says(name: str, tmp_path: Path) -> None:
+    """Labels, scores and other JSON may lie beside samples too."""
+    request = EvaluationRequest(saved(tmp_path / "s.npz", digits(9)), saved(tmp_path / "r.npz", digits(8)))
+    row = evaluate_files(request, ColourNetwork())
+    for content in ([3, 1, 4], {}, {"classes": ["a", "b"]}, row):
+        (tmp_path / name).write_text(json.dumps(content))
+        again = evaluate_files(request, ColourNetwork())
+        assert again["protocol"]["sampling"] is None
+        assert "unknown: no record beside the samples" in render(again)
+    if name == "s.json":  # passed over for the sampler's own
+        (tmp_path / "s.npz.json").write_text(json.dumps({"cfg_scale": 1.5}))
+        assert evaluate_files(request, ColourNetwork())["protocol"]["sampling"]["cfg_scale"] == 1.5
+
+
+def test_sizes_are_compared_before_the_network_runs(tmp_path: Path) -> None:
+    """In samples and in a reference; what the network would have been given is never read."""
+    good = saved(tmp_path / "s.npz", digits(9))
+    (tmp_path / "f").mkdir()
+    for number, image in enumerate(digits(5)):
+        Image.fromarray(image[: 31 if number == 4 else None]).save(tmp_path / "f" / f"{number}.png")
+
+    class Untouched(ColourNetwork):
+        def features(self, images: torch.Tensor) -> Any:
+            raise AssertionError("went through the network")
+
+    for pair in ((tmp_path / "f", good), (good, tmp_path / "f")):
+        request = EvaluationRequest(*pair)
+        one_line(lambda request=request: evaluate_files(request, Untouched()), "4.png: is 32x31, 0.png is 32x32")
+    (tmp_path / "f" / "4.png").write_bytes(b"no picture")
+    one_line(lambda: evaluate_files(EvaluationRequest(tmp_path / "f", good), Untouched()), "4.png", "cannot be read")
 
 
 @pytest.mark.usefixtures("quick")

@@ -20,6 +20,7 @@ from mirai_ds.analysis.differences import Difference, of_configurations
 from mirai_ds.analysis.inspect_run import inspect_run
 from mirai_ds.checkpoint.store import verify
 from mirai_ds.config import load
+from mirai_ds.config.paths import absolute_paths
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runs.records import read_run
 
@@ -70,7 +71,7 @@ def test_it_goes_on_where_it_was(resumed: Path) -> None:
 def test_its_attempts_are_counted_on(resumed: Path) -> None:
     assert sorted(path.name for path in (resumed / "incarnations").glob("*.json")) == ["00001.json", "00002.json"]
     now, then = read_run_config(resumed), read_run_config(FIXTURE)
-    assert now == then
+    assert now == absolute_paths(then)
     assert (then.eval.fid.num_samples, then.eval.loss.at_end, then.eval.classifier.per_class) == (5000, True, 50)
 
 

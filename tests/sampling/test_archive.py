@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from mirai_ds.checkpoint.llamagen import read_gpt_weights
+from mirai_ds.checkpoint.gpt_file import read_gpt_file
 from mirai_ds.cli.main import main
 from mirai_ds.config import ModelConfig
 from mirai_ds.model import SamplingRules, gpt_from_weights, sample_tokens
@@ -36,14 +36,14 @@ def drawn(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drawn") / "x.npz"
     said = draw_archive(request_of(tiny, out, png=True), ALONE)
     assert said is not None
-    assert "21 images of 8 pixels" in said
+    assert f"21 images of 8 pixels from {tiny / 'weights.pt'} (ema weights)" in said
     return out
 
 
 def test_images_are_those_of_their_numbers(tiny: Path, drawn: Path) -> None:
     """Tokens, labels and pixels from the parts below: the model, the labels' rule, the codebook."""
     config = ModelConfig(size="custom", **plain.TINY)
-    gpt = gpt_from_weights(config, read_gpt_weights(tiny / "weights.pt"))
+    gpt = gpt_from_weights(config, read_gpt_file(tiny / "weights.pt", "ema").weights)
     indices = torch.arange(21)
     labels = image_labels("random", range(5), 0, indices)
     tokens = sample_tokens(gpt, labels, indices, SamplingRules(2.0), 0)
@@ -71,7 +71,7 @@ def test_pictures_show_the_same(drawn: Path) -> None:
 def test_the_record_says_the_protocol(tiny: Path, drawn: Path) -> None:
     record = json.loads(drawn.with_name("x.npz.json").read_text())
     wanted = {
-        "source": str(tiny / "weights.pt"), "weights": "raw", "num": 21, "policy": "random", "seed": 0,
+        "source": str(tiny / "weights.pt"), "weights": "ema", "num": 21, "policy": "random", "seed": 0,
         "cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "image_size": 8,
         "image_size_eval": 8, "precision": "fp32", "batch": 4, "tokenizer": "patch-codebook",
         "tokenizer_digest": PatchCodebook.load(tiny / "book.npz").digest, "samples_sha256": digest_of_file(drawn),
@@ -103,10 +103,10 @@ def test_more_images_begin_with_the_same(tiny: Path, drawn: Path, tmp_path: Path
 
 
 def test_settings_change_what_is_drawn(tiny: Path, drawn: Path, tmp_path: Path) -> None:
-    """Each arrives where it should; `ema` and a seed are other images too."""
+    """Each arrives where it should; `raw` and a seed are other images too."""
     changes: list[dict[str, Any]] = [
         {"cfg_scale": 1.0}, {"cfg_interval": 3}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"seed": 1},
-        {"weights": "ema"}, {"precision": "bf16"},
+        {"weights": "raw"}, {"precision": "bf16"},
     ]  # fmt: skip
     with np.load(drawn) as archive:
         seen = [archive["arr_0"].tobytes()]
@@ -174,7 +174,7 @@ def test_neither_threads_nor_batch_decide_a_networks_pixels(tiny: Path, tmp_path
 
 def test_a_released_file(tiny: Path, drawn: Path, tmp_path: Path) -> None:
     """{"model", "optimizer", "steps", "args"} with an argparse.Namespace: the same images."""
-    weights = read_gpt_weights(tiny / "weights.pt")
+    weights = read_gpt_file(tiny / "weights.pt", "ema").weights
     released = {"model": weights, "optimizer": {}, "steps": 7, "args": argparse.Namespace(gpt_model="GPT-B")}
     torch.save(released, tmp_path / "released.pt")
     draw_archive(request_of(tiny, tmp_path / "x.npz", source=tmp_path / "released.pt"), ALONE)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,31 @@ def test_other_settings_do_not_go_on(tiny: Path, tmp_path: Path, monkeypatch: py
         patch.setattr(run, "wait_for_parts", lambda *a: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             draw_archive(request_of(tiny, tmp_path / "x.npz"), ALONE)
-    for change in ({"cfg_scale": 1.5}, {"batch": 8}, {"num": 22}, {"png": True}):
+    for change in ({"cfg_scale": 1.5}, {"precision": "bf16"}, {"num": 22}, {"png": True}):
         with pytest.raises(UserError, match=f"was begun with {next(iter(change))} = "):
             draw_archive(request_of(tiny, tmp_path / "x.npz", **change), ALONE)
+
+
+@pytest.mark.parametrize("batch", [3, 7])
+def test_another_batch_goes_on_where_images_do_not_depend_on_it(
+    batch: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 on a CPU: to the bytes of the first batch.  In bf16 the reason is said."""
+    request = request_of(tiny, tmp_path / "a" / "x.npz", batch=5)
+    draw_archive(request, ALONE)
+    for name, precision in (("b", "fp32"), ("c", "bf16")):
+        begun = replace(request, out=tmp_path / name / "x.npz", precision=precision)
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "wait_for_parts", lambda *a: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                draw_archive(begun, ALONE)
+        parts = sorted((tmp_path / name / "x.npz.work" / "parts").iterdir())
+        for part in parts[1:]:
+            part.unlink()
+        if precision == "fp32":
+            draw_archive(replace(begun, batch=batch), ALONE)
+        else:
+            with pytest.raises(UserError, match=f"batch = 5, this is {batch}; on this device and at this precision"):
+                draw_archive(replace(begun, batch=batch), ALONE)
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+    draw_archive(replace(request, batch=batch), ALONE)  # finished is finished

@@ -28,12 +28,12 @@ class Done(NamedTuple):
     err: str
 
 
-def mirai_ds(*arguments: str, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
+def mirai_ds(*arguments: str, timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None) -> Done:
     """Run the command line as a user would."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
     command = [sys.executable, "-m", "mirai_ds", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, check=False
+        command, capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}, check=False, cwd=cwd
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

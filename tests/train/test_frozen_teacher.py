@@ -53,14 +53,14 @@ def gpt() -> dict[str, torch.Tensor]:
 def test_the_average_is_preferred(gpt: dict[str, torch.Tensor], tmp_path: Path) -> None:
     ema = {name: value + 1 for name, value in gpt.items()}
     write_llamagen(tmp_path / "both.pt", gpt, ema)
-    write_llamagen(tmp_path / "ema.safetensors", ema)
+    write_llamagen(tmp_path / "ema.safetensors", ema, info={"weights": "ema"})
     write_llamagen(tmp_path / "raw.pt", gpt)
     teachers = {name: teacher_of(tmp_path / name) for name in ("both.pt", "ema.safetensors", "raw.pt")}
-    for name, wanted in (("both.pt", ema), ("ema.safetensors", ema), ("raw.pt", gpt)):
+    for name, wanted, kind in (("both.pt", ema, "ema"), ("ema.safetensors", ema, "ema"), ("raw.pt", gpt, "raw")):
         teacher, digest, notes = teachers[name]
         assert teacher.frozen
         assert all(torch.equal(value, wanted[key]) for key, value in teacher.trunk.named_parameters())
-        assert notes == [f"frozen teacher: {tmp_path / name}, digest {digest[:12]}"]
+        assert notes == [f"frozen teacher: {tmp_path / name} ({kind} weights), digest {digest[:12]}"]
     digests = [digest for _, digest, _ in teachers.values()]
     assert digests[0] == digests[1] != digests[2]  # of the weights, not of the file
 
@@ -149,6 +149,7 @@ def test_a_run_is_a_teacher(finished: Path, tmp_path: Path) -> None:
     assert not torch.equal(newest.trunk.tok_embeddings.weight, at_22.trunk.tok_embeddings.weight)
     one_line(lambda: teacher_of(store.folder_of(finished, 23), *sizes), FIELD)
     one_line(lambda: teacher_of(finished, *sizes, "model.block_size=16"), "is of a 8x8 grid, this run has 4")
+    one_line(lambda: teacher_of(finished, *[*sizes, "model.n_head=4"]), "n_head = 2", "this one has 4")  # shapes fit
 
 
 def settings(*changes: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mirai_ds.checkpoint.llamagen import infer_model_config, read_gpt_weights
+from mirai_ds.checkpoint.gpt_file import read_gpt_file
+from mirai_ds.checkpoint.llamagen import infer_model_config
 from mirai_ds.cli.main import main
 from mirai_ds.config.sizes import parameter_count
 from mirai_ds.runs.configuration import read_run_config
@@ -38,7 +39,7 @@ def test_par_run(tmp_path: Path) -> None:
     choice = ("--per-class", 2, "--classes", "3,8")
     invoke("sample", run, *choice, "--out", tmp_path / "a")
     invoke("export", run, "--weights", "ema", "--out", tmp_path / "e.pt")
-    weights = read_gpt_weights(tmp_path / "e.pt")
+    weights = read_gpt_file(tmp_path / "e.pt").weights
     assert weights["spe_tok_embeddings.special_embeddings.weight"].shape == (3, 64)
     assert sum(value.numel() for value in weights.values()) == parameter_count(config)
     assert infer_model_config(weights, 64, n_head=2).par_tokens == 4
