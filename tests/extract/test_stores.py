@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,3 +211,19 @@ def test_a_damaged_image_says_which(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="image 7 cannot be decoded"):
         damaged.crop(7)
     assert np.array_equal(damaged.crop(6), store.crop(6))
+
+
+def test_shards_stay_open_only_as_many_as_a_process_may(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ImageNet has 1,252 shards, and 1,024 open files are the usual limit."""
+    extract_images(options(photos, tmp_path / "s", block=1), ALONE)
+    store = open_image_store(tmp_path / "s")
+    assert len(store.manifest.shard_bytes) == store.manifest.num_images >= 18
+    wanted = [store.crop(image) for image in range(store.manifest.num_images)]
+    opened, most, before = open_image_store(tmp_path / "s"), [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 4096))
+    for image in [*range(len(wanted)), *reversed(range(len(wanted)))]:
+        assert np.array_equal(opened.crop(image), wanted[image])
+        most.append(len(os.listdir("/proc/self/fd")) - before)
+    assert max(most) == 4

@@ -11,6 +11,7 @@ are read in sequence, and key-value stores add a dependency and a writer lock wi
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -66,16 +67,25 @@ class ImageStore:
     def _shards(self) -> dict[int, Array]:
         return {}
 
+    def _shard(self, shard: int) -> Array:
+        """A shard mapped into memory.  A mapping holds a file open, and ImageNet has 1,252 shards where a process may
+        usually open 1,024 files: a quarter of that number stay mapped."""
+        content = self._shards.get(shard)
+        if content is None:
+            if len(self._shards) >= max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
+                self._shards.pop(next(iter(self._shards)), None)  # whoever reads from it still has it
+            content = self._shards[shard] = np.memmap(self.path / shard_name(shard), np.uint8, "r")
+        return content
+
     def crop(self, image: int) -> Array:
         """The S x S crop of image `image`: uint8 (S, S, 3).  Raises UserError when its bytes are damaged."""
         from PIL import Image
 
         shard, start, length = (int(x) for x in self.index[image])
-        if shard not in self._shards:
-            self._shards[shard] = np.memmap(self.path / shard_name(shard), np.uint8, "r")
+        content = self._shard(shard)
         side = self.manifest.geometry.views.side
         try:
-            with Image.open(io.BytesIO(self._shards[shard][start : start + length].tobytes())) as encoded:
+            with Image.open(io.BytesIO(content[start : start + length].tobytes())) as encoded:
                 pixels = np.asarray(encoded.convert("RGB"))
         except Exception as error:  # bytes from anywhere: Pillow's decoders raise nearly any type on them
             raise UserError(f"{self.path}: image {image} cannot be decoded ({type(error).__name__})") from None
