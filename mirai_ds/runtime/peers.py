@@ -22,6 +22,7 @@ from mirai_ds.runtime.distributed import World
 from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.processes import Identity
 
+CONNECT_SECONDS = 3.0
 TOLD_AFTER_SECONDS = 20.0  # of waiting for others, and again each minute
 SILENCE_SECONDS = 60.0  # without a heartbeat for so long, another machine is taken for dead
 LOOK_SECONDS = 1.0
@@ -74,18 +75,21 @@ class Peers:
         return ""
 
 
-def meet(world: World, minutes: float, on_gone: Callable[[str], None]) -> Peers | None:
+def meet(
+    world: World, minutes: float, on_gone: Callable[[str], None], look: Callable[[], None] = lambda: None
+) -> Peers | None:
     """Wait until every rank is there, and watch them from then on; None for a rank alone.
 
-    MASTER_ADDR and MASTER_PORT must be set.  Says after 20 s whom it waits for.  Raises UserError when rank 0 cannot
-    listen there, or somebody has not come within `minutes`.
+    MASTER_ADDR and MASTER_PORT must be set.  Says after 20 s whom it waits for, and calls `look` meanwhile, which may
+    end the process.  Raises UserError when rank 0 cannot listen there, or somebody has not come within `minutes`.
     """
     if world.size == 1:
         return None
-    store, until = _store(world, minutes), time.monotonic() + 60 * minutes
+    store, until = _store(world, minutes, look), time.monotonic() + 60 * minutes
     store.set(f"here/{world.rank}", json.dumps(asdict(Identity.of(os.getpid()))))
     told = time.monotonic() + TOLD_AFTER_SECONDS
     while missing := [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]:
+        look()
         now = time.monotonic()
         if now > until:
             raise UserError(f"{_ranks(missing)} of {world.size} did not start within {minutes:g} minutes")
@@ -97,17 +101,18 @@ def meet(world: World, minutes: float, on_gone: Callable[[str], None]) -> Peers 
     return Peers(world, everyone, store, on_gone)
 
 
-def _store(world: World, minutes: float) -> Any:
+def _store(world: World, minutes: float, look: Callable[[], None]) -> Any:
     """A connection to the key-value store at the meeting point.  torchrun's agent has one; else rank 0 makes it, in the
     way in which `torch.distributed` finds it again."""
     import torch.distributed as dist
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     makes = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    until, told = time.monotonic() + 60 * minutes, False
+    until, told = time.monotonic() + 60 * minutes, time.monotonic() + TOLD_AFTER_SECONDS
     while True:
         try:
-            patience = timedelta(seconds=TOLD_AFTER_SECONDS)
+            look()
+            patience = timedelta(seconds=CONNECT_SECONDS)
             store = dist.TCPStore(host, port, None, makes, patience, wait_for_workers=False, multi_tenant=True)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
             return dist.PrefixStore(f"mirai_ds/peers/{attempt}", store)
@@ -120,9 +125,9 @@ def _store(world: World, minutes: float) -> Any:
                 ) from None
             if time.monotonic() > until:
                 raise UserError(f"rank 0 was not at {host}:{port} within {minutes:g} minutes ({reason})") from None
-            if not told:
+            if time.monotonic() > told:
                 LOG.error("rank %d: waiting for rank 0 at %s:%d (%s)", world.rank, host, port, reason)
-            told = True
+                told = time.monotonic() + 60
 
 
 def _ranks(numbers: list[int]) -> str:

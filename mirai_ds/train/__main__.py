@@ -25,7 +25,7 @@ from mirai_ds.runtime.launcher import World, recognise
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
 from mirai_ds.runtime.peers import Peers, meet
 from mirai_ds.runtime.processes import watch_starter
-from mirai_ds.runtime.signals import STOP, STOP_FILE, STOP_FILE_VARIABLE, StopRequests
+from mirai_ds.runtime.signals import NOTHING, STOP, STOP_FILE, STOP_FILE_VARIABLE, StopRequests
 from mirai_ds.train.options import TrainOptions, train_options
 
 # errno values that a restart cannot fix: disk full, quota, permissions.
@@ -51,6 +51,18 @@ class RankStartup:
         LOG.error("%s; the last checkpoint stands", reason)
         os._exit(EXIT_CODES[verdict])
 
+    def abandon(self, reason: str) -> None:
+        """Whoever started this rank is gone: save after the step, or leave at once where there is nothing to save."""
+        if self.folder is not None and self.folder.accepted:
+            self.stop.abandon(reason)
+        else:
+            self.leave(reason)
+
+    def obey_early(self) -> None:
+        """Leave if that was asked for already: the ranks that are waited for may have left for the same reason."""
+        if self.stop.kind != NOTHING:
+            self.leave(f"{self.stop.reason} before all ranks had started")
+
     def lost(self, text: str) -> None:
         """End this process, because another of the ranks has ended."""
         LOG.error("rank %d: %s", self.world.rank, text)
@@ -65,9 +77,8 @@ class RankStartup:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         export_world(self.world)
-        self.peers = meet(
-            self.world, config.launch.timeout_minutes, self.lost
-        )  # before the imports, which take seconds
+        # Before the imports, which take seconds.
+        self.peers = meet(self.world, config.launch.timeout_minutes, self.lost, self.obey_early)
         from mirai_ds.engine.start import start_process_group
         from mirai_ds.train.agree import agree_on_kernel, agree_on_start
         from mirai_ds.train.hooks.log import Sinks
@@ -173,7 +184,7 @@ def run_rank(options: TrainOptions) -> None:
     LOG.info("launcher: %s; %d rank%s%s", found.launcher, world.size, "s" * (world.size > 1), here)
     start = RankStartup(world)
     start.stop.install()
-    watch_starter(start.stop.abandon)
+    watch_starter(start.abandon)
     if world.rank == 0:
         start.outcome.clear_named()
     try:

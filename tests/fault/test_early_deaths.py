@@ -4,7 +4,9 @@ the others end, and nothing is lost."""
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from mirai_ds.runtime import processes
 from mirai_ds.runtime.processes import Identity, as_parent, start_time, watch_starter
 from mirai_ds.runtime.signals import REQUEUE, StopRequests
 from tests.fault.faulty_ranks import SETTINGS, run_ranks
+from tests.fault.test_kills import assert_same
 
 PLACES = ["engine.start.start_process_group", "train.agree.agree_on_kernel", "train.build.load_dataset",
           "train.build.TrainEngine", "train.preflight.preflight", "train.loop.train_step"]  # fmt: skip
@@ -66,6 +69,27 @@ def test_a_rank_that_dies_in_a_rendezvous_that_would_wait_for_half_an_hour(tmp_p
     ended = run_ranks(tmp_path / "run", prepare=hang_before_the_group, arguments=(1000,), during=kill_the_second)
     assert ended.codes == [1, -signal.SIGKILL]
     assert re.search(r"rank 0: rank 1 is gone \(\S+, pid \d+\)", ended.out)
+
+
+def never_starts(rank: str) -> None:
+    """In that rank: not even its first line."""
+    if os.environ["RANK"] == rank:
+        time.sleep(1000)
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_rank_that_waits_for_one_that_never_started_can_be_stopped(tmp_path: Path, waiting: int) -> None:
+    """With or without the key-value store, which is rank 0's."""
+
+    def stop_it(ranks: list[Any]) -> None:
+        time.sleep(4)
+        os.kill(ranks[waiting].pid, signal.SIGTERM)
+        ranks[waiting].join(60)
+        ranks[1 - waiting].kill()
+
+    ended = run_ranks(tmp_path / "run", prepare=never_starts, arguments=(str(1 - waiting),), during=stop_it)
+    assert ended.codes[waiting] == 75, ended.out[-3000:]
+    assert ended.outcome == "requeue SIGTERM before all ranks had started\n"
 
 
 def test_a_port_of_somebody_else_is_told(tmp_path: Path) -> None:
@@ -172,3 +196,36 @@ def test_abandoned_ranks_leave_after_their_step_or_soon(monkeypatch: pytest.Monk
     stop.abandon("process 7, which started this one, is gone")
     assert (stop.kind, stop.poll()) == (REQUEUE, REQUEUE)
     assert wait_until(lambda: left == ["process 7, which started this one, is gone; left within a step"], 20)
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills"),
+    [pytest.param(0, 6, marks=pytest.mark.matrix)]
+    + [pytest.param(seed, 30, marks=pytest.mark.exhaustive) for seed in range(1, 11)],
+)
+def test_kills_of_any_process_at_any_time(
+    whole: Path, tmp_path: Path, seed: int, kills: int, record_property: Callable[[str, object], None]
+) -> None:
+    """The command, its launcher or a rank, from its first instant on: nobody is left after it, nothing is lost, and in
+    the end the run is the one that nobody disturbed.  300 kills by hand (`make test-exhaustive`)."""
+    source, run, struck, slowest = random.Random(seed), tmp_path / "run", 0, 0.0
+    settings = [part for o in (*SETTINGS, "guard.max_restarts=1000") for part in ("--set", o)]
+    command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", "--run-dir", str(run), "--ranks", "2"]
+    command += ["--resume", "if-present", *settings]
+    while struck < kills:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda: process.poll() is not None, source.uniform(0, 12))  # noqa: B023
+        everyone = {pid: start_time(pid) for pid in family(process.pid)}
+        victim = source.choice(sorted(everyone))
+        if process.poll() is not None:  # it has finished before: begin again
+            shutil.rmtree(run)
+            continue
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        process.wait(120)
+        assert wait_until(lambda: all(start_time(pid) != began for pid, began in everyone.items())), victim  # noqa: B023
+        struck, slowest = struck + 1, max(slowest, time.monotonic() - began)
+    record_property("slowest_s", round(slowest, 1))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert_same(run, whole, 24)
