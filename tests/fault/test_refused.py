@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.weights import load_weights
 from tests.fault.faulty_ranks import run_ranks
 
 SMALL = ["train.max_steps=8", "eval.loss.every_steps=null", "sampling.every_steps=null"]
@@ -110,6 +111,11 @@ def test_allow_change_is_for_those_who_mean_it(run: Path) -> None:
     ended = run_ranks(run, "--resume", "auto", "--allow-change", "model", settings=settings, world=1)
     assert ended.outcome == "finished at step 9\n", ended.out[-3000:]
     assert "changed since: model.rope_base: 10000.0 -> 500.0" in ended.out
+    # Whoever reads the run's weights takes the model that they were trained with.
+    models = {step: load_weights(run, step=step).config.model for step in (8, 9)}
+    assert {step: (model.rope_base, model.ffn_dropout) for step, model in models.items()} == {
+        8: (10000.0, 0.1), 9: (500.0, 0.3),
+    }  # fmt: skip
 
 
 def test_fresh_sets_aside_what_is_accepted(run: Path) -> None:
