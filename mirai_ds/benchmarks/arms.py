@@ -330,10 +330,9 @@ def serve(job: dict[str, Any]) -> None:
     from mirai_ds.benchmarks.sessions import on_random_data, random_session, shared_folder
     from mirai_ds.config import load
     from mirai_ds.engine.start import start_process_group
-    from mirai_ds.runtime.distributed import local_device, read_world
+    from mirai_ds.runtime.distributed import World, local_device, read_world
 
-    world = read_world()
-    assert world is not None
+    world = read_world() or World(0, 0, 1, 1)
     device = local_device(world)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     start_process_group(world, 10)

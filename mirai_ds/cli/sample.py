@@ -83,11 +83,8 @@ def sample(source: Path, num: int | None, ranks: int | None, patience: float | N
         _grid(source, options)
         return
     world = world_or_launch("sample", ranks)
-    from mirai_ds.config.errors import UserError
     from mirai_ds.sampling import SamplingRequest, draw_archive
 
-    if ranks not in (None, world.size):
-        raise UserError(f"--ranks {ranks}: {world.size} were started; leave it out")
     del options["per_class"]
     if patience is not None:
         options["stall_timeout"] = _renamed_patience(patience, world.rank)

@@ -124,8 +124,7 @@ def in_words(error: str) -> str:
 
 def main() -> int:
     """One rank: each check in turn, a line of JSON after each; 1 at the first that fails."""
-    world = read_world()
-    assert world is not None
+    world = read_world() or World(0, 0, 1, 1)
     device: Any = None
 
     def choose_device() -> str:

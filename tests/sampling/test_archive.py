@@ -215,7 +215,7 @@ def test_what_is_in_the_way_stays(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_command_line(tiny: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a rank that a launcher started, with the option that the deepspeed command adds."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     call = ["sample", str(tiny / "weights.pt"), "--recipe", str(tiny / "recipe.yaml"), "--out", str(tmp_path / "x.npz"),
             "--local_rank=0", "--cfg", "2", "--tokenizer", str(tiny / "book.npz")]  # fmt: skip
@@ -225,7 +225,7 @@ def test_the_command_line(tiny: Path, drawn: Path, tmp_path: Path, monkeypatch: 
     for more, said in (
         (["--png"], "--png: has no meaning without --num"),
         (["--num", "3", "--per-class", "2"], "--per-class: has no meaning with --num"),
-        (["--num", "3", "--ranks", "4"], "--ranks 4: 1 were started"),
+        (["--num", "3", "--ranks", "4"], "--ranks 4: this process is rank 0 of 1 already, says torchrun"),
         (["--patience", "9"], "--patience: has no meaning without --num"),
         (["--num", "3", "--patience", "9", "--stall-timeout", "9"], "--patience and --stall-timeout: are the old and"),
     ):

@@ -13,6 +13,7 @@ from mirai_ds.runtime.log import LOG, NAME, close_log, log_crash, log_into, star
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
+    LOG.handlers.clear()  # what other tests of this process have said is kept for a file as well
     yield
     close_log()
     LOG.handlers.clear()
@@ -47,6 +48,18 @@ def test_of_other_ranks_only_errors_are_heard(tmp_path: Path, capsys: pytest.Cap
     assert (said.out, said.err) == ("", "mirai-ds: error: gone\n")
     assert (tmp_path / NAME).read_text().endswith(" ERROR rank 1: gone\n")
     assert (tmp_path / NAME).read_text().count("\n") == 1
+
+
+def test_what_was_said_before_there_was_a_file_comes_first(tmp_path: Path) -> None:
+    """A start that is refused has no file; one that is accepted has it all, once."""
+    start_log()
+    LOG.info("launcher: none")
+    log_into(tmp_path, 0)
+    LOG.info("step 1")
+    log_into(tmp_path, 0)
+    assert [line.rpartition("0: ")[2] for line in (tmp_path / NAME).read_text().splitlines()] == [
+        "launcher: none", "step 1",
+    ]  # fmt: skip
 
 
 def test_a_resume_goes_on_in_the_same_file(tmp_path: Path) -> None:

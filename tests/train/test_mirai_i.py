@@ -35,4 +35,5 @@ def test_a_missing_encoder_file_is_one_line(tmp_path: Path) -> None:
     encoder = "foresight={method: mirai-i, encoder: {name: test_vit, weights: nowhere.pth}}"
     done = small_train(tmp_path / "run", recipe="digits-baseline", overrides=[encoder])
     assert done.code == 2
-    assert done.err.strip() == "mirai-ds: error: foresight.encoder.weights = 'nowhere.pth': no such file"
+    here = Path("nowhere.pth").absolute()
+    assert done.err.strip() == f"mirai-ds: error: foresight.encoder.weights = '{here}': no such file"
