@@ -93,7 +93,7 @@ def _report(job: SlurmJob, script: Path, ids: list[str]) -> None:
     from mirai_ds.submit.send import log_path
 
     lines = [f"job {' -> '.join(ids)}: {job.name}, {job.nodes} x {job.ranks_per_node} ranks, {job.time} each start"]
-    lines += [f"script  {shlex.quote(str(script))}", f"log     tail -F {shlex.quote(log_path(job, ids[0]))}"]
+    lines += [f"script  {shlex.quote(str(script))}", f"log     tail -F {log_path(job, ids[0])}"]
     if job.template in ("train", "array", "smoke"):
         below = job.folder if len(job.tasks) == 1 else str(Path(job.tasks[0].run_dir).parent)
         lines.append(f"curves  tensorboard --logdir {shlex.quote(below)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -68,5 +69,8 @@ def _submit(command: list[str]) -> str:
 
 
 def log_path(job: SlurmJob, job_id: str) -> str:
-    """Where Slurm writes the log of `job_id`; of an array the tasks' pattern."""
-    return log_pattern(job).replace("%x", job.name).replace("%j", job_id).replace("%A_%a", f"{job_id}_*")
+    """Where Slurm writes the log of `job_id`, quoted for the shell; of an array the tasks' pattern."""
+    path = log_pattern(job).replace("%x", job.name).replace("%j", job_id).replace("%A_%a", job_id)
+    if job.template == "array":  # outside of the quotes, which the star must be to mean all rows
+        return f"{shlex.quote(path.removesuffix('.log'))}_*.log"
+    return shlex.quote(path)

@@ -71,6 +71,14 @@ def test_chain(stub: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "my run" / "jobs").iterdir())) == 1
 
 
+def test_the_logs_of_an_array_are_found_by_the_printed_command(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    (tmp_path / "list.txt").write_text("digits-baseline\n")
+    arguments = ["submit", str(tmp_path / "list.txt"), "--template", "array", "--run-dir", str(tmp_path / "my run")]
+    done = CliRunner().invoke(main, [*arguments, "--cluster", cluster_file(tmp_path)])
+    assert f"log     tail -F '{tmp_path}/my run/jobs/array-list-41'_*.log\n" in done.stdout, done.output
+
+
 def test_a_dry_run_leaves_nothing(stub: Path, tmp_path: Path) -> None:
     sbatch(stub, ACCEPTS)
     done = submit(tmp_path, "--dry-run")
