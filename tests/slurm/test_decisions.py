@@ -185,7 +185,7 @@ def test_a_row_speaks_of_itself_alone(slurm: FakeSlurm, array: str) -> None:
 def test_extraction_is_requeued_at_the_warning(slurm: FakeSlurm, tmp_path: Path) -> None:
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--images", "my images", "--size", "32", "--out", "o u t")
-    job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments), cluster)
+    job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments, check=False), cluster)
     text = render(job, cluster, "python", tmp_path / "x.sbatch")
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do /bin/sleep 0.02; done')
     ran = slurm.run(text, send=(signal.SIGUSR1,))
@@ -202,7 +202,7 @@ def test_many_images_are_judged_when_they_are_there(
 ) -> None:
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--num", "10", "--out", "x.npz")
-    judged = {"reference": Path("ref.npz"), "inception": Path("i.pth")}
+    judged = {"check": False, "reference": Path("ref.npz"), "inception": Path("i.pth")}
     job = plan(SubmitOptions("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
     slurm.set(ranks)
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
