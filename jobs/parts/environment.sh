@@ -1,4 +1,6 @@
-say() { echo "mirai-ds job ${SLURM_JOB_ID:-}, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+# The one job that this script is.  In an array SLURM_JOB_ID of the task that Slurm starts last is the id of all of them.
+JOB={{job_id}}
+say() { echo "mirai-ds job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 cd -- {{submit_dir}} || exit 1
 
 # --- what the cluster file adds: modules, virtual environments, variables ---

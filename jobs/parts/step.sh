@@ -6,11 +6,11 @@
 # What happens next is decided by the outcome file, which the trainer writes as its last act, never by exit codes: srun
 # gives the highest one of all ranks, and the same event was seen as 75, 143 and 1.
 step=
-in_time_limit() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r')" = "COMPLETING TimeLimit" ]; }
-being_ended() { [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == COMPLETING ]]; }
+state() { squeue --noheader --jobs="$JOB" --format='%T %r'; }
+in_time_limit() { [ "$(state)" = "COMPLETING TimeLimit" ]; }
 forward() { # every rank gets the signal; before the step exists there is nobody to tell
   say "$1 received, handed on to the ranks"
-  scancel --signal="$1" "$SLURM_JOB_ID.0" 2>/dev/null || :
+  scancel --signal="$1" "$JOB.0" 2>/dev/null || :
 }
 on_term() {
   forward TERM
@@ -26,10 +26,16 @@ requeue() { # once; Slurm sends TERM to this script while it takes the job back,
   [ -z "$requeued" ] || return 0
   requeued=yes
   for try in 1 2 3; do # Slurm's controller may be busy or restarting
-    if scontrol requeue "$SLURM_JOB_ID"; then
-      say "requeued: $1"
-      return 0
-    fi
+    case $(state) in
+      '') ;; # no answer: it may have been cancelled, which scontrol would undo
+      COMPLETING\ TimeLimit | [!C]*)
+        if scontrol requeue "$JOB"; then
+          say "requeued: $1"
+          return 0
+        fi
+        ;;
+      *) break ;; # cancelled since
+    esac
     sleep $((try * 5))
   done
   requeued=
@@ -78,7 +84,7 @@ train_and_decide() { # the arguments: the command of a rank
   [ "$(false_starts)" -lt 3 ] || give_up
   mkdir -p -- "$RUN/jobs" || exit 1
   # One file for each start of each job: left-overs of an earlier start, or another job in this run, cannot speak for it.
-  export MIRAI_DS_OUTCOME=$RUN/jobs/outcome-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  export MIRAI_DS_OUTCOME=$RUN/jobs/outcome-$JOB-${SLURM_RESTART_COUNT:-0}
   say "${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), ${SLURM_NTASKS:-?} ranks, $RUN"
   local word starts
   starts=$(trainer_starts)
@@ -86,7 +92,7 @@ train_and_decide() { # the arguments: the command of a rank
   word=$(outcome "$MIRAI_DS_OUTCOME")
   say "the ranks have ended: $([ -n "$word" ] && head -n 1 -- "$MIRAI_DS_OUTCOME" || echo 'without a word')"
   case $word in finished | stopped) exit 0 ;; failed) exit 1 ;; esac
-  if [ -z "$requeued" ] && being_ended && ! in_time_limit; then
+  if [ -z "$requeued" ] && [[ "$(state)" == COMPLETING* ]] && ! in_time_limit; then
     # scontrol requeue, preemption, a lost node: Slurm starts the job again by itself.  scancel: it must not come back,
     # and `scontrol requeue` would bring even a cancelled job back.
     say "Slurm is ending this job: what becomes of it is left to Slurm"

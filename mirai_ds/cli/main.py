@@ -61,7 +61,7 @@ def train(options: TrainOptions, ranks: int | None) -> None:
     from mirai_ds.config.deepspeed_file import ranks_that_fit, resolve
     from mirai_ds.config.errors import UserError
     from mirai_ds.config.load import load
-    from mirai_ds.runs.outcome import EXIT_CODES, VARIABLE
+    from mirai_ds.runs.outcome import VARIABLE, exit_code
     from mirai_ds.runs.outcome import read as read_outcome
     from mirai_ds.runtime.launch import launch, visible_gpus
     from mirai_ds.runtime.launcher import check_asked, recognise
@@ -91,7 +91,7 @@ def train(options: TrainOptions, ranks: int | None) -> None:
         os.environ[STOP_FILE_VARIABLE] = str(stop)
         code = launch("mirai_ds.train", options.arguments(), count, gpus, stop)
         outcome = read_outcome(Path(said))
-    sys.exit(EXIT_CODES[outcome[0]] if outcome and outcome[0] != "failed" else code)  # launchers lose exit codes
+    sys.exit(exit_code(outcome, code))
 
 
 @main.command()

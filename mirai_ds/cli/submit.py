@@ -43,6 +43,8 @@ TEMPLATES = ["train", "array", "extract", "sample_evaluate", "smoke"]
 @click.option("--at-once", type=click.IntRange(min=1), help="array: tasks that run at the same time.")
 @click.option("--reference", type=click.Path(path_type=Path), help="sample_evaluate: ADM's .npz to compare with.")
 @click.option("--inception", type=click.Path(path_type=Path), help="sample_evaluate: weights of its network.")
+@click.option("--no-check", "check", flag_value=False, default=True,
+              help="Files that only compute nodes see, or that a job before this one makes.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the script and submit nothing; needs no Slurm.")
 @mistakes_in_one_line
 def submit(dry_run: bool, **options: Any) -> None:
@@ -61,7 +63,7 @@ def submit(dry_run: bool, **options: Any) -> None:
       mirai-ds submit mine.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --account me
       mirai-ds submit codes --template extract --nodes 2 -- --images in/train --tokenizer vq.pt --size 256 --out codes
     """
-    from mirai_ds.submit import SubmitOptions, plan, read_cluster, render, send, write_script
+    from mirai_ds.submit import SubmitOptions, plan, read_cluster, render, send
     from mirai_ds.submit.plan import interpreter
     from mirai_ds.submit.send import script_path
 
@@ -74,8 +76,7 @@ def submit(dry_run: bool, **options: Any) -> None:
     if dry_run:
         click.echo("mirai-ds: nothing was written or submitted (--dry-run)", err=True)
         return
-    write_script(script, text)
-    _report(job, script, send(job, script))
+    _report(job, script, send(job, script, text))
 
 
 def _show(text: str) -> None:
@@ -93,7 +94,7 @@ def _report(job: SlurmJob, script: Path, ids: list[str]) -> None:
     from mirai_ds.submit.send import log_path
 
     lines = [f"job {' -> '.join(ids)}: {job.name}, {job.nodes} x {job.ranks_per_node} ranks, {job.time} each start"]
-    lines += [f"script  {shlex.quote(str(script))}", f"log     tail -F {shlex.quote(log_path(job, ids[0]))}"]
+    lines += [f"script  {shlex.quote(str(script))}", f"log     tail -F {log_path(job, ids[0])}"]
     if job.template in ("train", "array", "smoke"):
         below = job.folder if len(job.tasks) == 1 else str(Path(job.tasks[0].run_dir).parent)
         lines.append(f"curves  tensorboard --logdir {shlex.quote(below)}")

@@ -16,18 +16,20 @@ class SourceTraits(NamedTuple):
 
     path: what `data.path` is (None: there is none).  whole: a training set as it stands, of which nothing is held out
     unless asked for.  parts: its images and tokenizer are files of their own.  images: how many, if always the same.
+    holds: a file in it, where it is a folder that has been finished.
     """
 
     path: str | None
     whole: bool = False
     parts: bool = False
     images: int | None = None
+    holds: str = ""
 
 
 SOURCES = {
     "digits": SourceTraits(None, images=1797),
     "npz": SourceTraits("the .npz file"),
-    "store": SourceTraits("the store's folder", whole=True, parts=True),
+    "store": SourceTraits("the store's folder", whole=True, parts=True, holds="manifest.json"),
 }
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from mirai_ds.config.data_config import SOURCES
+from mirai_ds.config.errors import ConfigError
 from mirai_ds.config.load import build
 from mirai_ds.config.own import is_own
 from mirai_ds.config.run_config import RunConfig
@@ -15,6 +18,8 @@ PATHS = (
     "foresight.teacher_weights", "foresight.encoder.weights", "train.init_from",
     "eval.fid.features_weights", "eval.fid.reference",
 )  # fmt: skip
+
+_STORES = ("data.path", "data.held_out_path", "data.more_views")  # where data.source is one
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -35,3 +40,28 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if isinstance(config.deepspeed, str) and Path(config.deepspeed).is_file():
         data["deepspeed"] = os.path.abspath(config.deepspeed)
     return build(data)
+
+
+def refuse_missing(config: RunConfig, started: bool) -> None:
+    """Raises ConfigError for the first file or folder that the run would read and that is not here.
+
+    started: it goes on from a checkpoint, and does not read `train.init_from`.  What objects of the user's own read is
+    not known.  A DeepSpeed file is read, and refused, where the configuration is loaded.
+    """
+    encoder = config.foresight.encoder
+    unread = {
+        "output_dir": True, "data.": is_own(config.data.source), "train.init_from": started,
+        "foresight.": not config.foresight.active, "foresight.encoder.": encoder is not None and is_own(encoder.name),
+        "eval.fid.": not config.eval.fid.active,
+    }  # fmt: skip
+    left_out, data = tuple(name for name, holds in unread.items() if holds), config.model_dump(mode="json")
+    for name in PATHS:
+        value: Any = data
+        for part in name.split("."):
+            value = (value or {}).get(part)
+        for path in [] if not value or name.startswith(left_out) else value if isinstance(value, list) else [value]:
+            if not Path(path).exists():
+                raise ConfigError(name, path, "no such file or folder")
+            holds = SOURCES[config.data.source].holds if name in _STORES else ""
+            if not (Path(path) / holds).exists():
+                raise ConfigError(name, path, f"holds no {holds}: it is no store, or not finished")

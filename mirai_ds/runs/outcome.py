@@ -64,6 +64,19 @@ class Outcome:
         thread.join(seconds)
 
 
+def exit_code(outcome: tuple[Verdict, str] | None, launcher: int) -> int:
+    """What the command that started a run's processes ends with: 0, 1, 2 or 75.
+
+    outcome: of this start, None where it died without a word.  launcher: its launcher's exit code, which loses the
+    ranks' (247 for one that was killed), but tells a mistake from what else failed.
+    """
+    if outcome is not None and outcome[0] != "failed":
+        return EXIT_CODES[outcome[0]]
+    if launcher in ((0, 1, 2) if outcome is None else (1, 2)):
+        return launcher
+    return EXIT_CODES["requeue" if outcome is None else "failed"]
+
+
 def read(path: Path) -> tuple[Verdict, str] | None:
     """Verdict and reason; None where there is no such file or it says nothing known."""
     try:

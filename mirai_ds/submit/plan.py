@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.config.errors import UserError, from_validation
 from mirai_ds.config.load import load
+from mirai_ds.config.paths import refuse_missing
+from mirai_ds.config.run_config import RunConfig
 from mirai_ds.submit.cluster import SlurmCluster
 from mirai_ds.submit.job import SlurmJob, SlurmTask, Template
 from mirai_ds.submit.values import one_line
@@ -45,6 +47,7 @@ class SubmitOptions:
     at_once: int | None = None
     reference: Path | None = None
     inception: Path | None = None
+    check: bool = True
     arguments: tuple[str, ...] = field(default=())
 
 
@@ -69,6 +72,8 @@ def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
     if options.template == "sample_evaluate" and not many:
         ranks, gpus = 1, min(gpus, 1)
     tasks, name, folder = _tasks(options, interpreter(cluster), options.nodes * ranks)
+    evaluate = _evaluation(options, interpreter(cluster))
+    _check_named_files(options)
     request = {
         "template": options.template, "name": options.name or name, "nodes": options.nodes, "gpus_per_node": gpus,
         "ranks_per_node": ranks, "cpus_per_rank": cluster.cpus_per_rank, "time": options.time or cluster.time,
@@ -78,7 +83,7 @@ def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
         "exclusive": cluster.exclusive and gpus == cluster.gpus_per_node, "dependency": options.dependency,
         "chain": options.chain, "at_once": options.at_once, "folder": str(folder), "submit_dir": os.getcwd(),
         "cluster_file": options.cluster, "tasks": [task.model_dump() for task in tasks],
-        "resumes": many, "evaluate": _evaluation(options, interpreter(cluster)),
+        "resumes": many, "evaluate": evaluate,
     }  # fmt: skip
     try:
         return SlurmJob.model_validate(request)
@@ -112,6 +117,29 @@ def _check_fit(options: SubmitOptions) -> None:
     if options.arguments and options.template not in ("extract", "sample_evaluate"):
         more = shlex.join(options.arguments)
         raise UserError(f"{more}: --template {options.template} takes one recipe; change fields with --set")
+
+
+HINT = "the job would wait in the queue and fail; if only compute nodes see it, or an earlier job makes it: --no-check"
+
+
+def _check_config(options: SubmitOptions, config: RunConfig, run: Path) -> None:
+    """Raises UserError for files of the configuration that are not there."""
+    if options.check:
+        try:
+            refuse_missing(config, started=(run / "checkpoints").is_dir())
+        except UserError as error:
+            raise UserError(f"{error}; {HINT}") from None
+
+
+def _check_named_files(options: SubmitOptions) -> None:
+    """The same for files of the command line, where the template only hands them on."""
+    named: dict[str, str | Path | None] = {option: _argument(options, option) for option in ("--images", "--tokenizer")}
+    named |= {"--reference": options.reference, "--inception": options.inception}
+    if options.template == "sample_evaluate" and options.dependency is None:  # else that job trains it
+        named["RECIPE"] = options.recipe
+    for option, path in named.items():
+        if options.check and path is not None and not Path(path).exists():
+            raise UserError(f"{option} {path}: no such file or folder; {HINT}")
 
 
 def _draws_many(options: SubmitOptions) -> bool:
@@ -156,6 +184,7 @@ def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[S
     resolve(config, world_size)
     name = f"smoke-{config.name}" if smoke else config.name
     run = _absolute(options.run_dir or Path(config.output_dir) / name)
+    _check_config(options, config, run)
     command = [*start, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
     if not smoke:  # the smoke test trains in two folders below it
         command += ["--run-dir", str(run)]
@@ -214,9 +243,13 @@ def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[l
             continue
         recipe, overrides, run_dir = _line(words, where)
         overrides = (*overrides, *options.overrides)
-        config = load(recipe, overrides, options.deepspeed)
-        resolve(config, world_size)
-        run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
+        try:
+            config = load(recipe, overrides, options.deepspeed)
+            resolve(config, world_size)
+            run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
+            _check_config(options, config, run)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         if run in seen:
             raise UserError(f"{where}: the run folder of line {seen[run]} ({run}); add --set name=... or --run-dir")
         seen[run] = number

@@ -53,6 +53,8 @@ def render(job: SlurmJob, cluster: SlurmCluster, python: str, script: Path) -> s
         "time": job.time,
         "signal_seconds": str(job.signal_seconds),
         "site_options": "\n".join(f"#SBATCH {option}" for option in site_options(job, cluster)),
+        # Only an array's script looks at an array's variables: sbatch hands those of its own shell on to any job.
+        "job_id": "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.template == "array" else "$SLURM_JOB_ID",
         "submit_dir": shlex.quote(job.submit_dir),
         "setup": "\n".join(setup_lines(cluster)),
         "path": f"export PATH={shlex.quote(str(Path(python).parent))}:$PATH" if "/" in python else "",

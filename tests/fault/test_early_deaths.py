@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from mirai_ds.checkpoint import store
+from mirai_ds.runs.outcome import exit_code
 from mirai_ds.runtime import processes
 from mirai_ds.runtime.processes import Identity, as_parent, start_time, watch_starter
 from mirai_ds.runtime.signals import REQUEUE, StopRequests
@@ -196,6 +197,26 @@ def test_abandoned_ranks_leave_after_their_step_or_soon(monkeypatch: pytest.Monk
     stop.abandon("process 7, which started this one, is gone")
     assert (stop.kind, stop.poll()) == (REQUEUE, REQUEUE)
     assert wait_until(lambda: left == ["process 7, which started this one, is gone; left within a step"], 20)
+
+
+@pytest.mark.parametrize("victim", ["the launcher", "a rank"])
+def test_who_is_killed_without_a_word_may_start_again(victim: str, tmp_path: Path) -> None:
+    """No outcome is written, and launchers say 247 or -9."""
+    command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, "--ranks", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: len(family(process.pid)) == 4, 120)  # the command, its launcher, two ranks
+    os.kill(family(process.pid)[1 if victim == "the launcher" else 3], signal.SIGKILL)
+    assert process.wait(120) == 75
+
+
+@pytest.mark.parametrize(
+    ("outcome", "launcher", "code"),
+    [(None, -9, 75), (None, 247, 75), (None, 0, 0), (None, 1, 1), (None, 2, 2), (("failed", ""), 2, 2),
+     (("failed", ""), 0, 1), (("failed", ""), 247, 1), (("requeue", ""), 1, 75), (("finished", ""), 247, 0),
+     (("stopped", ""), 1, 0)],
+)  # fmt: skip
+def test_exit_codes(outcome: Any, launcher: int, code: int) -> None:
+    assert exit_code(outcome, launcher) == code
 
 
 @pytest.mark.parametrize(

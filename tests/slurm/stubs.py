@@ -14,8 +14,10 @@ from pathlib import Path
 STUBS = {
     "srun": 'printf "%s\\0" "$@" >>"$STUB/srun.calls"; printf "\\1" >>"$STUB/srun.calls"; . "$STUB/ranks"',
     "scontrol": '[ "$1" != show ] || { echo node1; echo node2; exit; }\n'
-                'echo "$@" >>"$STUB/scontrol.calls"; [ ! -e "$STUB/no-requeue" ] || exit 1; kill -TERM $PPID',
-    "squeue": 'case $* in *%r*) cat "$STUB/state" ;; *) cut -d" " -f1 "$STUB/state" ;; esac',
+                'echo "$@" >>"$STUB/scontrol.calls"\n'
+                '[ ! -e "$STUB/next-state" ] || mv "$STUB/next-state" "$STUB/state"\n'
+                '[ ! -e "$STUB/no-requeue" ] || exit 1; kill -TERM $PPID',
+    "squeue": 'cat "$STUB/state"',
     "scancel": 'echo "$@" >>"$STUB/scancel.calls"; : >"$STUB/signalled"',
     "sleep": 'case $1 in 120) exec /bin/sleep 120 ;; *) exec /bin/sleep 0.01 ;; esac',
 }  # fmt: skip
@@ -63,7 +65,9 @@ class FakeSlurm:
         env |= {"STUB": str(self.folder), "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]",
                 "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "3"}  # fmt: skip
         env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
-        env |= {"SLURM_ARRAY_TASK_ID": str(array_task)} if array_task is not None else {}
+        # A job that is submitted from within an array inherits its variables.
+        array = (3, 1) if array_task is None else (job, array_task)
+        env |= {"SLURM_ARRAY_JOB_ID": str(array[0]), "SLURM_ARRAY_TASK_ID": str(array[1])}
         env["PATH"] = f"{self.folder}/bin:{env['PATH']}"
         process = subprocess.Popen(
             ["bash", str(path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

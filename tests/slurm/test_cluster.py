@@ -149,7 +149,7 @@ def test_preempted(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
 
 def test_a_mistake_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job_id = train(slurm, run, "--set", "data.source=npz", "--set", "data.path=/no/such.npz",
+    job_id = train(slurm, run, "--no-check", "--set", "data.source=npz", "--set", "data.path=/no/such.npz",
                    "--set", "data.held_out_fraction=0.1")  # fmt: skip
     job = slurm.wait(job_id)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "0"), log_of(run)
@@ -271,3 +271,4 @@ def test_sbatch_refuses(slurm: Slurm, tmp_path: Path) -> None:
     assert done.err.count("\n") == 1
     assert "sbatch refused the job: " in done.err
     assert "invalid partition specified: nowhere" in done.err
+    assert not run.exists()

@@ -107,6 +107,15 @@ def test_a_requeue_that_slurm_refuses(slurm: FakeSlurm, script: str) -> None:
     assert "could not be requeued" in ran.out
 
 
+@pytest.mark.parametrize("then", [BEING_ENDED, ""])
+def test_cancelled_while_a_requeue_is_tried(then: str, slurm: FakeSlurm, script: str) -> None:
+    """Slurm's controller was busy, and the user has cancelled since: `scontrol requeue` would bring the job back."""
+    slurm.set("exit 137", requeue_works=False)
+    (slurm.folder / "next-state").write_text(then)
+    ran = slurm.run(script)
+    assert (ran.code, ran.requeued) == (75, ["requeue 7"]), ran.out
+
+
 RUNS = ': >"$STUB/running"; until [ -e "$STUB/signalled" ]; do /bin/sleep 0.02; done; '
 
 
@@ -138,7 +147,9 @@ def test_at_the_time_limit_it_requeues_before_the_ranks_are_gone(slurm: FakeSlur
     assert ran.code == 75
 
 
-def test_array_tasks_have_their_own_run(slurm: FakeSlurm, tmp_path: Path) -> None:
+@pytest.fixture
+def array(tmp_path: Path) -> str:
+    """array.sbatch of two rows."""
     table = tmp_path / "table.txt"
     table.write_text(
         "# ablation\n\ndigits-baseline --set 'name=one'   # the first\n"
@@ -146,22 +157,35 @@ def test_array_tasks_have_their_own_run(slurm: FakeSlurm, tmp_path: Path) -> Non
     )
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     job = plan(SubmitOptions(str(table), template="array", nodes=2, at_once=1, run_dir=tmp_path / "table"), cluster)
-    text = render(job, cluster, "python", tmp_path / "x.sbatch")
-    assert "#SBATCH --array=0-1%1\n" in text
+    return render(job, cluster, "python", tmp_path / "x.sbatch")
+
+
+def test_array_tasks_have_their_own_run(slurm: FakeSlurm, array: str, tmp_path: Path) -> None:
+    assert "#SBATCH --array=0-1%1\n" in array
     slurm.set(SAY.format("finished at step 9", 0))
-    ran = slurm.run(text, array_task=1)
+    ran = slurm.run(array, array_task=1)
     assert ran.code == 0, ran.out
     assert ran.ranks == [["--kill-on-bad-exit=1", "python", "-m", "mirai_ds", "train", "digits-mirai-e", "--set",
                           "foresight.num_heads=2", "--resume", "if-present", "--run-dir",
                           f"{tmp_path}/the second"]]  # fmt: skip
-    assert (tmp_path / "the second" / "jobs" / "outcome-7-0").exists()
-    assert slurm.run(text, array_task=5).code == 1
+    assert (tmp_path / "the second" / "jobs" / "outcome-7_1-0").exists()
+    assert ran.out.startswith("mirai-ds job 7_1, start 1: ")
+    assert slurm.run(array, array_task=5).code == 1
+
+
+def test_a_row_speaks_of_itself_alone(slurm: FakeSlurm, array: str) -> None:
+    """Slurm gives the row that starts last the id of the whole array: to Slurm 7 would be all rows."""
+    slurm.set(RUNS + SAY.format("requeue SIGUSR1 at step 5", 75))
+    squeue = "#!/bin/bash\necho RUNNING None; [[ $* = *--jobs=7_1\\ * ]] || echo RUNNING None\n"
+    (slurm.folder / "bin" / "squeue").write_text(squeue)
+    ran = slurm.run(array, array_task=1, send=(signal.SIGUSR1,))
+    assert (ran.code, ran.cancelled, ran.requeued) == (75, ["--signal=USR1 7_1.0"], ["requeue 7_1"]), ran.out
 
 
 def test_extraction_is_requeued_at_the_warning(slurm: FakeSlurm, tmp_path: Path) -> None:
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--images", "my images", "--size", "32", "--out", "o u t")
-    job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments), cluster)
+    job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments, check=False), cluster)
     text = render(job, cluster, "python", tmp_path / "x.sbatch")
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do /bin/sleep 0.02; done')
     ran = slurm.run(text, send=(signal.SIGUSR1,))
@@ -178,7 +202,7 @@ def test_many_images_are_judged_when_they_are_there(
 ) -> None:
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--num", "10", "--out", "x.npz")
-    judged = {"reference": Path("ref.npz"), "inception": Path("i.pth")}
+    judged = {"check": False, "reference": Path("ref.npz"), "inception": Path("i.pth")}
     job = plan(SubmitOptions("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
     slurm.set(ranks)
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))

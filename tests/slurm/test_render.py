@@ -38,7 +38,7 @@ QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCh
 
 def script_of(cluster: SlurmCluster | None = None, **options: Any) -> str:
     cluster = cluster or SlurmCluster(gpus_per_node=4, python="python")
-    job = plan(SubmitOptions(**{"recipe": "digits-baseline", "nodes": 2, **options}), cluster)
+    job = plan(SubmitOptions(**{"recipe": "digits-baseline", "nodes": 2, "check": False, **options}), cluster)
     return render(job, cluster, "python", Path("/runs/x/jobs/x.sbatch"))
 
 
@@ -166,7 +166,8 @@ def test_ranks_get_what_was_given(run_dir: str, path: str, tmp_path_factory: pyt
     run = f"{folder}/r{run_dir}"
     options = [part for value in overrides for part in ("--set", value)]
     arguments = ["submit", "digits-baseline", "--nodes", "2", "--cluster",
-                 cluster_file(folder, more="python: python\n"), "--dry-run", *options, "--run-dir", run]  # fmt: skip
+                 cluster_file(folder, more="python: python\n"), "--dry-run", "--no-check", *options, "--run-dir",
+                 run]  # fmt: skip
     done = CliRunner().invoke(main, arguments)
     if done.exit_code:
         assert done.exit_code == 2
@@ -287,7 +288,7 @@ def test_mistakes_before_anything_is_submitted(options: dict[str, Any], parts: l
         ("\ndigits-baseline --fresh\n", [":2: --fresh", "--set"]),
         ("digits-baseline --set\n", [":1: --set"]),
         ("# nothing\n", ["no recipe in it"]),
-        ("digits-baseline --set train.epochs=0\n", ["train.epochs"]),
+        ("\ndigits-baseline --set train.epochs=0\n", [":2: digits-baseline: train.epochs"]),
     ],
 )
 def test_mistakes_in_lists(lines: str, parts: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mirai_ds.cli.main import main
+from mirai_ds.submit.plan import HINT
 from tests.slurm.conftest import cluster_file
 from tests.slurm.stubs import FakeSlurm
 
@@ -71,6 +72,14 @@ def test_chain(stub: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "my run" / "jobs").iterdir())) == 1
 
 
+def test_the_logs_of_an_array_are_found_by_the_printed_command(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, ACCEPTS)
+    (tmp_path / "list.txt").write_text("digits-baseline\n")
+    arguments = ["submit", str(tmp_path / "list.txt"), "--template", "array", "--run-dir", str(tmp_path / "my run")]
+    done = CliRunner().invoke(main, [*arguments, "--cluster", cluster_file(tmp_path)])
+    assert f"log     tail -F '{tmp_path}/my run/jobs/array-list-41'_*.log\n" in done.stdout, done.output
+
+
 def test_a_dry_run_leaves_nothing(stub: Path, tmp_path: Path) -> None:
     sbatch(stub, ACCEPTS)
     done = submit(tmp_path, "--dry-run")
@@ -105,6 +114,7 @@ def test_refusals_are_one_line(body: str, expected: str, stub: Path, tmp_path: P
     done = submit(tmp_path)
     assert done.exit_code == 2
     assert done.stderr == f"mirai-ds: error: {expected}\n"
+    assert not (tmp_path / "my run").exists()
 
 
 def test_a_chain_that_breaks_names_what_is_in_the_queue(stub: Path, tmp_path: Path) -> None:
@@ -129,7 +139,92 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 2
     assert done.stderr.startswith("mirai-ds: error: sbatch: not found")
     assert "--dry-run" in done.stderr
+    assert not (tmp_path / "my run").exists()
     assert submit(tmp_path, "--dry-run").exit_code == 0
+
+
+def test_what_was_in_the_folder_stays(stub: Path, tmp_path: Path) -> None:
+    sbatch(stub, "exit 3")
+    (tmp_path / "my run" / "jobs").mkdir(parents=True)
+    assert submit(tmp_path).exit_code == 2
+    assert list((tmp_path / "my run").iterdir()) == [tmp_path / "my run" / "jobs"]
+
+
+STORE = ("data.source=store", "data.path=store")
+ENCODER = (*STORE, "data.images=store", "foresight.method=mirai-i", "foresight.encoder.name=dinov2-b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (("data.source=npz", "data.path=no.npz"), "data.path = 'no.npz': no such file or folder"),
+        (("data.source=store", "data.path=unfinished"), "data.path = 'unfinished': holds no manifest.json"),
+        (
+            (*STORE, "data.held_out_path=gone", "data.held_out_fraction=null"),
+            "data.held_out_path = 'gone': no such file or folder",
+        ),
+        ((*STORE, "data.more_views=[store, gone]"), "data.more_views = 'gone': no such file or folder"),
+        ((*STORE, "data.images=gone"), "data.images = 'gone': no such file or folder"),
+        ((*STORE, "data.tokenizer=no.pt"), "data.tokenizer = 'no.pt': no such file or folder"),
+        ((*ENCODER, "foresight.encoder.weights=no.pth"), "foresight.encoder.weights = 'no.pth': no such file"),
+        (("foresight.method=mirai-e", "foresight.teacher_weights=no.pt"), "foresight.teacher_weights = 'no.pt': no "),
+        (("train.init_from=no.pt",), "train.init_from = 'no.pt': no such file or folder"),
+        (("eval.fid.at_end=true", "eval.fid.features_weights=no.pth"), "eval.fid.features_weights = 'no.pth': no "),
+    ],
+)
+def test_files_that_are_not_there_are_heard_of_at_once(
+    fields: tuple[str, ...], problem: str, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written or sent, and by the line of a list."""
+    sbatch(stub, ACCEPTS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
+    (tmp_path / "unfinished").mkdir()
+    options = [part for field in fields for part in ("--set", field)]
+    done = submit(tmp_path, *options)
+    assert (done.exit_code, calls(stub), done.stdout) == (2, [], "")
+    assert done.stderr.startswith(f"mirai-ds: error: {problem}")
+    assert done.stderr.endswith(f"; {HINT}\n")
+    assert not (tmp_path / "my run").exists()
+    (tmp_path / "list.txt").write_text(f"\ndigits-baseline {shlex.join(options)}\n")
+    done = CliRunner().invoke(main, ["submit", "list.txt", "--template", "array", "--cluster", cluster_file(tmp_path)])
+    assert (done.exit_code, calls(stub)) == (2, [])
+    assert done.stderr.startswith(f"mirai-ds: error: list.txt:2: {problem}")
+    assert submit(tmp_path, *options, "--no-check").exit_code == 0
+
+
+def test_what_a_run_does_not_read_may_be_missing(stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch(stub, ACCEPTS)
+    unread = ["data.source=my.module:make", "data.path=anything", "eval.fid.reference=gone", "train.init_from=no.pt"]
+    (tmp_path / "my run" / "checkpoints").mkdir(parents=True)  # it goes on, and begins from nothing else
+    assert submit(tmp_path, *[part for field in unread for part in ("--set", field)]).exit_code == 0
+
+
+MANY = ("--template", "sample_evaluate", "--", "--num", "9", "--out", "o")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("codes", "--template", "extract", "--", "--images", "gone", "--out", "o"), "--images gone: no such file"),
+        (("codes", "--template", "extract", "--", "--images=.", "--tokenizer=gone", "--out=o"), "--tokenizer gone: "),
+        (("gone", "--template", "sample_evaluate"), "RECIPE gone: no such file or folder"),
+        (("gone", "--template", "sample_evaluate", "--dependency", "afterok:3"), ""),
+        ((".", "--template", "sample_evaluate", "--", "--tokenizer", "gone"), "--tokenizer gone: no such"),
+        ((".", "--reference", "gone", "--inception", ".", *MANY), "--reference gone: no such"),
+        ((".", "--reference", ".", "--inception", "gone", *MANY), "--inception gone: no such"),
+        (("digits-baseline", "--deepspeed", "no.json"), "deepspeed = 'no.json': no such file"),
+    ],
+)  # fmt: skip
+def test_files_of_the_command_line(
+    arguments: tuple[str, ...], problem: str, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch(stub, ACCEPTS)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["submit", "--cluster", cluster_file(tmp_path), *arguments])
+    assert (done.exit_code, len(calls(stub))) == ((2, 0) if problem else (0, 1)), done.output
+    assert done.stderr.startswith(f"mirai-ds: error: {problem}" if problem else "")
 
 
 def test_a_folder_that_cannot_be_written(stub: Path, tmp_path: Path) -> None:
