@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from mirai_ds.config import dump, load
 from mirai_ds.kernels.build import find
 from mirai_ds.kernels.toolchain import vector_unit
 from mirai_ds.runs.configuration import read_run_config
+from mirai_ds.train.hooks.log import Sinks
+from mirai_ds.train.hooks.report import ReportHook, print_table
 from tests.train.conftest import mirai_ds, numbers, records, small_train
 
 SCALARS = {
@@ -272,3 +275,26 @@ def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> Non
     assert explicit.code == 2
     assert explicit.err.strip().startswith("mirai-ds: error: foresight.kernel = 'cpu': no C++ compiler")
     assert len(explicit.err.strip().splitlines()) == 1
+
+
+def test_a_single_measurement_is_no_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured at the end only has no beginning; a first value comes with its step."""
+    config = load("digits-mirai-e")
+    session = SimpleNamespace(
+        config=config, world=SimpleNamespace(size=1), engine=SimpleNamespace(stage=2), step=30,
+        order=SimpleNamespace(steps_per_epoch=10),
+    )  # fmt: skip
+    records = [
+        {"step": 10, "loss/ntp": 2.5}, {"step": 20, "loss/ntp": 2.25, "loss/alignment": -1.0},
+        {"step": 30, "loss/ntp": 2.125, "loss/alignment": -1.5}, {"step": 30, "held_out/ntp_raw": 5.0449},
+    ]  # fmt: skip
+    found = ReportHook(Sinks())._summary(session, records, None)  # type: ignore[arg-type]
+    assert found["held_out/ntp_raw"] == {"first": None, "first_step": None, "last": 5.0449}
+    assert found["held_out/ntp_ema"]["last"] is None
+    assert found["loss/ntp"] == {"first": 2.5, "first_step": 10, "last": 2.125}
+    assert found["loss/alignment"] == {"first": -1.0, "first_step": 20, "last": -1.5}
+    print_table(found, tmp_path)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    lines = {row[1].strip(): row[2:4] for row in rows}
+    assert [cell.strip() for cell in lines["held-out loss, raw weights"]] == ["", "5.0449"]
+    assert [cell.strip() for cell in lines["training loss (next token)"]] == ["2.5000 (step 10)", "2.1250"]
