@@ -39,7 +39,7 @@ test-matrix: $(STAMP) ## the long matrices: gradients and losses over layouts, w
 test-exhaustive: $(STAMP) ## what the matrices leave out: more of their products, longer runs; by hand
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal
 
-test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 13 minutes (root; slurmctld slurmd slurm-client munge)
+test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 20 minutes (root; slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m slurm -rs
 
 test-study: $(STAMP) ## the small study's main arms on the digits: 12 minutes on one core

@@ -38,6 +38,7 @@ def print_json(value: dict[str, Any]) -> None:
 def world_or_launch(verb: str, ranks: int | None) -> World:
     """This process's place among the ranks, its log started.  Where nobody launched this process and there is work
     for more than one rank, this same command is launched on all of them, and then the process exits."""
+    from mirai_ds.runs.outcome import exit_code
     from mirai_ds.runtime.launch import launch, visible_gpus
     from mirai_ds.runtime.launcher import World, check_asked, recognise
     from mirai_ds.runtime.log import start_log
@@ -51,7 +52,8 @@ def world_or_launch(verb: str, ranks: int | None) -> World:
         count = ranks or max(gpus, 1)
         if count > 1:
             arguments = sys.argv[1:]
-            sys.exit(launch(f"mirai_ds.cli.{verb}", arguments[arguments[:1] == [verb] :], count, gpus))
+            code = launch(f"mirai_ds.cli.{verb}", arguments[arguments[:1] == [verb] :], count, gpus)
+            sys.exit(exit_code(None, code))
         world = World(0, 0, 1, 1)
     else:
         watch_starter(lambda _: os._exit(75))  # what is finished stays, and a later start does the rest

@@ -98,5 +98,7 @@ def _report(job: SlurmJob, script: Path, ids: list[str]) -> None:
     if job.template in ("train", "array", "smoke"):
         below = job.folder if len(job.tasks) == 1 else str(Path(job.tasks[0].run_dir).parent)
         lines.append(f"curves  tensorboard --logdir {shlex.quote(below)}")
+    if job.evaluate:
+        lines.append(f"scores  {shlex.quote(job.evaluate[-1])}")
     lines += [f"watch   squeue --jobs {','.join(ids)}", f"stop    scancel {' '.join(ids)}"]
     click.echo("\n".join(lines), err=False)

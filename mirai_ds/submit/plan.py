@@ -168,7 +168,10 @@ def _evaluation(options: SubmitOptions, python: str) -> list[str]:
     if drawn is None:
         raise UserError("--reference: say where the images go, -- --num N --out FILE.npz, so that they are found")
     start = [python, "-m", "mirai_ds", "evaluate", drawn, str(options.reference)]
-    return [*start, "--weights", str(options.inception), "--json", str(Path(drawn).with_suffix(".scores.json"))]
+    source, name = Path(options.recipe), Path(drawn).with_suffix("").name
+    weights = source.is_file() or source.suffix in (".pt", ".pth", ".safetensors")  # of which there is no run to tell
+    scores = Path(drawn).with_suffix(".scores.json") if weights else source / "evaluations" / f"{name}.json"
+    return [*start, "--weights", str(options.inception), "--json", str(scores)]
 
 
 def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[SlurmTask], str, Path]:

@@ -15,6 +15,10 @@ from mirai_ds.submit.job import SlurmJob
 from mirai_ds.submit.render import log_pattern, sbatch_command
 
 
+class _RefusedError(UserError):
+    """The job is not in the queue."""
+
+
 def script_path(job: SlurmJob) -> Path:
     """RUN/jobs/NAME-TIMESTAMP.sbatch, numbered where it is taken."""
     stem = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -64,7 +68,7 @@ def send(job: SlurmJob, script: Path, text: str) -> list[str]:
         try:
             ids.append(_submit(command))
         except UserError as error:
-            if not ids:
+            if not ids and isinstance(error, _RefusedError):
                 _remove(made)
             before = f"; submitted before it: {', '.join(ids)} (scancel {' '.join(ids)})" if ids else ""
             raise UserError(f"{error}{before}") from None
@@ -75,13 +79,14 @@ def _submit(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise UserError(f"sbatch: {error.strerror}") from None
+        raise _RefusedError(f"sbatch: {error.strerror}") from None
     if done.returncode != 0:
         lines = [re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines()]
         reason = "; ".join(dict.fromkeys(line for line in lines if line)) or f"exit code {done.returncode}"
-        raise UserError(f"sbatch refused the job: {reason}")
+        raise _RefusedError(f"sbatch refused the job: {reason}")
     match = re.fullmatch(r"([0-9]+)(;.*)?", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
     if match is None:
+        # It may be in the queue all the same, and needs its folder.
         raise UserError(f"sbatch gave no job id but {done.stdout.strip()[:80]!r}")
     return match[1]
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from mirai_ds.checkpoint import store
+from mirai_ds.cli.output import world_or_launch
 from mirai_ds.runs.outcome import exit_code
 from mirai_ds.runtime import processes
 from mirai_ds.runtime.processes import Identity, as_parent, start_time, watch_starter
@@ -217,6 +218,14 @@ def test_who_is_killed_without_a_word_may_start_again(victim: str, tmp_path: Pat
 )  # fmt: skip
 def test_exit_codes(outcome: Any, launcher: int, code: int) -> None:
     assert exit_code(outcome, launcher) == code
+
+
+def test_a_rank_of_another_verb_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished stays, and a later start does the rest."""
+    monkeypatch.setattr("mirai_ds.runtime.launch.launch", lambda *_: 247)
+    with pytest.raises(SystemExit) as ended:
+        world_or_launch("sample", 2)
+    assert ended.value.code == 75
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_many_images_are_judged_when_they_are_there(
     ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
     drawing = ["python", "-m", "mirai_ds", "sample", "runs/x", *arguments]
     judging = ["--ntasks=1", "--nodes=1", "python", "-m", "mirai_ds", "evaluate", "x.npz", "ref.npz"]
-    judging += ["--weights", "i.pth", "--json", "x.scores.json"]
+    judging += ["--weights", "i.pth", "--json", "runs/x/evaluations/x.json"]
     assert ran.code == code, ran.out
     assert ran.ranks == [drawing, judging][:steps]
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do sleep 1; done')

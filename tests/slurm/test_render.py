@@ -121,8 +121,11 @@ def test_many_images_take_all_ranks_and_are_judged(option: tuple[str, ...]) -> N
     assert "evaluate=()" in text
     judged = {"reference": Path("VIRTUAL ref.npz"), "inception": Path("inception.pth")}
     text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **options, **judged)
-    command = "evaluate 'a b.npz' 'VIRTUAL ref.npz' --weights inception.pth --json 'a b.scores.json')"
-    assert f"-m mirai_ds {command}" in text
+    command = "-m mirai_ds evaluate 'a b.npz' 'VIRTUAL ref.npz' --weights inception.pth --json"
+    assert f"{command} 'runs/my run/evaluations/a b.json')" in text  # where `table` and `report` look
+    options["recipe"] = "my weights.pt"
+    text = script_of(read_cluster("a100"), arguments=(*option, "--out", "a b.npz"), **options, **judged)
+    assert f"{command} 'a b.scores.json')" in text
 
 
 @pytest.mark.parametrize("field", PATTERNED)
