@@ -44,7 +44,7 @@ TEMPLATES = ["train", "array", "extract", "sample_evaluate", "smoke"]
 @click.option("--reference", type=click.Path(path_type=Path), help="sample_evaluate: ADM's .npz to compare with.")
 @click.option("--inception", type=click.Path(path_type=Path), help="sample_evaluate: weights of its network.")
 @click.option("--no-check", "check", flag_value=False, default=True,
-              help="Files that only compute nodes see, or that a job before this one makes.")  # fmt: skip
+              help="Do not look for files: only compute nodes see them, or an earlier job makes them.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the script and submit nothing; needs no Slurm.")
 @mistakes_in_one_line
 def submit(dry_run: bool, **options: Any) -> None:

@@ -122,11 +122,11 @@ def _check_fit(options: SubmitOptions) -> None:
 HINT = "the job would wait in the queue and fail; if only compute nodes see it, or an earlier job makes it: --no-check"
 
 
-def _check_config(options: SubmitOptions, config: RunConfig, run: Path) -> None:
+def _check_config(options: SubmitOptions, config: RunConfig) -> None:
     """Raises UserError for files of the configuration that are not there."""
     if options.check:
         try:
-            refuse_missing(config, started=(run / "checkpoints").is_dir())
+            refuse_missing(config)
         except UserError as error:
             raise UserError(f"{error}; {HINT}") from None
 
@@ -138,7 +138,7 @@ def _check_named_files(options: SubmitOptions) -> None:
     if options.template == "sample_evaluate" and options.dependency is None:  # else that job trains it
         named["RECIPE"] = options.recipe
     for option, path in named.items():
-        if options.check and path is not None and not Path(path).exists():
+        if options.check and path is not None and not os.path.exists(path):
             raise UserError(f"{option} {path}: no such file or folder; {HINT}")
 
 
@@ -187,7 +187,7 @@ def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[S
     resolve(config, world_size)
     name = f"smoke-{config.name}" if smoke else config.name
     run = _absolute(options.run_dir or Path(config.output_dir) / name)
-    _check_config(options, config, run)
+    _check_config(options, config)
     command = [*start, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
     if not smoke:  # the smoke test trains in two folders below it
         command += ["--run-dir", str(run)]
@@ -250,7 +250,7 @@ def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[l
             config = load(recipe, overrides, options.deepspeed)
             resolve(config, world_size)
             run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
-            _check_config(options, config, run)
+            _check_config(options, config)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if run in seen:

@@ -158,6 +158,7 @@ ENCODER = (*STORE, "data.images=store", "foresight.method=mirai-i", "foresight.e
     ("fields", "problem"),
     [
         (("data.source=npz", "data.path=no.npz"), "data.path = 'no.npz': no such file or folder"),
+        (("data.source=npz", f"data.path={'x' * 300}"), "data.path = 'xxx"),
         (("data.source=store", "data.path=unfinished"), "data.path = 'unfinished': holds no manifest.json"),
         (
             (*STORE, "data.held_out_path=gone", "data.held_out_fraction=null"),
@@ -196,8 +197,8 @@ def test_files_that_are_not_there_are_heard_of_at_once(
 
 def test_what_a_run_does_not_read_may_be_missing(stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch(stub, ACCEPTS)
-    unread = ["data.source=my.module:make", "data.path=anything", "eval.fid.reference=gone", "train.init_from=no.pt"]
-    (tmp_path / "my run" / "checkpoints").mkdir(parents=True)  # it goes on, and begins from nothing else
+    unread = ["data.source=my.module:make", "data.path=anything", "eval.fid.reference=gone"]
+    unread += ["foresight.encoder.weights=gone", "foresight.method=none"]
     assert submit(tmp_path, *[part for field in unread for part in ("--set", field)]).exit_code == 0
 
 
