@@ -114,6 +114,7 @@ def _store(world: World, minutes: float, look: Callable[[], None]) -> Any:
             look()
             patience = timedelta(seconds=CONNECT_SECONDS)
             store = dist.TCPStore(host, port, None, makes, patience, wait_for_workers=False, multi_tenant=True)
+            store.set_timeout(timedelta(seconds=SILENCE_SECONDS))  # a network that hiccups is no dead machine
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
             return dist.PrefixStore(f"mirai_ds/peers/{attempt}", store)
         except (RuntimeError, ValueError) as error:

@@ -68,6 +68,8 @@ class StopRequests:
         A thread looks for it too: the main one comes by between steps, and the first may take minutes.
         """
         self._stop_files.append(path)
+        if len(self._stop_files) > 1:
+            return  # the thread of the first looks for all
         threading.Thread(target=self._watch, daemon=True, name="stop file").start()
 
     def _watch(self) -> None:
