@@ -1,6 +1,9 @@
 # The one job that this script is.  In an array SLURM_JOB_ID of the task that Slurm starts last is the id of all of them.
 JOB={{job_id}}
-say() { echo "mirai-ds job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+# Slurm does not set this for a first start: a job sent from within a restarted one would go on counting from there.
+restarts=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' | head -n 1)
+export SLURM_RESTART_COUNT=${restarts:-${SLURM_RESTART_COUNT:-0}}
+say() { echo "mirai-ds job $JOB, start $((SLURM_RESTART_COUNT + 1)): $*"; }
 cd -- {{submit_dir}} || exit 1
 
 # --- what the cluster file adds: modules, virtual environments, variables ---

@@ -9,8 +9,11 @@ step=
 state() { squeue --noheader --jobs="$JOB" --format='%T %r'; }
 in_time_limit() { [ "$(state)" = "COMPLETING TimeLimit" ]; }
 forward() { # every rank gets the signal; before the step exists there is nobody to tell
-  say "$1 received, handed on to the ranks"
-  scancel --signal="$1" "$JOB.0" 2>/dev/null || :
+  if scancel --signal="$1" "$JOB.0" 2>/dev/null; then
+    say "$1 received, handed on to the ranks"
+  else
+    say "$1 received, and no ranks to hand it on to"
+  fi
 }
 on_term() {
   forward TERM
@@ -28,7 +31,7 @@ requeue() { # once; Slurm sends TERM to this script while it takes the job back,
   for try in 1 2 3; do # Slurm's controller may be busy or restarting
     case $(state) in
       '') ;; # no answer: it may have been cancelled, which scontrol would undo
-      COMPLETING\ TimeLimit | [!C]*)
+      COMPLETING\ TimeLimit | CONFIGURING* | [!C]*)
         if scontrol requeue "$JOB"; then
           say "requeued: $1"
           return 0
@@ -80,11 +83,11 @@ train_and_decide() { # the arguments: the command of a rank
     say "$RUN is finished already: nothing to do"
     exit 0
   fi
-  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f -- "$RUN/jobs/false-starts"
+  [ "$SLURM_RESTART_COUNT" -gt 0 ] || rm -f -- "$RUN/jobs/false-starts"
   [ "$(false_starts)" -lt 3 ] || give_up
   mkdir -p -- "$RUN/jobs" || exit 1
   # One file for each start of each job: left-overs of an earlier start, or another job in this run, cannot speak for it.
-  export MIRAI_DS_OUTCOME=$RUN/jobs/outcome-$JOB-${SLURM_RESTART_COUNT:-0}
+  export MIRAI_DS_OUTCOME=$RUN/jobs/outcome-$JOB-$SLURM_RESTART_COUNT
   say "${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), ${SLURM_NTASKS:-?} ranks, $RUN"
   local word starts
   starts=$(trainer_starts)

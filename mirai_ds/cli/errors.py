@@ -13,7 +13,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def mistakes_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A `UserError` becomes `mirai-ds: error: ...` and exit code 2."""
+    """A `UserError`, and memory that is too small, become `mirai-ds: error: ...` and exit code 2."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -23,6 +23,16 @@ def mistakes_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except UserError as error:
             click.echo(f"mirai-ds: error: {error}", err=True)
+            sys.exit(2)
+        except (RuntimeError, MemoryError, OSError) as error:
+            from mirai_ds.runtime.failures import gist, lacking_memory
+
+            lacking = lacking_memory(error)
+            if not lacking:
+                raise
+            smaller = next((name for name in ("batch", "batch_size") if name in kwargs), "")
+            advice = f"; smaller batches need less (--{smaller.replace('_', '-')})" if smaller else ""
+            click.echo(f"mirai-ds: error: out of {lacking} ({gist(error)}){advice}", err=True)
             sys.exit(2)
 
     return wrapped

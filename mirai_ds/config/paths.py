@@ -42,16 +42,16 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     return build(data)
 
 
-def refuse_missing(config: RunConfig) -> None:
+def refuse_missing(config: RunConfig, started: bool) -> None:
     """Raises ConfigError for the first file or folder that the run would read and that is not here.
 
-    What objects of the user's own read is not known.  A DeepSpeed file is read, and refused, where the configuration
-    is loaded.
+    started: it goes on from a checkpoint, and does not read `train.init_from`.  What objects of the user's own read is
+    not known.  A DeepSpeed file is read, and refused, where the configuration is loaded.
     """
     encoder = config.foresight.encoder
     unread = {
-        "output_dir": True, "data.": is_own(config.data.source), "foresight.": not config.foresight.active,
-        "foresight.encoder.": encoder is not None and is_own(encoder.name),
+        "output_dir": True, "data.": is_own(config.data.source), "train.init_from": started,
+        "foresight.": not config.foresight.active, "foresight.encoder.": encoder is not None and is_own(encoder.name),
         "eval.fid.": not config.eval.fid.active,
     }  # fmt: skip
     left_out, data = tuple(name for name, holds in unread.items() if holds), config.model_dump(mode="json")

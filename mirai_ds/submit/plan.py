@@ -122,11 +122,11 @@ def _check_fit(options: SubmitOptions) -> None:
 HINT = "the job would wait in the queue and fail; if only compute nodes see it, or an earlier job makes it: --no-check"
 
 
-def _check_config(options: SubmitOptions, config: RunConfig) -> None:
-    """Raises UserError for files of the configuration that are not there."""
+def _check_config(options: SubmitOptions, config: RunConfig, run: Path) -> None:
+    """Raises UserError for files of the configuration that are not there and that a start in `run` reads."""
     if options.check:
         try:
-            refuse_missing(config)
+            refuse_missing(config, started=any(run.glob("checkpoints/step-*/manifest.json")))
         except UserError as error:
             raise UserError(f"{error}; {HINT}") from None
 
@@ -187,7 +187,7 @@ def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[S
     resolve(config, world_size)
     name = f"smoke-{config.name}" if smoke else config.name
     run = _absolute(options.run_dir or Path(config.output_dir) / name)
-    _check_config(options, config)
+    _check_config(options, config, run)
     command = [*start, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
     if not smoke:  # the smoke test trains in two folders below it
         command += ["--run-dir", str(run)]
@@ -250,7 +250,7 @@ def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[l
             config = load(recipe, overrides, options.deepspeed)
             resolve(config, world_size)
             run = _absolute(Path(run_dir) if run_dir else Path(config.output_dir) / config.name)
-            _check_config(options, config)
+            _check_config(options, config, run)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if run in seen:

@@ -5,11 +5,11 @@ An entry point, like the command line: it joins all rooms and nothing imports it
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,15 +21,13 @@ from mirai_ds.config.paths import absolute_paths
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
 from mirai_ds.runtime.distributed import export_world
+from mirai_ds.runtime.failures import lost_a_peer, mistake_behind
 from mirai_ds.runtime.launcher import World, recognise
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
 from mirai_ds.runtime.peers import Peers, meet
 from mirai_ds.runtime.processes import watch_starter
 from mirai_ds.runtime.signals import NOTHING, STOP, STOP_FILE, STOP_FILE_VARIABLE, StopRequests
 from mirai_ds.train.options import TrainOptions, train_options
-
-# errno values that a restart cannot fix: disk full, quota, permissions.
-NOT_FIXED_BY_RESTART = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class RankStartup:
@@ -43,6 +41,7 @@ class RankStartup:
         self.folder: Any = None  # a RunFolder, once there is one
         self.watchdog: Any = None
         self.peers: Peers | None = None
+        self.steps_done: Callable[[], int] = lambda: 0  # by this start
 
     def leave(self, reason: str) -> None:
         """End this process wherever it is; the earlier checkpoints are whole."""
@@ -129,13 +128,16 @@ class RankStartup:
         from mirai_ds.train.build import build_session
         from mirai_ds.train.preflight import preflight
 
-        session = build_session(config, folder.run, self.world, device, folder.lock, self.stop)
+        resuming = folder.resume is not None
+        session = build_session(config, folder.run, self.world, device, folder.lock, self.stop, resuming)
         session.beat = self.watchdog.beat
         if config.guard.preflight:
             preflight(session)
-        if folder.resume is not None:
+        if resuming:
             session.beat("loading")
             session.checkpoints.resume(folder.resume, allowed)
+        began = session.step
+        self.steps_done = lambda: session.step - began
         return session
 
     def _stand_guard(self, config: RunConfig, folder: Any) -> None:
@@ -191,22 +193,17 @@ def run_rank(options: TrainOptions) -> None:
         config = absolute_paths(load(options.recipe, options.overrides, options.deepspeed))
         run = options.run_dir or Path(config.output_dir) / config.name
         verdict, _ = start.train(config, run, options)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in NOT_FIXED_BY_RESTART:
-                crash(start, error)
-            error = LocalError(
-                f"{error.filename or 'the run folder'}: {error.strerror}; the earlier checkpoints are intact"
-            )
-        if not isinstance(error, RunTakenOverError):
-            start.outcome.write("failed", str(error))
+    except BaseException as error:
+        mistake = mistake_behind(error, start.steps_done())
+        if mistake is None:
+            crash(start, error)
+        if not isinstance(mistake, RunTakenOverError):
+            start.outcome.write("failed", str(mistake))
             if start.folder is not None:
-                start.folder.refuse(str(error))
+                start.folder.refuse(str(mistake))
         if start.peers is not None:
             start.peers.close()
-        _say_and_leave(error, world)
-    except BaseException as error:
-        crash(start, error)
+        _say_and_leave(mistake, world)
     import torch.distributed as dist
 
     dist.destroy_process_group()
@@ -230,15 +227,6 @@ def crash(start: RankStartup, error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # not sys.exit: a process group with waiting peers would hang in its destructor
-
-
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended; that one knows why."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        part in text
-        for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
-    )
 
 
 def _say_and_leave(error: UserError, world: World) -> None:

@@ -37,16 +37,16 @@ MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
 
 def build_session(
-    config: RunConfig, run: Path, world: World, device: torch.device, run_lock: RunLock, stop: StopRequests
-) -> Session:
-    """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError."""
+    config: RunConfig, run: Path, world: World, device: torch.device, run_lock: RunLock, stop: StopRequests,
+    resuming: bool = False,
+) -> Session:  # fmt: skip
+    """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError.
+
+    resuming: a checkpoint will be loaded, so `train.init_from` is not read, and need not exist any more.
+    """
     seed_everything(config.seed)
     if config.train.deterministic:
-        repeatable_cublas()
-        # Not `warn_only`: torch would then go on choosing attention whose backward pass adds in any order.
-        torch.use_deterministic_algorithms(True)
-        # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        _be_deterministic()
     ds_config = resolve(config, world.size, cpu=device.type == "cpu")
     dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
@@ -66,7 +66,8 @@ def build_session(
     if device.type == "cuda" and config.train.cuda_graph == "auto":
         enter_capturable_stream(device)
     heads = objective.projectors.state_dict(prefix=PROJECTORS)
-    given = on_every_rank(lambda: initial_weights(config, heads)) if config.train.init_from else None
+    begins = config.train.init_from is not None and not resuming
+    given = on_every_rank(lambda: initial_weights(config, heads)) if begins else None
     engine = TrainEngine(objective, config, ds_config, device)
     if engine.compiled and teacher is not None:
         compile_blocks(teacher.blocks)
@@ -105,6 +106,14 @@ def _loader(
         dataset.train, order, micro_batch, world.rank, world.size, device, watches, prefetch=config.data.prefetch,
         workers=auto_workers(watches, world.local_size) if config.data.workers is None else config.data.workers,
     )  # fmt: skip
+
+
+def _be_deterministic() -> None:
+    repeatable_cublas()
+    # Not `warn_only`: torch would then go on choosing attention whose backward pass adds in any order.
+    torch.use_deterministic_algorithms(True)
+    # Else torch fills every buffer that it hands out: a fifth of GPT-B's step on a CPU, most of it in DeepSpeed.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int) -> None:

@@ -76,6 +76,14 @@ def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
     assert not run.exists()
 
 
+def test_a_resume_needs_no_initial_weights(run: Path) -> None:
+    """They were read once; the file may be gone since."""
+    ended = run_ranks(
+        run, "--resume", "auto", world=1, settings=[*SMALL, "train.max_steps=9", "train.init_from=gone.pt"]
+    )
+    assert ended.outcome == "finished at step 9\n", ended.out[-3000:]
+
+
 def test_what_may_change_is_announced(run: Path) -> None:
     changes = ["train.max_steps=10", "optimizer.lr=1e-3", "foresight.weights=[1, 1, 1]", "logging.progress=false"]
     ended = run_ranks(run, "--resume", "auto", settings=[*SMALL, *changes], world=1)

@@ -13,12 +13,13 @@ from pathlib import Path
 # sends TERM to its script.
 STUBS = {
     "srun": 'printf "%s\\0" "$@" >>"$STUB/srun.calls"; printf "\\1" >>"$STUB/srun.calls"; . "$STUB/ranks"',
-    "scontrol": '[ "$1" != show ] || { echo node1; echo node2; exit; }\n'
+    "scontrol": '[ "$1 $2" != "show hostnames" ] || { echo node1; echo node2; exit; }\n'
+                '[ "$1 $2" != "show job" ] || { echo "Requeue=1 Restarts=$(cat "$STUB/restarts") A=0"; exit; }\n'
                 'echo "$@" >>"$STUB/scontrol.calls"\n'
                 '[ ! -e "$STUB/next-state" ] || mv "$STUB/next-state" "$STUB/state"\n'
                 '[ ! -e "$STUB/no-requeue" ] || exit 1; kill -TERM $PPID',
     "squeue": 'cat "$STUB/state"',
-    "scancel": 'echo "$@" >>"$STUB/scancel.calls"; : >"$STUB/signalled"',
+    "scancel": '[ ! -e "$STUB/no-step" ] || exit 1; echo "$@" >>"$STUB/scancel.calls"; : >"$STUB/signalled"',
     "sleep": 'case $1 in 120) exec /bin/sleep 120 ;; *) exec /bin/sleep 0.01 ;; esac',
 }  # fmt: skip
 
@@ -57,14 +58,18 @@ class FakeSlurm:
             (self.folder / "no-requeue").touch()
 
     def run(self, script: str, restart: int = 0, job: int = 7, array_task: int | None = None,
-            send: tuple[signal.Signals, ...] = ()) -> Ran:  # fmt: skip
-        """Run a job script; `send` are signals it gets while its ranks run (they must touch $STUB/running)."""
+            send: tuple[signal.Signals, ...] = (), inherited: int = 2) -> Ran:  # fmt: skip
+        """Run a job script; `send` are signals it gets while its ranks run (they must touch $STUB/running).
+
+        inherited: the restarts of the job that this one was sent from; Slurm sets the variable from the second on.
+        """
+        (self.folder / "restarts").write_text(f"{restart}\n")
         path = self.folder / "job.sbatch"
         path.write_text(script, encoding="utf-8")
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MIRAI_DS"))}
         env |= {"STUB": str(self.folder), "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]",
                 "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "3"}  # fmt: skip
-        env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
+        env |= {"SLURM_RESTART_COUNT": str(restart or inherited)}
         # A job that is submitted from within an array inherits its variables.
         array = (3, 1) if array_task is None else (job, array_task)
         env |= {"SLURM_ARRAY_JOB_ID": str(array[0]), "SLURM_ARRAY_TASK_ID": str(array[1])}

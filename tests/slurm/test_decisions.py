@@ -139,6 +139,32 @@ def test_signals_reach_the_ranks(
     assert "requeue a signal at step 5" in ran.out  # it waited for the ranks after the signal
 
 
+def test_a_signal_before_there_are_ranks_is_not_said_to_have_reached_them(slurm: FakeSlurm, script: str) -> None:
+    slurm.set(': >"$STUB/running"; /bin/sleep 1; ' + SAY.format("finished at step 9", 0))
+    (slurm.folder / "no-step").touch()
+    ran = slurm.run(script, send=(signal.SIGUSR1,))
+    assert (ran.code, ran.cancelled) == (0, [])
+    assert "USR1 received, and no ranks to hand it on to" in ran.out
+    assert "handed on" not in ran.out
+
+
+@pytest.mark.parametrize("state", ["CONFIGURING None", "PREEMPTED None", "CANCELLED None", "COMPLETED None"])
+def test_the_states_in_which_a_job_may_come_back(state: str, slurm: FakeSlurm, script: str) -> None:
+    slurm.set("exit 137", state)
+    assert slurm.run(script).requeued == (["requeue 7"] if state.startswith(("CONF", "PRE")) else [])
+
+
+def test_a_job_sent_from_a_restarted_one_counts_its_own_starts(slurm: FakeSlurm, script: str, tmp_path: Path) -> None:
+    """Slurm leaves the variable of the sender in place: a first start would not forget the false starts before it."""
+    (tmp_path / "run" / "jobs").mkdir(parents=True)
+    (tmp_path / "run" / "jobs" / "false-starts").write_text("3 0\n")
+    slurm.set(SAY.format("finished at step 9", 0))
+    ran = slurm.run(script, restart=0, inherited=4)
+    assert (ran.code, len(ran.ranks)) == (0, 1), ran.out
+    assert "mirai-ds job 7, start 1: " in ran.out
+    assert (tmp_path / "run" / "jobs" / "outcome-7-0").exists()
+
+
 def test_at_the_time_limit_it_requeues_before_the_ranks_are_gone(slurm: FakeSlurm, script: str) -> None:
     """They may hang, and KillWait takes the script with them."""
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do /bin/sleep 0.02; done', TIME_LIMIT)

@@ -195,6 +195,20 @@ def test_files_that_are_not_there_are_heard_of_at_once(
     assert submit(tmp_path, *options, "--no-check").exit_code == 0
 
 
+def test_a_run_that_has_begun_reads_no_initial_weights(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch(stub, ACCEPTS)
+    monkeypatch.chdir(tmp_path)
+    options = ["--set", "train.init_from=gone.pt"]
+    assert submit(tmp_path, *options).exit_code == 2
+    sealed = tmp_path / "my run" / "checkpoints" / "step-00000004"
+    sealed.mkdir(parents=True)
+    assert submit(tmp_path, *options).exit_code == 2  # no whole checkpoint
+    (sealed / "manifest.json").touch()
+    assert submit(tmp_path, *options).exit_code == 0
+
+
 def test_what_a_run_does_not_read_may_be_missing(stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch(stub, ACCEPTS)
     unread = ["data.source=my.module:make", "data.path=anything", "eval.fid.reference=gone"]
