@@ -11,12 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mirai_ds.config.errors import UserError
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.runtime.log import LOG, start_log
-from mirai_ds.runtime.processes import as_parent
+from mirai_ds.runtime.processes import as_parent, tie_to_starter
 from mirai_ds.runtime.signals import SAME_EVENT_SECONDS, is_ignored
 
 
@@ -110,7 +111,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
         stop_file.unlink(missing_ok=True)
     env = {**launch_environment(ranks, gpus), **as_parent()}
     # A session of its own: a terminal's Ctrl-C comes here alone, and reaches the ranks as a request.
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=tie_to_starter())
     asked: list[float] = []
 
     def forward(number: int, _frame: object) -> None:
@@ -130,7 +131,11 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
     caught = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)]
     old = {number: signal.signal(number, forward) for number in caught}
     try:
-        return process.wait()
+        code = process.wait()
+        if code < 0:  # killed: its ranks, which may not have begun to look after it, are still there
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        return code
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

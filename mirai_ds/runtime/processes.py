@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import threading
 import time
@@ -58,6 +60,21 @@ class Identity:
 def as_parent() -> dict[str, str]:
     """The variable that ties processes to this one; for their environment."""
     return {PARENT: f"{os.getpid()} {start_time(os.getpid())}"}
+
+
+def tie_to_starter() -> Callable[[], None]:
+    """For `Popen(preexec_fn=...)` of a launcher: it is killed when the thread that starts it ends, by whatever signal,
+    even while it imports (prctl(2), PR_SET_PDEATHSIG).  Its ranks are left to `watch_starter`.  Linux only; does
+    nothing elsewhere."""
+    starter, prctl = os.getpid(), getattr(ctypes.CDLL(None), "prctl", None)
+
+    def tie() -> None:
+        if prctl is not None:
+            prctl(1, signal.SIGKILL)
+            if os.getppid() != starter:  # it ended in between
+                os._exit(1)
+
+    return tie
 
 
 def watch_starter(on_gone: Callable[[str], None]) -> None:

@@ -140,9 +140,11 @@ def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
     return done
 
 
-@pytest.mark.parametrize("victim", ["command", "launcher"])
-def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
-    """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end."""
+@pytest.mark.parametrize(("victim", "reason"), [("command", r"process \d+, which started .* is gone"),
+                                                ("launcher", "SIGTERM|process .* is gone")])  # fmt: skip
+def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str, reason: str) -> None:
+    """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end.  The command sends
+    the ranks of a launcher that was killed a SIGTERM, for those that do not look after it yet."""
     run = tmp_path / "run"
     long = ["train.max_steps=100000", "train.epochs=10000", "checkpoint.every_steps=50000",
             "eval.loss.every_steps=null", "sampling.every_steps=null"]  # fmt: skip
@@ -159,8 +161,21 @@ def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
     assert wait_until(lambda: all(start_time(pid) != began for pid, began in everyone.items()))
     (step,) = store.list_steps(run)
     store.verify(store.folder_of(run, step))
-    assert (run / "outcome").read_text().startswith("requeue process ")
-    assert "is gone" in (run / "outcome").read_text()
+    assert re.match(f"requeue ({reason})", (run / "outcome").read_text())
+
+
+def test_a_launcher_that_only_imports_dies_with_the_command(tmp_path: Path) -> None:
+    """It takes seconds until it has ranks that could notice."""
+    command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, "--ranks", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: len(family(process.pid)) == 2)
+    launcher = family(process.pid)[1]
+    started = start_time(launcher)
+    os.kill(launcher, signal.SIGSTOP)  # as if its imports took for ever
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: start_time(launcher) != started)
+    assert not (tmp_path / "run").exists()
 
 
 def test_whose_end_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +217,14 @@ def test_abandoned_ranks_leave_after_their_step_or_soon(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("victim", ["the launcher", "a rank"])
 def test_who_is_killed_without_a_word_may_start_again(victim: str, tmp_path: Path) -> None:
-    """No outcome is written, and launchers say 247 or -9."""
+    """No outcome is written, and launchers say 247 or -9.  When the command has ended nobody is left."""
     command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen([*command, "--ranks", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_until(lambda: len(family(process.pid)) == 4, 120)  # the command, its launcher, two ranks
-    os.kill(family(process.pid)[1 if victim == "the launcher" else 3], signal.SIGKILL)
+    everyone = {pid: start_time(pid) for pid in family(process.pid)}
+    os.kill(list(everyone)[1 if victim == "the launcher" else 3], signal.SIGKILL)
     assert process.wait(120) == 75
+    assert wait_until(lambda: all(start_time(pid) != began for pid, began in everyone.items()))
 
 
 @pytest.mark.parametrize(
