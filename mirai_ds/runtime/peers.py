@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 from mirai_ds.config.errors import UserError
-from mirai_ds.runtime.distributed import World
+from mirai_ds.runtime.launcher import World
 from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.processes import Identity
 

@@ -20,7 +20,6 @@ from mirai_ds.config.errors import LocalError
 from mirai_ds.config.paths import absolute_paths
 from mirai_ds.runs.lock import RunTakenOverError
 from mirai_ds.runs.outcome import EXIT_CODES, Outcome, Verdict
-from mirai_ds.runtime.distributed import export_world
 from mirai_ds.runtime.failures import lost_a_peer, mistake_behind
 from mirai_ds.runtime.launcher import World, recognise
 from mirai_ds.runtime.log import LOG, log_crash, log_into, start_log
@@ -70,7 +69,7 @@ class RankStartup:
 
     def train(self, config: RunConfig, run: Path, options: TrainOptions) -> tuple[str, str]:
         """Build the session, resume if asked, run the loop; the verdict."""
-        from mirai_ds.runtime.distributed import local_device
+        from mirai_ds.runtime.distributed import export_world, local_device
 
         device = local_device(self.world)
         if device.type == "cpu":
