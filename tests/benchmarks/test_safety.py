@@ -15,6 +15,7 @@ def test_the_document_shows_the_committed_rows() -> None:
     check_page("resilience.md", "safety", safety.table)
 
 
+@pytest.mark.matrix
 def test_ratios_are_of_the_values_beside_them(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     small = [

@@ -22,7 +22,7 @@ from mirai_ds.data.stores import open_token_store
 from mirai_ds.tokenizer import VQ16, VQTokenizer
 from tests.extract.conftest import content
 from tests.extract.test_llamagen import write_folder
-from tests.train.conftest import mirai_ds
+from tests.warm_start import warm_mirai_ds
 
 
 @pytest.mark.parametrize("verb", ["", "codes", "images", "codebook", "import-llamagen"])
@@ -59,16 +59,16 @@ def test_mistakes_are_one_line(photos: Path, codebook: Path, tmp_path: Path) -> 
 
 def test_import_and_inspect(store: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "theirs", store)
-    done = mirai_ds("extract", "import-llamagen", str(folder), "--out", str(tmp_path / "s"), "--size", "16")
+    done = warm_mirai_ds("extract", "import-llamagen", str(folder), "--out", str(tmp_path / "s"), "--size", "16")
     assert (done.code, done.out.strip()) == (0, f"{tmp_path / 's'}: 18 images x 10 views x 16 tokens"), done.err
-    assert mirai_ds("inspect", str(tmp_path / "s"), "--verify").code == 0
+    assert warm_mirai_ds("inspect", str(tmp_path / "s"), "--verify").code == 0
     codes = tmp_path / "s" / "codes.npy"
     codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
-    done = mirai_ds("inspect", str(tmp_path / "s"), "--verify")
+    done = warm_mirai_ds("inspect", str(tmp_path / "s"), "--verify")
     assert done.code == 1
     assert "1 damages" in done.out
     assert done.err.strip().endswith("codes.npy: images 0 to 17 do not have the digest of their codes")
-    done = mirai_ds("inspect", str(tmp_path / "theirs"))
+    done = warm_mirai_ds("inspect", str(tmp_path / "theirs"))
     assert (done.code, "is not a store of mirai_ds" in done.err) == (2, True)
 
 

@@ -7,10 +7,7 @@ step 3, and the metrics of all six.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from mirai_ds.config import load
 from mirai_ds.config.paths import absolute_paths
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.runs.records import read_run
+from tests.warm_start import warm_mirai_ds
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
 RENAMED = (("evaluate", "eval.loss"), ("quality", "eval.fid"), ("score", "eval.classifier"))
@@ -46,14 +44,11 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, continued as its user would: with its own configuration."""
     run = tmp_path_factory.mktemp("previous") / "run"
     shutil.copytree(FIXTURE, run)
-    command = [sys.executable, "-m", "mirai_ds", "train", str(FIXTURE / "config.yaml"), "--run-dir", str(run)]
-    done = subprocess.run(
-        [*command, "--resume", "auto", "--ranks", "2"], capture_output=True, text=True, check=False, timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed after step 3" in done.stdout
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "is now" in line]
+    options = ("--run-dir", str(run), "--resume", "auto", "--ranks", "2")
+    done = warm_mirai_ds("train", str(FIXTURE / "config.yaml"), *options, env={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0, done.out + done.err
+    assert "resumed after step 3" in done.out
+    said = [line for line in (done.out + done.err).splitlines() if "is now" in line]
     assert said == [f"mirai-ds: config: `{old}` is now `{new}`; the old name still works" for old, new in RENAMED]
     return run
 

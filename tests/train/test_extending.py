@@ -26,6 +26,7 @@ from mirai_ds.foresight.methods import METHODS
 from mirai_ds.model import initialise
 from mirai_ds.train.hooks.registry import HOOKS, build_hooks
 from tests.one_line import one_line
+from tests.warm_start import Done, warm_mirai_ds
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -53,15 +54,14 @@ def lines_of(run_folder: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss/total" in line]
 
 
-def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "mirai_ds", *shlex.split(command)[1:], "--ranks", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=180, env=env)
+def run(folder: Path, command: str) -> Done:
+    env = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    return warm_mirai_ds(*shlex.split(command)[1:], "--ranks", "1", env=env, cwd=folder)
 
 
 def test_a_recipe(folder: Path) -> None:
     done = run(folder, COMMANDS[0])
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     lines = [json.loads(line) for line in (folder / "runs/mine/metrics.jsonl").read_text().splitlines()]
     heads = {name for line in lines for name in line if name.startswith("cosine/")}
     assert heads == {"cosine/head1_down0_right0", "cosine/head2_down0_right2", "cosine/head3_down2_right0"}
@@ -69,13 +69,13 @@ def test_a_recipe(folder: Path) -> None:
 
 def test_a_hook(folder: Path) -> None:
     done = run(folder, COMMANDS[1])
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     run_folder = folder / "runs/mine"
     assert (run_folder / "outcome").read_text() == "stopped gradients above 0.0 for 3 steps\n"
     assert "WARNING rank 0: gradient norm" in (run_folder / "log.txt").read_text()
     assert read_info(run_folder / "checkpoints/step-00000003").hooks == {"alarm:GradientAlarm": {"above": 3}}
     again = run(folder, f"{COMMANDS[1]} --resume auto")  # it remembers: one more step is one too many
-    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.code == 0, again.out + again.err
     assert read_info(run_folder / "checkpoints/step-00000004").hooks == {"alarm:GradientAlarm": {"above": 4}}
 
 
@@ -86,7 +86,7 @@ def test_a_neighbour_layout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # Mirai-E's rows are the teacher's slots: cell n is held by slot 1 + n.  Cell 0 is in row 0, column 0.
     assert table[1].tolist() == [1 + 7, 1 + 15, 1 + 23]
     assert table[1 + 63 - 8].tolist() == [1 + 6 * 8 + 0, 1 + 7 * 8 + 0, -1]
-    assert run(folder, command("mirrored:LAYOUT")).returncode == 0
+    assert run(folder, command("mirrored:LAYOUT")).code == 0
     assert "cosine/head3_down0_right2" in lines_of(folder / "runs/mirrored")[-1]
 
 
@@ -107,7 +107,7 @@ def test_a_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = metrics["ntp"] + 0.5 * (objective.head_weights * metrics["distance"]).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
     done = run(folder, command("distances:METHOD"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     last = lines_of(folder / "runs/distances")[-1]
     weighted = 2 * sum(value for name, value in last.items() if name.startswith("distance/"))
     assert last["loss/alignment"] == pytest.approx(weighted, rel=1e-6)
@@ -116,7 +116,7 @@ def test_a_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_encoder(folder: Path) -> None:
     done = run(folder, command("edges:Edges"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     assert (folder / "runs/edges/outcome").read_text() == "finished at step 2\n"
     assert "cosine/head1_down0_right0" in lines_of(folder / "runs/edges")[-1]
     sys.path.insert(0, str(folder))
@@ -132,7 +132,7 @@ def test_an_encoder(folder: Path) -> None:
 
 def test_a_source(folder: Path) -> None:
     done = run(folder, command("stripes:stripes"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     assert (folder / "runs/stripes/outcome").read_text() == "finished at step 2\n"
 
 
@@ -175,7 +175,7 @@ def test_every_method_is_known_to_the_configuration() -> None:
 def test_data(folder: Path) -> None:
     subprocess.run([sys.executable, "codes.py"], cwd=folder, check=True)
     done = run(folder, command("codes.npz"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     assert (folder / "runs/mine/outcome").read_text() == "finished at step 2\n"
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from mirai_ds.runs.configuration import read_run_config
-from tests.train.conftest import Done, mirai_ds, records
+from tests.train.conftest import records
+from tests.warm_start import Done, warm_mirai_ds
 
 TINY = """\
 name: tiny
@@ -38,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(cwd: Path, recipe: Path | str, *extra: str) -> Done:
-    return mirai_ds("train", str(recipe), "--ranks", "1", *extra, cwd=cwd)
+    return warm_mirai_ds("train", str(recipe), "--ranks", "1", *extra, cwd=cwd)
 
 
 def test_everything_is_found_from_elsewhere(home: Path, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_everything_is_found_from_elsewhere(home: Path, tmp_path: Path) -> None:
         ["sample", run, "--num", "2", "--out", "x.npz"],
         ["map", run, "--method", "pca", "--out", "m.png"],
     ):  # fmt: skip
-        done = mirai_ds(*map(str, verb), cwd=tmp_path)
+        done = warm_mirai_ds(*map(str, verb), cwd=tmp_path)
         assert done.code == 0, done.err
     assert {path.name for path in tmp_path.iterdir()} >= {"grid", "x.npz", "m.png"}
     assert (tmp_path / "grid" / "grid.png").is_file()

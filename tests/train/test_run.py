@@ -20,7 +20,8 @@ from mirai_ds.kernels.toolchain import vector_unit
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.hooks.report import ReportHook, print_table
-from tests.train.conftest import mirai_ds, numbers, records, small_train
+from tests.train.conftest import numbers, records, small_train
+from tests.warm_start import warm_mirai_ds
 
 SCALARS = {
     "loss/total", "loss/ntp", "loss/alignment", "cosine/head1_down0_right0", "cosine/head2_down0_right1",
@@ -258,7 +259,7 @@ def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> Non
     env = {"CXX": "no-such-compiler", "MIRAI_DS_CACHE": str(tmp_path / "cache")}
     settings = ["train.epochs=0.2", "foresight.warmup_epochs=0", "eval.classifier.enabled=false"]
     overrides = [part for o in settings for part in ("--set", o)]
-    done = mirai_ds("train", "digits-mirai-e", *overrides, "--run-dir", str(tmp_path / "run"), env=env)
+    done = warm_mirai_ds("train", "digits-mirai-e", *overrides, "--run-dir", str(tmp_path / "run"), env=env)
     assert done.code == 0, done.err
     said = [line for line in (done.out + done.err).splitlines() if "C++ compiler" in line]
     assert len(said) == 1
@@ -266,10 +267,10 @@ def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> Non
         "mirai-ds: the alignment loss runs in plain PyTorch (kernel: auto), because no C++ compiler"
     )
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["alignment_kernel"] == "reference"
-    doctor = mirai_ds("doctor", env=env).out
+    doctor = warm_mirai_ds("doctor", env=env).out
     assert f"kernels     cpu ({vector_unit()}): cannot be built: no C++ compiler" in doctor
     assert "kernel: auto will run reference (plain PyTorch)" in doctor
-    explicit = mirai_ds(
+    explicit = warm_mirai_ds(
         "train", "digits-mirai-e", "--set", "foresight.kernel=cpu", "--run-dir", str(tmp_path / "no"), env=env
     )
     assert explicit.code == 2

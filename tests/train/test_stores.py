@@ -11,7 +11,8 @@ import timm
 import torch
 
 from tests.extract.conftest import cut_photographs
-from tests.train.conftest import Done, mirai_ds, numbers, small_train
+from tests.train.conftest import numbers, small_train
+from tests.warm_start import Done, warm_mirai_ds
 
 
 class Shop(NamedTuple):
@@ -37,7 +38,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     )  # fmt: skip
     said = []
     for command in commands:
-        done = mirai_ds("extract", *map(str, command))
+        done = warm_mirai_ds("extract", *map(str, command))
         assert done.code == 0, done.out + done.err
         said.append(done.out.strip().splitlines()[-1])
     assert said[0].startswith(f"{book}: 64 patches of 4x4x3 from 80 images (1 more could not be read), ")
@@ -129,6 +130,6 @@ def test_mirai_e_trains_from_a_store_and_samples_are_shown(shop: Shop, tmp_path:
     found = numbers(run)
     assert found[-1]["held_out/ntp_raw"] < 4.2  # ln 64 = 4.16 untrained; with 8 steps hardly less
     assert "cosine/head3_down1_right0" in found[-2] | found[-1]
-    drawn = mirai_ds("sample", str(run), "--per-class", "2")
+    drawn = warm_mirai_ds("sample", str(run), "--per-class", "2")
     assert drawn.code == 0, drawn.err
     assert drawn.out.strip().endswith("tokens.npz and grid.png")
