@@ -141,11 +141,20 @@ def set_aside(run: Path) -> None:
     LOG.info("set the earlier run aside as %s", aside)
 
 
+def keep_settings(run: Path, text: str) -> None:
+    """Write earlier settings to config.before-SECONDS.yaml, which no other has: starts may follow within a second.  A
+    copy, not a rename: a kill in between must not leave the run without its settings."""
+    second = int(time.time())
+    while (path := run / f"config.before-{second}.yaml").exists():
+        second += 1
+    write_whole(path, text)
+
+
 def explain(config: RunConfig, run: Path, world_size: int, facts: dict[str, Any]) -> None:
     """Write the files that say what a start was: settings, DeepSpeed's, the machine's, a line in starts.jsonl."""
     path, text = run / "config.yaml", dump(config)
-    if path.exists() and path.read_text(encoding="utf-8") != text:  # a resume with other settings keeps both
-        path.rename(run / f"config.before-{int(time.time())}.yaml")
+    if path.exists() and (before := path.read_text(encoding="utf-8")) != text:  # a resume with others keeps both
+        keep_settings(run, before)
     write_whole(path, text)
     write_whole(run / "deepspeed.json", json.dumps(resolve(config, world_size), indent=2) + "\n")
     environment = {**describe(world_size), **facts}

@@ -13,6 +13,7 @@ import pytest
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.weights import load_weights
+from mirai_ds.train.run_folder import keep_settings
 from tests.fault.faulty_ranks import run_ranks
 
 SMALL = ["train.max_steps=8", "eval.loss.every_steps=null", "sampling.every_steps=null"]
@@ -82,6 +83,15 @@ def test_a_resume_needs_no_initial_weights(run: Path) -> None:
         run, "--resume", "auto", world=1, settings=[*SMALL, "train.max_steps=9", "train.init_from=gone.pt"]
     )
     assert ended.outcome == "finished at step 9\n", ended.out[-3000:]
+
+
+def test_settings_of_two_starts_within_a_second_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirai_ds.train.run_folder.time.time", lambda: 1_790_000_000.5)
+    for text in ("first", "second"):
+        keep_settings(tmp_path, text)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.before-1790000000.yaml": "first", "config.before-1790000001.yaml": "second",
+    }  # fmt: skip
 
 
 def test_what_may_change_is_announced(run: Path) -> None:
