@@ -1,5 +1,4 @@
-"""The command line in processes forked from one that has imported everything: a start of two ranks costs two seconds,
-not fifteen.
+"""The command line in processes forked from one that has imported everything: imports are most of a short run's time.
 
 All is as from a shell but for two things: modules are there before the first line, and in the place of DeepSpeed's
 launcher this process forks the ranks, with the variables that it would set.  The launcher itself, and what a start

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from mirai_ds.config.errors import UserError
@@ -131,11 +130,7 @@ def launch(module: str, arguments: list[str], ranks: int, gpus: int, stop_file: 
     caught = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)]
     old = {number: signal.signal(number, forward) for number in caught}
     try:
-        code = process.wait()
-        if code < 0:  # killed: its ranks, which may not have begun to look after it, are still there
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        return code
+        return process.wait()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -140,11 +140,9 @@ def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
     return done
 
 
-@pytest.mark.parametrize(("victim", "reason"), [("command", r"process \d+, which started .* is gone"),
-                                                ("launcher", "SIGTERM|process .* is gone")])  # fmt: skip
-def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str, reason: str) -> None:
-    """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end.  The command sends
-    the ranks of a launcher that was killed a SIGTERM, for those that do not look after it yet."""
+@pytest.mark.parametrize("victim", ["command", "launcher"])
+def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
+    """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end."""
     run = tmp_path / "run"
     long = ["train.max_steps=100000", "train.epochs=10000", "checkpoint.every_steps=50000",
             "eval.loss.every_steps=null", "sampling.every_steps=null"]  # fmt: skip
@@ -161,7 +159,8 @@ def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str, reason: str
     assert wait_until(lambda: all(start_time(pid) != began for pid, began in everyone.items()))
     (step,) = store.list_steps(run)
     store.verify(store.folder_of(run, step))
-    assert re.match(f"requeue ({reason})", (run / "outcome").read_text())
+    assert (run / "outcome").read_text().startswith("requeue process ")
+    assert "is gone" in (run / "outcome").read_text()
 
 
 def test_a_launcher_that_only_imports_dies_with_the_command(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ SMALL = [
 
 
 def mirai_ds(*arguments: str, timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None) -> Done:
-    """Run the command line as a user would, in a process of its own; `warm_mirai_ds` does so in a tenth of the time."""
+    """Run the command line as a user would, in a process of its own; `warm_mirai_ds` is quicker."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
     command = [sys.executable, "-m", "mirai_ds", *arguments]
     done = subprocess.run(
