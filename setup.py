@@ -64,6 +64,7 @@ setup(
         "mirai_ds.jobs": ["*.sbatch"],
         "mirai_ds.jobs.parts": ["*.sh"],
         "mirai_ds.jobs.clusters": ["*.yaml"],
+        "mirai_ds.paper": ["*.yaml"],
         "mirai_ds.kernels": ["*/*.cu", "*/*.cpp", "*/*.h"],
     },
     cmdclass={"build_py": BuildWithKernels},

@@ -8,30 +8,37 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Curves = Mapping[str, Mapping[int, float]]  # label -> step -> value
+Points = Mapping[int, float] | Mapping[float, float]  # step, or epoch -> value
+Curves = Mapping[str, Points]
 
 MOST_POINTS = 1000  # of a curve; more are thinned to every n-th and the last
 MOST_PIXELS = 720  # of a picture's longer side
 
 
-def thinned(points: Mapping[int, float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
+def thinned(points: Points, most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
     """Finite points in order of step, every n-th and the last."""
-    steps = sorted(step for step, value in points.items() if math.isfinite(value))
-    stride = -(-len(steps) // most) if steps else 1
-    chosen = steps[::stride]
-    if steps and chosen[-1] != steps[-1]:
-        chosen.append(steps[-1])
-    return chosen, [points[step] for step in chosen]
+    finite = sorted((float(step), value) for step, value in points.items() if math.isfinite(value))
+    stride = -(-len(finite) // most) if finite else 1
+    chosen = finite[::stride]
+    if finite and chosen[-1] != finite[-1]:
+        chosen.append(finite[-1])
+    return [step for step, _ in chosen], [value for _, value in chosen]
 
 
-def chart(title: str, curves: Curves, unit: str, log: bool = False) -> str | None:
-    """One chart as an SVG data URI; None where no curve has two finite points."""
+def chart(
+    title: str, curves: Curves, unit: str, log: bool = False, xlabel: str = "step", paper: Curves | None = None
+) -> str | None:
+    """One chart as an SVG data URI; None where no curve has two finite points.
+
+    paper: published points beside the curve of the same label, drawn as crosses; they count as points of the curve.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     drawn = {label: thinned(points) for label, points in curves.items()}
     drawn = {label: points for label, points in drawn.items() if points[0]}
-    if all(len(steps) < 2 for steps, _ in drawn.values()):
+    printed = {label: thinned((paper or {}).get(label, {})) for label in drawn}
+    if all(len({*steps, *printed[label][0]}) < 2 for label, (steps, _) in drawn.items()):
         return None
     # The default salt is random: the same run must give the same page.
     with rc_context({"svg.hashsalt": "mirai_ds", "svg.fonttype": "path"}):
@@ -39,8 +46,12 @@ def chart(title: str, curves: Curves, unit: str, log: bool = False) -> str | Non
         axis = figure.subplots()
         for label, (steps, values) in drawn.items():
             # matplotlib leaves labels that begin with an underscore out of legends, and reads $...$ as mathematics.
-            axis.plot(steps, values, label=_plain(label), marker="." if len(steps) < 30 else None, linewidth=1.4)
-        axis.set(xlabel="step", ylabel=unit, title=_plain(title))
+            marker = "." if len(steps) < 30 else None
+            (line,) = axis.plot(steps, values, label=_plain(label), marker=marker, linewidth=1.4)
+            if printed[label][0]:
+                beside = _plain(f"{label}, the paper's")
+                axis.plot(*printed[label], linestyle="", marker="x", markersize=8, color=line.get_color(), label=beside)
+        axis.set(xlabel=xlabel, ylabel=unit, title=_plain(title))
         if log:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)

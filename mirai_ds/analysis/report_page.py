@@ -12,10 +12,11 @@ from mirai_ds.analysis import figures
 from mirai_ds.analysis.inspect_run import RunReport, inspect_run, last_values
 from mirai_ds.config import UserError, load, recipe_names
 from mirai_ds.config.errors import shown
-from mirai_ds.config.load import TWIN, paper_entry
-from mirai_ds.paper.catalogue import numbers_of
+from mirai_ds.config.load import TWIN
+from mirai_ds.paper.catalogue import numbers_at_marks, paper_recipes
 from mirai_ds.paper.comparable import comparable_config, differences
-from mirai_ds.paper.evaluations import Evaluation, read_evaluations
+from mirai_ds.paper.evaluations import Evaluation, protocol_differences, read_evaluations
+from mirai_ds.paper.published import STEPS_PER_EPOCH
 from mirai_ds.runs.records import count_text, flatten, read_json, time_text
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.version import __version__
@@ -71,9 +72,10 @@ def page(reports: Sequence[RunReport]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    charts = [*_fid_chart(named), *_charts(named)]
     return environment.get_template("report.html.j2").render(
         title="mirai_ds report: " + ", ".join(names), version=__version__, time=time_text(time.time()), names=names,
-        **_ends(named), **_scores(named), settings=_settings(reports), charts=list(_charts(named)),
+        **_ends(named), **_scores(named), settings=_settings(reports), charts=charts,
         samples=list(_samples(named)), maps=list(_maps(named)),
     )  # fmt: skip
 
@@ -110,8 +112,11 @@ def _scores(named: Sequence[Named]) -> dict[str, list[Any]]:
         scores += [(name, one.path.stem, one.values, _about(one)) for one in evaluations]
         notes += problems
         recipe = recipe_of(report.name)
-        printed = paper_numbers(recipe) if recipe else []
-        scores += [(f"{name}: the paper's", f"{epochs} epochs", values, source) for epochs, values, source in printed]
+        printed = numbers_at_marks(recipe) if recipe else []
+        scores += [
+            (f"{name}: the paper's", f"{steps / STEPS_PER_EPOCH:g} epochs", numbers.values, numbers.source)
+            for steps, numbers in printed
+        ]
         if recipe and printed:
             notes += [f"{name} is not the paper's run: {one}" for one in _departures(report, recipe)[:MOST_DEPARTURES]]
         for metric, (step, value) in sorted(last_values(report.curve).items()):
@@ -141,13 +146,6 @@ def recipe_of(name: str) -> str | None:
     return None
 
 
-def paper_numbers(recipe: str) -> list[tuple[int, dict[str, float], str]]:
-    """(epochs, numbers, source) that the paper has of a shipped recipe, also where another recipe carries them."""
-    entry = paper_entry(recipe)
-    numbers = [(epochs, numbers_of(entry, epochs)) for epochs in sorted(entry.numbers)] if entry else []
-    return [(epochs, one.values(), one.source) for epochs, one in numbers if one is not None]
-
-
 def _departures(report: RunReport, recipe: str) -> list[str]:
     """Settings in which a run differs from the recipe whose numbers stand beside it."""
     if report.config is None:
@@ -172,6 +170,41 @@ def _settings(reports: Sequence[RunReport]) -> list[Row]:
     else:
         keys = [key for key in keys if key.startswith(_MAIN) and flat[0][key] is not None]
     return [(key, *(shown(settings[key], 90) if key in settings else "not there" for settings in flat)) for key in keys]
+
+
+def _fid_chart(named: Sequence[Named]) -> Iterator[tuple[str, str]]:
+    """The paper's Fig. 7 of these runs: FID of evaluations over epochs, the paper's numbers beside them."""
+    measured: dict[str, dict[float, float]] = {}
+    printed: dict[str, dict[float, float]] = {}
+    for name, report in named:
+        recipe, steps_per_epoch = recipe_of(report.name), _steps_per_epoch(report)
+        if steps_per_epoch is None:
+            continue
+        for one in read_evaluations(report.path)[0]:
+            if one.step is not None and "fid" in one.values:
+                epoch = one.step / steps_per_epoch
+                measured.setdefault(name + _other_protocol(one, report), {})[epoch] = one.values["fid"]
+        for steps, numbers in numbers_at_marks(recipe) if recipe else []:
+            printed.setdefault(name, {})[steps / STEPS_PER_EPOCH] = numbers.values["fid"]
+    title = "FID over epochs"
+    uri = figures.chart(title, measured, "FID", xlabel="epoch", paper=printed)
+    if uri is not None:
+        yield title, uri
+
+
+def _steps_per_epoch(report: RunReport) -> float | None:
+    """As the run recorded it; ImageNet's for a shipped recipe that has recorded nothing yet."""
+    recorded = [(step, epoch) for step, epoch in report.curve.epochs.items() if epoch > 0]
+    if recorded:
+        step, epoch = max(recorded)
+        return step / epoch
+    return STEPS_PER_EPOCH if recipe_of(report.name) in paper_recipes() else None
+
+
+def _other_protocol(one: Evaluation, report: RunReport) -> str:
+    """What sets an evaluation apart that is not by the paper's protocol; nothing for one that is."""
+    sampling = report.config.sampling if report.config is not None else None
+    return "" if sampling is not None and not protocol_differences(one, sampling) else ", another protocol"
 
 
 def _charts(named: Sequence[Named]) -> Iterator[tuple[str, str]]:

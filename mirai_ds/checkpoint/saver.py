@@ -196,12 +196,12 @@ def _remove(folder: Path) -> None:
 
 
 def superseded(run: Path, config: CheckpointConfig) -> list[int]:
-    """Steps that the retention rules let go: all but the last `keep_last`, every `keep_every_steps`, and the
-    `keep_best` with the lowest `best_metric`.  Damaged ones and dead branches go when newer whole ones exist."""
+    """Steps that the retention rules let go: all but the last `keep_last`, every `keep_every_steps`, `keep_steps`, and
+    the `keep_best` with the lowest `best_metric`.  Damaged ones and dead branches go when newer whole ones exist."""
     valid = valid_attempts(read_all(run))
     infos: dict[int, CheckpointInfo | None] = {step: _info(run, step) for step in store.list_steps(run)}
     alive = {step: info for step, info in infos.items() if info is not None and store.is_valid(info, valid)}
-    keep = set(sorted(alive)[-config.keep_last :])
+    keep = {*sorted(alive)[-config.keep_last :], *config.keep_steps}
     if config.keep_every_steps:
         keep |= {step for step in alive if step % config.keep_every_steps == 0}
     scored = [

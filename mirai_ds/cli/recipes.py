@@ -44,28 +44,34 @@ def recipes_list(table: str | None) -> None:
 
 
 def _all() -> list[str]:
-    from mirai_ds.config.load import paper_entry, read_recipe, recipe_names, recipe_text
-    from mirai_ds.config.paper_rows import table_title
+    from mirai_ds.config.load import read_recipe, recipe_names, recipe_text
+    from mirai_ds.paper.catalogue import all_rows
+    from mirai_ds.paper.published import published, table_title
 
+    beyond = {row.recipe for row in published().beyond}
     lines = []
     for name in recipe_names():
-        data, entry = read_recipe(name), paper_entry(name)
-        tables = dict.fromkeys(row.table for row in entry.rows) if entry else {}
-        where = f" ({', '.join(map(table_title, tables))})" if tables else ""
+        data = read_recipe(name)
+        tables = dict.fromkeys(table_title(row.table) for row in all_rows() if row.recipe == name)
+        where = f" ({', '.join(tables)})" if tables else " (beyond the paper)" if name in beyond else ""
         method, size = data.get("foresight", {}).get("method", "none"), data["model"]["size"]
-        lines.append(f"{name:24} {method:9} {size:8} {recipe_text(name).splitlines()[0].lstrip('# ')}{where}")
+        lines.append(f"{name:27} {method:9} {size:8} {recipe_text(name).splitlines()[0].lstrip('# ')}{where}")
     return lines
 
 
 def _of_table(table: str) -> list[str]:
-    from mirai_ds.config.paper_rows import TABLES, table_title
-    from mirai_ds.paper.catalogue import number_text, rows_of, table_key
+    from mirai_ds.paper.catalogue import choice_lines, choices_among, flops_text, number_text, rows_of
+    from mirai_ds.paper.published import published, table_key, table_title
 
     key = table_key(table)
-    lines = [f"{table_title(key)}: {TABLES[key]}"]
-    for row in rows_of(key):
-        lines.append(f"{row.row}, {row.epochs:g} epochs ({row.steps:,} steps): paper {number_text(row.numbers)}")
-        lines.append(f"    {row.command}" + (f"    # {row.note}" if row.note else ""))
+    rows = rows_of(key)
+    lines = [f"{table_title(key)}: {published().all_tables()[key].title}"]
+    for row in rows:
+        length = f"{row.epochs:g} epochs ({row.steps:,} steps)" if row.length.isdigit() else row.length
+        numbers = flops_text(row.published) if row.published.flops else number_text(row.numbers)
+        lines += [f"{row.row}, {length}: paper {numbers}", f"    {row.command}"]
+    for choice in choices_among(rows):
+        lines += choice_lines(choice)
     return lines
 
 

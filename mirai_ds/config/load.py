@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from mirai_ds.config import deepspeed_file
 from mirai_ds.config.errors import OLD_SECTIONS, ConfigError, UserError, from_validation, nearest
 from mirai_ds.config.old_names import current_names, mention_old_names
-from mirai_ds.config.paper_rows import PaperEntry, read_entry
 from mirai_ds.config.run_config import RunConfig
 from mirai_ds.config.yaml_text import parse
 
@@ -56,14 +55,6 @@ def recipe_text(name: str) -> str:
         hint = nearest(name, recipe_names())
         raise UserError(f"recipe {name!r}: no such recipe; {hint if hint.startswith('did you') else _LISTED}")
     return _shipped()[name].read_text(encoding="utf-8")
-
-
-@cache
-def paper_entry(name: str) -> PaperEntry | None:
-    """A shipped recipe's place in the paper; None where it has none.  A twin's is its recipe's."""
-    name = name.removesuffix(TWIN)
-    data = _shipped_mapping(name).get("paper")
-    return None if data is None else read_entry(data, name)
 
 
 @cache
@@ -112,7 +103,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The raw mapping of a recipe with its `base:` recipes merged below it, without `paper:`."""
+    """The raw mapping of a recipe with its `base:` recipes merged below it."""
     if source.endswith(TWIN):
         return _twin(source.removesuffix(TWIN), beside, seen)
     try:
@@ -125,9 +116,7 @@ def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] =
     if identity in seen:
         raise UserError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, identity])}); remove one `base:`")
     data = _parse(text, label) if folder is not None else deepcopy(_shipped_mapping(label))
-    paper = data.pop("paper", None)
-    if paper is not None:
-        read_entry(paper, label)
+    data.pop("paper", None)  # in copies of an earlier version's recipes: where a recipe stood in the paper, no setting
     mention_old_names(data)
     data = current_names(data, label)  # before the merge: a base and what builds on it may have names of two versions
     base = data.pop("base", None)

@@ -133,8 +133,20 @@ class CheckpointConfig(Section):
     on_failure: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
     keep_last: int = Field(2, ge=1)
     keep_every_steps: int | None = Field(None, ge=1, description="keep those of every so many steps for good")
+    keep_steps: list[int] = Field([], description="save at these steps too, and keep those for good")
     keep_best: int = Field(0, ge=0, description="keep the ones with the lowest best_metric")
     best_metric: str = Field("held_out/ntp_ema", description="measured at the step of the checkpoint")
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after this step, the last one apart."""
+        return step in self.keep_steps or (self.every_steps is not None and step % self.every_steps == 0)
+
+    @field_validator("keep_steps")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if any(step < 1 for step in value):
+            raise ConfigError("checkpoint.keep_steps", value, "each must be at least 1")
+        return value
 
 
 class SpikeConfig(Section):

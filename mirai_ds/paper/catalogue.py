@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, read from the shipped recipes; the recipes' header comments and docs/recipes.md.
+"""The rows of the paper's tables beside the recipes that train them; the recipes' header comments and docs/recipes.md.
 
 `python -m mirai_ds.paper.catalogue` prints the tables of docs/recipes.md; with `--write` it puts them and the
 headers into the source tree.
@@ -7,39 +7,71 @@ headers into the source tree.
 from __future__ import annotations
 
 import argparse
-import re
+import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mirai_ds.config import UserError
-from mirai_ds.config.errors import nearest
-from mirai_ds.config.load import TWIN, load, paper_entry, read_recipe, recipe_names, recipe_text
-from mirai_ds.config.paper_rows import TABLES, PaperEntry, PaperNumbers, table_title
+from mirai_ds.config.load import TWIN, load, read_recipe, recipe_names, recipe_text
+from mirai_ds.paper.published import (
+    STEPS_PER_EPOCH,
+    Choice,
+    Row,
+    Table,
+    choices_of,
+    published,
+    setting_of,
+    table_title,
+)
 from mirai_ds.runtime import markdown
 
-# floor(1,281,167 images / batch of 256): LlamaGen's loader drops the rest.
-STEPS_PER_EPOCH = 5004
-NOT_AT_HAND = "not at hand"
 SHORT = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "P", "recall": "R"}
+ONLY_IN_THE_PICTURE = "only in the picture"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the paper prints for a run after some steps, and in which tables."""
+
+    values: dict[str, float]
+    tables: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """`Table 3` or `Tables 3, 6`."""
+        return f"Table{'s' if len(self.tables) > 1 else ''} {', '.join(self.tables)}"
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table at one number of epochs."""
+    """One row of a table at one point of its run.
+
+    steps: of the optimizer on ImageNet.  whole: the run's end, not a mark on the way.  numbers: None where the paper
+    prints none.
+    """
 
     table: str
-    row: str
+    published: Row
     recipe: str
-    epochs: float
-    whole: bool  # the run's whole length, not a mark on the way
-    numbers: PaperNumbers | None
-    note: str | None
+    steps: int
+    whole: bool
+    numbers: Numbers | None
+    choices: tuple[Choice, ...]
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of these epochs on ImageNet."""
-        return round(self.epochs * STEPS_PER_EPOCH)
+    def row(self) -> str:
+        """The row's label."""
+        return self.published.label
+
+    @property
+    def epochs(self) -> float:
+        """The steps in epochs of ImageNet."""
+        return self.steps / STEPS_PER_EPOCH
+
+    @property
+    def length(self) -> str:
+        """The point of the run as the paper says it: `80` epochs, or `50,000 steps`."""
+        return length_text(self.steps).removesuffix(" epochs")
 
     @property
     def command(self) -> str:
@@ -48,94 +80,161 @@ class TableRow:
         return f"mirai-ds train {self.recipe}{stop}"
 
 
-def table_key(text: str) -> str:
-    """The key of a table as people write it: 3, `table 3`, Fig. 7, fig7.  Raises UserError."""
-    key = re.sub(r"^(table|tab\.?)\s*", "", text.strip().lower())
-    key = re.sub(r"^fig(ure|\.)?\s*", "fig", key)
-    if key not in TABLES:
-        raise UserError(f"table {text!r}: no recipe is a row of it; {nearest(key, TABLES)}")
-    return key
+def length_text(steps: int) -> str:
+    """`80 epochs`, or `50,000 steps` where that is no whole number of epochs."""
+    epochs, rest = divmod(steps, STEPS_PER_EPOCH)
+    return f"{steps:,} steps" if rest else f"{epochs} epochs"
+
+
+def run_steps(name: str) -> int:
+    """Steps of a recipe on ImageNet, without validating it."""
+    train = read_recipe(name).get("train", {})
+    steps = round(float(train.get("epochs", 300)) * STEPS_PER_EPOCH)
+    return min(steps, train.get("max_steps") or steps)
+
+
+def _marks(table: Table, row: Row, whole: int) -> list[int]:
+    """The steps at which a row's run is judged."""
+    for epochs, steps in ((row.marks, row.marks_in_steps), (table.marks, table.marks_in_steps)):
+        if steps is not None:
+            return steps
+        if epochs is not None:
+            return [round(mark * STEPS_PER_EPOCH) for mark in epochs]
+    return [whole]
 
 
 @cache
 def all_rows() -> tuple[TableRow, ...]:
-    """Every row of every table, recipes by name."""
+    """Every row that has a recipe, in the order of the paper."""
     rows = []
-    for name in recipe_names():
-        entry = paper_entry(name)
-        if entry is None:
-            continue
-        whole = run_epochs(name)
-        for row in entry.rows:
-            for epochs in row.epochs or [whole]:
-                numbers = numbers_of(entry, epochs)
-                rows.append(TableRow(row.table, row.row, name, epochs, epochs == whole, numbers, row.note))
+    for key, table in published().all_tables().items():
+        for row in table.rows:
+            if row.recipe is None:
+                continue
+            whole, choices = run_steps(row.recipe), tuple(choices_of(setting_of(table, row)))
+            for steps in _marks(table, row, whole):
+                numbers = numbers_of(row.recipe, steps)
+                rows.append(TableRow(key, row, row.recipe, steps, steps == whole, numbers, choices))
     return tuple(rows)
 
 
 def rows_of(table: str) -> list[TableRow]:
-    """The rows of one table (a key): baselines first, then by label, numbers in it by value, then by epochs."""
-
-    def order(row: TableRow) -> tuple[bool, list[tuple[int, str]], float]:
-        parts = re.split(r"(\d+)", row.row)
-        return _method(row.recipe) != "none", [(int(p), "") if p.isdigit() else (-1, p) for p in parts], row.epochs
-
-    return sorted((row for row in all_rows() if row.table == table), key=order)
+    """The rows of one table (a key)."""
+    return [row for row in all_rows() if row.table == table]
 
 
-def _method(name: str) -> str:
-    return str(read_recipe(name).get("foresight", {}).get("method", "none"))
+def paper_recipes() -> list[str]:
+    """The recipes that are a row of a table or a series of a figure."""
+    used = {row.recipe for row in all_rows()}
+    return [name for name in recipe_names() if name in used]
 
 
-def run_epochs(name: str) -> float:
-    """`train.epochs` of a recipe, without validating it."""
-    return float(read_recipe(name).get("train", {}).get("epochs", 300))
+@cache
+def _printed() -> dict[tuple[str, int], Numbers]:
+    """Every run's numbers at its end, from all tables that print some."""
+    found: dict[tuple[str, int], Numbers] = {}
+    for key, table in published().tables.items():
+        for row in table.rows:
+            if row.recipe is None or not row.metrics():
+                continue
+            place = row.recipe, run_steps(row.recipe)
+            known = found.get(place, Numbers({}, ()))
+            found[place] = Numbers({**known.values, **row.metrics()}, (*known.tables, key))
+    return found
 
 
-def numbers_of(entry: PaperEntry, epochs: float) -> PaperNumbers | None:
-    """What the paper has of a run after `epochs`; followed to the recipe that a name points at."""
-    numbers = entry.numbers.get(int(epochs)) if epochs == int(epochs) else None
-    while numbers is not None and numbers.of is not None:
-        other = paper_entry(numbers.of)
-        numbers = other.numbers.get(int(epochs)) if other else None
-    return numbers
+def numbers_of(recipe: str, steps: int) -> Numbers | None:
+    """What the paper prints of a recipe's run after `steps`, also where it prints it of a shorter run that is the same
+    up to there."""
+    numbers = _printed().get((recipe, steps))
+    shorter = published().begins_as.get(recipe)
+    return numbers_of(shorter, steps) if numbers is None and shorter is not None else numbers
 
 
-def number_text(numbers: PaperNumbers | None) -> str:
-    """`FID 5.22, IS 197.14 (arXiv ...)`, or that there are none."""
-    if numbers is None or not numbers.values():
-        return NOT_AT_HAND
-    return f"{', '.join(f'{SHORT[k]} {v:.2f}' for k, v in numbers.values().items())} ({numbers.source})"
+def numbers_at_marks(recipe: str) -> list[tuple[int, Numbers]]:
+    """(steps, numbers) of a recipe's run wherever the paper prints any."""
+    marks = sorted({steps for _, steps in _printed()})
+    found = [(steps, numbers_of(recipe, steps)) for steps in marks if steps <= run_steps(recipe)]
+    return [(steps, numbers) for steps, numbers in found if numbers is not None]
+
+
+def number_text(numbers: Numbers | None) -> str:
+    """`FID 5.22, IS 197.14`, or that the paper prints none."""
+    if numbers is None:
+        return ONLY_IN_THE_PICTURE
+    return ", ".join(f"{SHORT[name]} {value:.2f}" for name, value in numbers.values.items())
+
+
+def flops_text(row: Row) -> str:
+    """Table 13's cells: `1.81e+11 FLOPs an image (+6.6 %)`."""
+    return f"{row.flops:.2e} FLOPs an image" + (f" ({row.overhead_percent:+.1f} %)" if row.overhead_percent else "")
 
 
 # --- header comments -----------------------------------------------------------------------------------------------
 
 
 def header(name: str) -> str:
-    """The comment at the top of a recipe: its first line as it is, the rest made from the recipe."""
+    """The comment at the top of a recipe: its first line as it is, the rest made from the recipe and the paper."""
     first = recipe_text(name).splitlines()[0]
     data = read_recipe(name)
     rows = [row for row in all_rows() if row.recipe == name]
-    epochs, batch = run_epochs(name), data["train"]["global_batch_size"]
+    steps, batch = run_steps(name), data["train"]["global_batch_size"]
     places = " and ".join(str(data["data"][key]) for key in ("path", "images") if key in data["data"])
     lines = [
         ("Command", f"mirai-ds train {name}"),
         ("Data", f"{places}: ImageNet through `mirai-ds extract` (docs/data.md)"),
         ("Hardware", f"the paper's: 8 A100; any number of ranks that divides the batch of {batch}"),
-        ("Steps", f"{round(epochs * STEPS_PER_EPOCH):,} ({epochs:g} epochs of {STEPS_PER_EPOCH:,})"),
+        ("Steps", f"{steps:,} ({steps / STEPS_PER_EPOCH:.4g} epochs of {STEPS_PER_EPOCH:,})"),
     ]
-    for table, row in dict.fromkeys((row.table, row.row) for row in rows):
-        note = next(r.note for r in rows if (r.table, r.row) == (table, row))
-        lines.append(("Row", f'{table_title(table)} "{row}"' + (f" ({note})" if note else "")))
-    for mark, numbers in sorted({row.epochs: row.numbers for row in rows}.items()):
-        cfg = data["sampling"]["cfg_scale"]
-        lines.append(
-            ("Expect", f"after {mark:g} epochs, cfg {cfg:g}, 50,000 images of the EMA: {number_text(numbers)}")
-        )
+    lines += [("Row", f'{table_title(row.table)} "{row.row}"') for row in _once(rows)]
+    if not rows:
+        lines.append(("Row", "none: the paper has no such run"))
+    for choice in choices_among(rows):
+        lines += [("Follows", line) for line in choice_lines(choice)]
+    lines += [("Expect", text) for text in _expected(rows, data["sampling"]["cfg_scale"])]
     if _method(name) != "none":
         lines.append(("Twin", _twin_text(name)))
     named = [(key if i == 0 or lines[i - 1][0] != key else "", value) for i, (key, value) in enumerate(lines)]
     return "\n".join([first, "#", *(f"# {key + ':' if key else '':10} {value}" for key, value in named)])
+
+
+def _once(rows: list[TableRow]) -> list[TableRow]:
+    """Without the marks of one run."""
+    return list({(row.table, row.row): row for row in rows}.values())
+
+
+def choices_among(rows: list[TableRow]) -> list[Choice]:
+    """The open questions of some rows, each once."""
+    return list({choice.question: choice for row in rows for choice in row.choices}.values())
+
+
+def choice_lines(choice: Choice) -> list[str]:
+    """What a recipe follows, why, and how to have the other reading."""
+    return [
+        f"{choice.question}: {choice.follows}",
+        f"  because {choice.why}",
+        f"  otherwise {choice.other}: {overrides(choice)}",
+    ]
+
+
+def overrides(choice: Choice) -> str:
+    """The options of the command line that make the other reading."""
+    return " ".join(f"--set {shlex.quote(override)}" for override in choice.set)
+
+
+def _expected(rows: list[TableRow], cfg: float) -> list[str]:
+    """The printed numbers of a run at its marks."""
+    found = {row.steps: row.numbers for row in rows if row.numbers is not None}
+    if not found:
+        return ["the paper's numbers are only in the picture"] if rows else []
+    return [
+        f"after {length_text(steps)}, cfg {cfg:g}, 50,000 images of the EMA: {number_text(numbers)} ({numbers.source})"
+        for steps, numbers in sorted(found.items())
+    ]
+
+
+def _method(name: str) -> str:
+    return str(read_recipe(name).get("foresight", {}).get("method", "none"))
 
 
 def _twin_text(name: str) -> str:
@@ -160,17 +259,37 @@ BEGIN, END = "<!-- python -m mirai_ds.paper.catalogue -->", "<!-- end -->"
 
 
 def page() -> str:
-    """All tables as Markdown."""
-    parts = []
-    for table, title in TABLES.items():
-        lines = []
-        for row in rows_of(table):
-            stop = "" if row.whole else f"<br>`--set train.max_steps={row.steps}`"
-            note = f"; {row.note}" if row.note else ""
-            lines.append(f"{row.row} | {row.epochs:g} | `{row.recipe}`{stop} | {number_text(row.numbers)}{note}")
-        listed = markdown.table("row | epochs | recipe | paper", lines)
-        parts.append(f"### {table_title(table)}: {title}\n\n{listed}\n")
-    return "\n".join(parts)
+    """All tables, the open questions and what is beyond the paper, as Markdown."""
+    parts = [_table_part(key, table) for key, table in published().all_tables().items()]
+    return "\n".join([*parts, _choices_part(), _beyond_part()])
+
+
+def _table_part(key: str, table: Table) -> str:
+    others = [row for row in table.rows if row.recipe is None]
+    lines = [
+        f"{row.label} | {f'{row.epochs:g}' if row.epochs else '-'} | - | {number_text(Numbers(row.metrics(), ()))}"
+        for row in others
+    ]
+    for row in rows_of(key):
+        stop = "" if row.whole else f"<br>`--set train.max_steps={row.steps}`"
+        numbers = flops_text(row.published) if row.published.flops else number_text(row.numbers)
+        lines.append(f"{row.row} | {row.length} | `{row.recipe}`{stop} | {numbers}")
+    listed = markdown.table("row | epochs | recipe | paper", lines)
+    return f"### {table_title(key)}: {table.title}\n\n{listed}\n"
+
+
+def _choices_part() -> str:
+    lines = [
+        f"{choice.question} | {choice.follows} | {choice.why} | {choice.other}<br>`{overrides(choice)}`"
+        for choice in published().choices.values()
+    ]
+    listed = markdown.table("question | the recipes follow | because | the other reading", lines)
+    return f"### What the paper leaves open\n\n{listed}\n"
+
+
+def _beyond_part() -> str:
+    lines = [f"{row.label} | `{row.recipe}`" for row in published().beyond]
+    return f"### Beyond the paper\n\n{markdown.table('run | recipe', lines)}\n"
 
 
 def main() -> None:
@@ -181,8 +300,9 @@ def main() -> None:
         print(page())
         return
     root = Path(__file__).resolve().parents[2]
+    known = {*paper_recipes(), *(row.recipe for row in published().beyond)}
     for path in sorted((root / "mirai_ds" / "config" / "recipes").glob("*/*.yaml")):
-        if paper_entry(path.stem) is not None:
+        if path.stem in known:
             path.write_text(with_header(recipe_text(path.stem), header(path.stem)), encoding="utf-8")
     document = root / "docs" / "recipes.md"
     text = markdown.replaced(document.read_text(encoding="utf-8"), BEGIN, page(), END, document)

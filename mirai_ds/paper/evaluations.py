@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.config import RunConfig, SamplingConfig, UserError
-from mirai_ds.config.paper_rows import METRICS
+from mirai_ds.paper.published import METRICS
 
 FOLDER = "evaluations"
 SCORES = (*METRICS, "frechet_distance")  # the last: of another network than Inception

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mirai_ds.config import RunConfig, UserError, load
 from mirai_ds.config.load import TWIN
-from mirai_ds.paper.catalogue import STEPS_PER_EPOCH, TableRow, rows_of, table_key
+from mirai_ds.paper.catalogue import TableRow, length_text, rows_of
 from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.evaluations import Evaluation, last_step, protocol_differences, read_evaluations
+from mirai_ds.paper.published import STEPS_PER_EPOCH, table_key, table_title
 from mirai_ds.runs.configuration import read_run_config
 
 _NEAR = 4  # with more differences and another name, a run is no attempt at a row
@@ -67,6 +68,8 @@ def measure(table: str, runs: list[Path]) -> MeasuredTable:
     A twin's row is shown where a run is one.
     """
     key = table_key(table)
+    if runs and any(row.published.flops for row in rows_of(key)):
+        raise UserError(f"{table_title(key)} holds no scores, so runs cannot be put beside it; give none")
     configs = [(row, load(row.recipe)) for row in rows_of(key)]
     rows = [MeasuredRow(row, c, c.foresight.convention if c.foresight.active else "") for row, c in configs]
     twins = {id(row): MeasuredRow(row, load(row.recipe + TWIN), "paper") for row, c in configs if c.foresight.active}
@@ -78,7 +81,7 @@ def measure(table: str, runs: list[Path]) -> MeasuredTable:
     for m in rows:
         twin = twins.get(id(m.row))
         shown += [m] if twin is None or twin.status == "missing" else [m, twin]
-    missing = [f'"{m.row.row}" ({m.row.epochs:g} epochs)' for m in shown if m.status == "missing"]
+    missing = [f'"{m.row.row}" ({length_text(m.row.steps)})' for m in shown if m.status == "missing"]
     if missing and runs:
         notes.append(f"missing: {', '.join(missing)}")
     return MeasuredTable(key, shown, notes)

@@ -82,6 +82,16 @@ def known_encoder(foresight: ForesightConfig, model: ModelConfig) -> ViT | None:
     )  # fmt: skip
 
 
+def encoder_parameters(timm_name: str) -> int:
+    """Parameters of a whole encoder of the paper, with the table of positions it is published with."""
+    width, blocks, patch, prefix, positions = _VITS[timm_name]
+    image = 518 if patch == 14 else 224  # DINOv2's and MAE's; DINOv3 has no table
+    outside = 3 * patch**2 + 1 + prefix + ((image // patch) ** 2 + 1) * positions + 2
+    # Of a block: biases and norms; DINO scales its two branches, and DINOv3's queries, keys and values have no biases.
+    vectors = 13 + 2 * ("dino" in timm_name) - 3 * ("dinov3" in timm_name)
+    return blocks * (12 * width**2 + vectors * width) + outside * width
+
+
 def encoder_flops(vit: ViT) -> float:
     """One forward pass for one image: patch embedding, linear layers, attention."""
     linear = 4 * vit.width**2 + 2 * vit.width * vit.hidden

@@ -207,8 +207,10 @@ def _training_images(request: PlanRequest, config: RunConfig) -> int:
 def _kept(config: RunConfig, steps: int) -> int:
     """Checkpoints on disk at once, the one being written included."""
     c = config.checkpoint
-    permanent = steps // c.keep_every_steps if c.keep_every_steps and c.every_steps else 0
-    return c.keep_last + c.keep_best + permanent + 1 if c.every_steps or c.at_end else 0
+    kept = {step for step in c.keep_steps if step <= steps}
+    if c.keep_every_steps and c.every_steps:
+        kept |= {step for step in range(c.every_steps, steps + 1, c.every_steps) if step % c.keep_every_steps == 0}
+    return c.keep_last + c.keep_best + len(kept) + 1 if c.every_steps or c.keep_steps or c.at_end else 0
 
 
 # --- what fits ------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def _check_folder(session: Session) -> None:
 def _check_space(session: Session) -> None:
     """Room for two more checkpoints: a new one is whole before an old one goes."""
     config = session.config.checkpoint
-    if config.every_steps is None and not config.at_end:
+    if config.every_steps is None and not config.keep_steps and not config.at_end:
         return
     # What the start removes before it saves counts as free.
     waste = sum(path.stat().st_size for folder in half_done(session.run) for path in folder.rglob("*"))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from mirai_ds.analysis import figures
 from mirai_ds.analysis import report_page as page
 from mirai_ds.config import dump, load
+from mirai_ds.paper.catalogue import numbers_at_marks
 from mirai_ds.tracking.pictures import save_png
 from tests.analysis.fake import cli, curve, write_run
 
@@ -143,7 +145,7 @@ def test_the_papers_numbers_stand_beside(tmp_path: Path) -> None:
     ours = next(i for i, row in enumerate(found) if row[1:2] == ["epoch-80"])
     assert found[ours][2:7] == ["5.31", "6.7", "195.5", "0.84", "0.46"]
     assert found[ours + 1] == [
-        "mirai-e-b-80: the paper&#39;s", "80 epochs", "5.22", "", "197.14", "", "", "arXiv 2601.14671"
+        "mirai-e-b-80: the paper&#39;s", "80 epochs", "5.22", "", "197.14", "", "", "Tables 1, 2, 5, 9, 10"
     ]  # fmt: skip
     assert "is not the paper's run" not in seen.text
 
@@ -154,11 +156,51 @@ def test_the_papers_numbers_stand_beside(tmp_path: Path) -> None:
 
 def test_numbers_of_the_same_run_under_another_name_and_of_twins() -> None:
     """Mirai-E's 300-epoch run is the 80-epoch one up to there; a twin's name leads to its recipe."""
-    numbers = {epochs: values for epochs, values, _ in page.paper_numbers("mirai-e-b")}
-    assert numbers[80] == page.paper_numbers("mirai-e-b-80")[0][1]
+    numbers = dict(numbers_at_marks("mirai-e-b"))
+    assert numbers[400_320] == dict(numbers_at_marks("mirai-e-b-80"))[400_320]
     assert page.recipe_of("mirai-e-b-80-paper") == "mirai-e-b-80"
     assert page.recipe_of("mine") is None
-    assert page.paper_numbers("digits-baseline") == []
+    assert numbers_at_marks("digits-baseline") == []
+
+
+def an_evaluation(fid: float, step: int, **protocol: object) -> str:
+    return json.dumps({
+        "fid": fid, "num_samples": 50_000, "reference": {"name": "VIRTUAL_imagenet256_labeled", "standard": True},
+        "protocol": {"cfg_scale": 2.0, "weights": "ema", "step": step, **protocol},
+    })  # fmt: skip
+
+
+def test_fid_over_epochs_as_in_fig_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs by the run's own records, else ImageNet's; another protocol is a curve of its own, the paper's crosses."""
+    run = write_run(tmp_path / "run", records=[])
+    (run / "config.yaml").write_text(dump(load("mirai-e-b")))
+    (run / "evaluations").mkdir()
+    texts = {"40": an_evaluation(7.9, 200_160), "80": an_evaluation(5.3, 400_320)}
+    for name, text in {**texts, "raw": an_evaluation(6.1, 400_320, weights="raw")}.items():
+        (run / "evaluations" / f"{name}.json").write_text(text)
+    mine = write_run(tmp_path / "mine", records=[{"step": 200, "epoch": 4.0, "loss/ntp": 1.0}])
+    (mine / "evaluations").mkdir()
+    (mine / "evaluations" / "a.json").write_text(an_evaluation(30.0, 100))
+    (mine / "evaluations" / "b.json").write_text(an_evaluation(20.0, 200))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "chart", lambda title, curves, *_, **named: drawn.setdefault(title, (curves, named)))
+    named = [("mirai-e-b", page.inspect_run(run)), ("mine", page.inspect_run(mine))]
+    list(page._fid_chart(named))
+    curves, options = drawn["FID over epochs"]
+    assert curves["mirai-e-b"] == {40.0: 7.9, 80.0: 5.3}
+    assert curves["mirai-e-b, another protocol"] == {80.0: 6.1}
+    assert curves["mine, another protocol"] == {2.0: 30.0, 4.0: 20.0}  # its recipe's guidance is another
+    assert options == {"xlabel": "epoch", "paper": {"mirai-e-b": {80.0: 5.22, 300.0: 4.49}}}
+
+
+def test_the_page_draws_it(tmp_path: Path) -> None:
+    """One evaluation beside the paper's numbers is a chart already."""
+    run = write_run(tmp_path / "run", records=[])
+    (run / "config.yaml").write_text(dump(load("llamagen-b-80")))
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "a.json").write_text(an_evaluation(6.5, 200_160))
+    out, _ = written(tmp_path, run)
+    assert 'alt="FID over epochs"' in out.read_text(encoding="utf-8")
 
 
 def test_torn_and_empty_runs_are_no_error(tmp_path: Path) -> None:

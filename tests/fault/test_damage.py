@@ -294,19 +294,22 @@ def test_what_is_kept(tmp_path: Path) -> None:
     fake_checkpoints(tmp_path, {10: 5.0, 20: 3.0, 30: 4.0, 40: 2.0, 50: 4.5, 60: 4.4})
     assert superseded(tmp_path, CheckpointConfig(keep_last=2)) == [10, 20, 30, 40]
     assert superseded(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=30)) == [10, 20, 40, 50]
+    assert superseded(tmp_path, CheckpointConfig(keep_last=1, keep_steps=[20, 25, 50])) == [10, 30, 40]
     assert superseded(tmp_path, CheckpointConfig(keep_last=1, keep_best=2)) == [10, 30, 50]
     assert superseded(tmp_path, CheckpointConfig(keep_last=6)) == []
 
 
 def test_best_and_permanent_ones_stay_in_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rules = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=12", "checkpoint.keep_best=1",
-             "eval.loss.every_steps=4"]  # fmt: skip
+    rules = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=12", "checkpoint.keep_steps=[5]",
+             "checkpoint.keep_best=1", "eval.loss.every_steps=4"]  # fmt: skip
     ended = run_ranks(run, *IF_PRESENT, settings=rules)
     assert ended.codes == [0, 0], ended.out[-2000:]
     measured = {r["step"]: r["held_out/ntp_ema"] for r in curve(run) if "held_out/ntp_ema" in r and r["step"]}
     best = min(measured, key=measured.__getitem__)
-    assert store.list_steps(run) == sorted({12, 24, best})
+    assert store.list_steps(run) == sorted(
+        {5, 12, 24, best}
+    )  # 5 is no multiple of the interval, and saved all the same
     assert {s: store.verify(store.folder_of(run, s)).metrics["held_out/ntp_ema"] for s in (12, 24)} == {
         s: measured[s] for s in (12, 24)
     }

@@ -59,12 +59,12 @@ def test_a_measured_row_and_missing_ones(tmp_path: Path) -> None:
     found = row(table, "mirai-e-b-80")
     assert (found.status, found.values("fid"), found.spread("fid")) == ("measured", [5.31], None)
     assert found.row.numbers is not None
-    assert (found.row.numbers.fid, found.row.numbers.inception_score) == (5.22, 197.14)
+    assert found.row.numbers.values == {"fid": 5.22, "inception_score": 197.14}
     others = [m for m in table.rows if m is not found]
-    assert len(others) == 12
+    assert len(others) == 8
     assert {m.status for m in others} == {"missing"}
     (note,) = table.notes
-    assert note.startswith('missing: "baseline" (80 epochs), "internal, 1D, K = 3" (80 epochs)')
+    assert note.startswith('missing: "LlamaGen-B" (80 epochs), "output, 1D, K = 3" (80 epochs)')
     assert "2D, K = 3" not in note.replace("output, 2D", "")
 
 
@@ -80,8 +80,8 @@ def test_seeds_of_one_row_give_a_mean_and_a_spread(tmp_path: Path) -> None:
 
 
 def test_several_evaluations_of_a_run_are_one_run(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "mtp-1d-k4", scores(6.0), scores(7.0))
-    found = row(measure("1", [run]), "mtp-1d-k4")
+    run = make_run(tmp_path, "mtp-1d-k3", scores(6.0), scores(7.0))
+    found = row(measure("1", [run]), "mtp-1d-k3")
     assert (found.values("fid"), found.spread("fid")) == ([6.5], None)
 
 
@@ -118,12 +118,12 @@ def test_the_sampler_s_record_counts(tmp_path: Path) -> None:
         "cfg_interval": -1, "policy": "random",
     }  # fmt: skip
     run = make_run(
-        tmp_path, "mtp-2d-k4", scores(6.1, protocol={"features": {}, "departures": [], "sampling": record}),
+        tmp_path, "mtp-2d-k3", scores(6.1, protocol={"features": {}, "departures": [], "sampling": record}),
         scores(6.3, protocol={"departures": [], "sampling": {**record, "weights": "raw"}}),
         scores(6.5, protocol={"departures": [], "sampling": None}),
     )  # fmt: skip
     table = measure("1", [run])
-    assert row(table, "mtp-2d-k4").values("fid") == [6.1]
+    assert row(table, "mtp-2d-k3").values("fid") == [6.1]
     assert table.notes[0].endswith("1.json: another protocol: weights raw, not ema")
     assert table.notes[2].endswith(
         "2.json: another protocol: cfg_scale not recorded, not 2; weights not recorded, not ema"
@@ -213,7 +213,7 @@ def test_a_run_of_another_kind(tmp_path: Path) -> None:
 def test_a_twin_has_a_row_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mirai-e-b-80@paper", scores(5.5))
     table = measure("9", [run])
-    assert [m.recipe for m in table.rows][:2] == ["mirai-e-b-80", "mirai-e-b-80@paper"]
+    assert [m.recipe for m in table.rows][3:5] == ["mirai-e-b-80", "mirai-e-b-80@paper"]
     assert row(table, "mirai-e-b-80@paper").values("fid") == [5.5]
     assert row(table, "mirai-e-b-80").status == "missing"
 
@@ -237,22 +237,54 @@ def test_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["table", "8", *map(str, runs), "--markdown", "--csv", str(file)])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[2] == "| row | epochs | recipe | FID | sFID | IS | P | R | runs |"
-    measured = "3.07 / 3.10 ± 0.14 | 6.72 / 7.00 ± 0.00 | 263.70 / 200.00 ± 0.00"
-    assert lines[5].startswith(f"| DINOv2-L | 300 | mirai-i-l | {measured} |")
-    assert lines[5].endswith("| 2 |")
+    assert lines[0] == "**Table 8: size of Mirai-I's encoder for LlamaGen-L (paper / measured / difference)**"
+    assert lines[2] == "| row | epochs | recipe | parameters, paper / here | FID | sFID | IS | P | R | runs |"
+    measured = "3.07 / 3.10 ± 0.14 / +0.03 | 6.72 / 7.00 ± 0.00 / +0.28 | 263.70 / 200.00 ± 0.00 / -63.70"
+    assert lines[6].startswith(
+        f"| DINOv2-L | 300 | mirai-i-l | 300M / 304.4M | {measured} | 0.83 / 0.800 ± 0.000 / -0.030 |"
+    )
+    assert lines[6].endswith("| 2 |")
+    assert lines[4].startswith("| LlamaGen-L | 300 | llamagen-l | - | 3.73 / - / - | 6.68 / - / - |")
     with file.open(newline="") as text:
-        first, second = csv.DictReader(text)
+        _, first, second = csv.DictReader(text)
     assert (first["recipe"], first["status"], first["measured_fid"]) == ("mirai-i-l-dinov2-b", "missing", "")
     assert (second["paper_fid"], float(second["measured_fid"]), second["runs"]) == ("3.07", pytest.approx(3.1), "2")
-    assert second["source"] == "arXiv 2601.14671"
+    assert (float(second["difference_fid"]), second["paper_parameters"]) == (pytest.approx(0.03), "300M")
+    assert second["source"] == "arXiv 2601.14671, Tables 6, 8"
     plain = CliRunner().invoke(main, ["table", "8"])
     assert plain.exit_code == 0
-    assert "3.07 / -" in plain.output
+    assert "measured" not in plain.output
+    assert "│ DINOv2-L   │ 300    │ mirai-i-l          │ 300M / 304.4M            │ 3.07 │" in plain.output
+
+
+def test_other_people_s_models_stand_beside(tmp_path: Path) -> None:
+    """Table 6 with a run: all of its rows, in the paper's order, and all of them in the CSV."""
+    run = make_run(tmp_path, "llamagen-b", scores(5.41, protocol__step=STEPS_300))
+    file = tmp_path / "table.csv"
+    done = CliRunner().invoke(main, ["table", "6", str(run), "--markdown", "--csv", str(file)])
+    assert done.exit_code == 0, done.output
+    rows = [line.split(" | ") for line in done.output.splitlines() if line.startswith("| ")][2:]
+    assert [row[1] for row in rows[:3]] == ["BigGAN", "GigaGAN", "LDM-4"]
+    assert len(rows) == 22
+    assert rows[3] == ["| Diffusion", "DiT-XL", "1400", "-", "675M", "2.27", "4.60", "278.20", "0.83", "0.57", "- |"]
+    assert rows[13][:6] == ["| AR+Mirai", "LlamaGen-B", "300", "llamagen-b", "111M / 110.9M", "5.34 / 5.41 / +0.07"]
+    with file.open(newline="") as text:
+        lines = list(csv.DictReader(text))
+    assert [line["row"] for line in lines] == [row[1] for row in rows]
+    assert (lines[3]["type"], lines[3]["paper_sfid"], lines[3]["recipe"]) == ("Diffusion", "4.6", "")
+
+
+def test_table_13_prints_what_is_counted(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["table", "13", "--markdown"])
+    assert done.exit_code == 0, done.output
+    assert "| LlamaGen-B + Mirai-E | 80 | mirai-e-b-80 | 2.35e+11 | 2.348e+11 | +38.2 % | +37.8 % |" in done.output
+    assert "- LlamaGen-B + Mirai-I: the FID of LlamaGen-B after 400 epochs at epoch 40" in done.output
+    run = make_run(tmp_path, "llamagen-b-80", scores(6.4))
+    one_line(lambda: measure("13", [run]), "Table 13 holds no scores", "give none")
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    one_line(lambda: measure("13", []), "table '13'", "no recipe is a row of it")
+    one_line(lambda: measure("14", []), "table '14'", "no recipe is a row of it")
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(main, ["table", "1", str(tmp_path / "empty")])
     assert done.exit_code == 2
@@ -260,4 +292,4 @@ def test_mistakes(tmp_path: Path) -> None:
     table = measure("9", [make_run(tmp_path, "mirai-e-b-80", scores(5.0))])
     done = CliRunner().invoke(main, ["table", "9", "--csv", str(tmp_path / "no" / "file.csv")])
     assert (done.exit_code, "cannot be written" in done.output) == (2, True)
-    assert markdown(table).count("\n| ") == 6  # headings, rule, four rows
+    assert markdown(table).count("\n| ") == 7  # headings, rule, five rows

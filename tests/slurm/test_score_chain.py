@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from mirai_ds.cli.main import main
 from mirai_ds.config import load
 from mirai_ds.paper import measured
-from mirai_ds.paper.catalogue import STEPS_PER_EPOCH, TableRow
+from mirai_ds.paper.catalogue import TableRow
+from mirai_ds.paper.published import Row
 from mirai_ds.runs.configuration import read_run_config
 from tests.eval.conftest import random_state
 from tests.eval.judges import digits, saved
@@ -39,7 +40,8 @@ def test_a_submitted_run_gets_its_row(slurm: Slurm, tmp_path: Path, monkeypatch:
         assert len(drawn["arr_0"]) == 20
     scores = json.loads((run / "evaluations" / "drawn.json").read_text())
 
-    row = TableRow("1", "tiny", "digits-mirai-e", 2 / STEPS_PER_EPOCH, True, None, None)
+    tiny = Row(label="tiny", recipe="digits-mirai-e")
+    row = TableRow("1", tiny, "digits-mirai-e", 2, True, None, ())
     config = read_run_config(run)
     monkeypatch.setattr(measured, "rows_of", lambda _: [row])
     monkeypatch.setattr(measured, "load", lambda name: config if name == row.recipe else load(name))
@@ -49,6 +51,6 @@ def test_a_submitted_run_gets_its_row(slurm: Slurm, tmp_path: Path, monkeypatch:
     said = CliRunner().invoke(main, ["table", "1", str(run), "--csv", str(tmp_path / "table.csv")])
     assert said.exit_code == 0, said.output
     (line,) = (tmp_path / "table.csv").read_text().splitlines()[1:]
-    assert f",measured,1,,{scores['fid']}," in line
+    assert f",measured,1,,,{scores['fid']}," in line
     assert CliRunner().invoke(main, ["report", str(run), "--out", str(tmp_path / "page.html")]).exit_code == 0
     assert "drawn" in (tmp_path / "page.html").read_text()

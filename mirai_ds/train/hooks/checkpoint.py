@@ -11,16 +11,15 @@ from mirai_ds.train.step import StepRecord
 
 
 class CheckpointHook(Hook):
-    """`checkpoint.every_steps`, `checkpoint.at_end`.  A failed save stops the run with its cause, or is told and tried
-    again at the next interval (`checkpoint.on_failure`); one in the background is heard of at the next step."""
+    """`checkpoint.every_steps`, `keep_steps` and `at_end`.  A failed save stops the run with its cause, or is told and
+    tried again at the next interval (`checkpoint.on_failure`); one in the background is heard of at the next step."""
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
 
     def needs_sync(self, session: Session) -> bool:
         """At the interval; the loop looks at the last step anyway."""
-        every = session.config.checkpoint.every_steps
-        return every is not None and session.step % every == 0
+        return session.config.checkpoint.due(session.step)
 
     def after_step(self, session: Session, record: StepRecord) -> None:
         """Publish what is complete, save when it is time."""
