@@ -70,6 +70,8 @@ def _of_table(table: str) -> list[str]:
         length = f"{row.epochs:g} epochs ({row.steps:,} steps)" if row.length.isdigit() else row.length
         numbers = flops_text(row.published) if row.published.flops else number_text(row.numbers)
         lines += [f"{row.row}, {length}: paper {numbers}", f"    {row.command}"]
+    note = published().all_tables()[key].note
+    lines += [f"note: {note}"] if note else []
     for choice in choices_among(rows):
         lines += choice_lines(choice)
     return lines

@@ -275,7 +275,8 @@ def _table_part(key: str, table: Table) -> str:
         numbers = flops_text(row.published) if row.published.flops else number_text(row.numbers)
         lines.append(f"{row.row} | {row.length} | `{row.recipe}`{stop} | {numbers}")
     listed = markdown.table("row | epochs | recipe | paper", lines)
-    return f"### {table_title(key)}: {table.title}\n\n{listed}\n"
+    note = f"\n{table.note[0].upper()}{table.note[1:]}.\n" if table.note else ""
+    return f"### {table_title(key)}: {table.title}\n\n{listed}\n{note}"
 
 
 def _choices_part() -> str:
@@ -292,6 +293,25 @@ def _beyond_part() -> str:
     return f"### Beyond the paper\n\n{markdown.table('run | recipe', lines)}\n"
 
 
+def with_tables(document: str, name: str) -> str:
+    """docs/recipes.md with its tables made anew."""
+    return markdown.replaced(document, BEGIN, page(), END, name)
+
+
+def with_budget(document: str, name: str) -> str:
+    """docs/reproducing.md with its tables made anew."""
+    from mirai_ds.paper import budget  # here: it imports this file
+
+    for part, made in (("budget", budget.budget()), ("marks", budget.marks())):
+        document = markdown.replaced(
+            document, f"<!-- mirai_ds.paper.budget {part} -->", made, f"<!-- end {part} -->", name
+        )
+    return document
+
+
+DOCUMENTS = {"recipes.md": with_tables, "reproducing.md": with_budget}
+
+
 def main() -> None:
     """Prints the tables, or writes them into the source tree that this module lies in."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -304,9 +324,9 @@ def main() -> None:
     for path in sorted((root / "mirai_ds" / "config" / "recipes").glob("*/*.yaml")):
         if path.stem in known:
             path.write_text(with_header(recipe_text(path.stem), header(path.stem)), encoding="utf-8")
-    document = root / "docs" / "recipes.md"
-    text = markdown.replaced(document.read_text(encoding="utf-8"), BEGIN, page(), END, document)
-    document.write_text(text, encoding="utf-8")
+    for name, write in DOCUMENTS.items():
+        document = root / "docs" / name
+        document.write_text(write(document.read_text(encoding="utf-8"), name), encoding="utf-8")
 
 
 if __name__ == "__main__":

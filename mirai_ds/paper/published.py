@@ -100,6 +100,7 @@ class Table(Setting):
     """A table or figure; its own setting and marks are those of all rows that do not say otherwise."""
 
     title: str
+    note: str | None = None
     rows: list[Row]
     marks: list[float] | None = None
     marks_in_steps: list[int] | None = None

@@ -87,7 +87,7 @@ class Grid:
 
     def _metric(self, m: MeasuredRow, metric: str) -> Cell:
         paper, mean, spread = _paper(m).get(metric), m.mean(metric), m.spread(metric)
-        if not self.with_runs:
+        if not m.good:
             return [_printed(paper)]
         measured = _number(mean, metric) + ("" if spread is None else f" ± {_number(spread, metric)}")
         difference = difference_of(m, metric)
@@ -98,7 +98,8 @@ class Grid:
         """What is said below the table."""
         if self.flops:
             return convergence_notes({m.row.row: m.config for m in self.table.rows})
-        return self.table.notes
+        note = published().all_tables()[self.table.table].note
+        return ([note] if note else []) + self.table.notes
 
 
 def _paper(m: MeasuredRow) -> dict[str, float]:

@@ -244,7 +244,7 @@ def test_command_line(tmp_path: Path) -> None:
         f"| DINOv2-L | 300 | mirai-i-l | 300M / 304.4M | {measured} | 0.83 / 0.800 ± 0.000 / -0.030 |"
     )
     assert lines[6].endswith("| 2 |")
-    assert lines[4].startswith("| LlamaGen-L | 300 | llamagen-l | - | 3.73 / - / - | 6.68 / - / - |")
+    assert lines[4].startswith("| LlamaGen-L | 300 | llamagen-l | - | 3.73 | 6.68 |")
     with file.open(newline="") as text:
         _, first, second = csv.DictReader(text)
     assert (first["recipe"], first["status"], first["measured_fid"]) == ("mirai-i-l-dinov2-b", "missing", "")

@@ -16,7 +16,6 @@ from mirai_ds.config.load import TWIN
 from mirai_ds.paper import catalogue
 from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.published import published
-from mirai_ds.runtime import markdown
 from tests.one_line import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +85,10 @@ def test_a_header_says_what_is_promised() -> None:
 
 
 def test_the_documentation_is_the_catalogue() -> None:
+    for name, write in catalogue.DOCUMENTS.items():
+        document = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert document == write(document, name), f"{name}: `python -m mirai_ds.paper.catalogue --write`"
     document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert document == markdown.replaced(document, catalogue.BEGIN, catalogue.page(), catalogue.END, "recipes.md")
     assert document.count("| `mirai-e-b-80` |") == 7  # Tables 1, 2, 5, 9, 10, 13 and Fig. 4
     assert document.index("### Beyond the paper") < document.index("| `mirai-e-below` |")
 
