@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mirai_ds.cli.main import main
 from mirai_ds.config import load, recipe_names, recipe_text
 from mirai_ds.config.load import TWIN
-from mirai_ds.paper import catalogue
+from mirai_ds.paper import catalogue, pages
 from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.published import published
 from tests.one_line import one_line
@@ -64,13 +64,13 @@ def test_names_are_unique_and_today_s_still_there() -> None:
 
 
 def test_headers_are_made_from_the_paper_s_data() -> None:
-    """`python -m mirai_ds.paper.catalogue --write` makes them so."""
+    """`python -m mirai_ds.paper.pages --write` makes them so."""
     for name in PAPER:
-        assert recipe_text(name) == catalogue.with_header(recipe_text(name), catalogue.header(name)), name
+        assert recipe_text(name) == pages.with_header(recipe_text(name), pages.header(name)), name
 
 
 def test_a_header_says_what_is_promised() -> None:
-    text = catalogue.header("mirai-e-lambda-step-to-half")
+    text = pages.header("mirai-e-lambda-step-to-half")
     for part in (
         "mirai-ds train mirai-e-lambda-step-to-half", "8 A100", "1,501,200 (300 epochs of 5,004)",
         'Table 3 "step 2 -> 0.5"', "after 300 epochs, cfg 2, 50,000 images of the EMA: FID 4.80 (Table 3)",
@@ -78,16 +78,16 @@ def test_a_header_says_what_is_promised() -> None:
         "mirai-e-lambda-step-to-half@paper",
     ):  # fmt: skip
         assert part in text
-    assert "FID 5.22, IS 197.14 (Tables 1, 2, 5, 9, 10)" in catalogue.header("mirai-e-b-80")
-    assert "50,000 (9.992 epochs of 5,004)" in catalogue.header("mirai-i-block1")
-    assert "only in the picture" in catalogue.header("mirai-i-block1")
-    assert "none: the paper has no such run" in catalogue.header("mirai-e-below")
+    assert "FID 5.22, IS 197.14 (Tables 1, 2, 5, 9, 10)" in pages.header("mirai-e-b-80")
+    assert "50,000 (9.992 epochs of 5,004)" in pages.header("mirai-i-block1")
+    assert "only in the picture" in pages.header("mirai-i-block1")
+    assert "none: the paper has no such run" in pages.header("mirai-e-below")
 
 
 def test_the_documentation_is_the_catalogue() -> None:
-    for name, write in catalogue.DOCUMENTS.items():
+    for name, write in pages.DOCUMENTS.items():
         document = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        assert document == write(document, name), f"{name}: `python -m mirai_ds.paper.catalogue --write`"
+        assert document == write(document, name), f"{name}: `python -m mirai_ds.paper.pages --write`"
     document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert document.count("| `mirai-e-b-80` |") == 7  # Tables 1, 2, 5, 9, 10, 13 and Fig. 4
     assert document.index("### Beyond the paper") < document.index("| `mirai-e-below` |")
