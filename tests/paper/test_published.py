@@ -87,6 +87,7 @@ def test_runs_last_to_their_marks() -> None:
         config = load(row.recipe, () if row.whole else (row.command.split("--set ")[1],))
         steps = round(config.train.epochs * 5004)
         assert min(steps, config.train.max_steps or steps) == row.steps
+    assert {row.recipe for row in all_rows() if row.whole} == {row.recipe for row in all_rows()}
     marks = {row.steps for row in all_rows() if row.table == "fig7"}
     assert marks == {200_160, 400_320, 800_640, 1_501_200}
     assert {row.steps for row in all_rows() if row.table == "fig3"} == {50_000}
