@@ -12,6 +12,7 @@ import click
 
 from mirai_ds.cli.analyse import map_, report
 from mirai_ds.cli.bench import bench
+from mirai_ds.cli.config import config
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
 from mirai_ds.cli.evaluate import evaluate
 from mirai_ds.cli.extract import extract
@@ -160,6 +161,7 @@ def doctor(self_test: bool | None) -> None:
 
 
 main.add_command(bench)
+main.add_command(config)
 main.add_command(evaluate)
 main.add_command(extract)
 main.add_command(compare)

@@ -79,18 +79,19 @@ def _of_table(table: str) -> list[str]:
 
 @recipes.command("show")
 @click.argument("name")
-@click.option("--resolved", is_flag=True, help="With every default written out.")
+@click.option("--resolved", is_flag=True, help="Every field written out, with its meaning as a comment.")
 @mistakes_in_one_line
 def recipes_show(name: str, resolved: bool) -> None:
     """Print a recipe; copy it to a file and edit it to make your own.
 
     \b
     Example:
-      mirai-ds recipes show digits-mirai-e > mine.yaml
+      mirai-ds recipes show digits-mirai-e --resolved > mine.yaml
     """
-    from mirai_ds.config.load import TWIN, dump, load, recipe_text
+    from mirai_ds.config.load import TWIN, load, recipe_text
+    from mirai_ds.config.reference import explained
 
-    click.echo(dump(load(name)) if resolved or name.endswith(TWIN) else recipe_text(name), nl=False)
+    click.echo(explained(load(name)) if resolved or name.endswith(TWIN) else recipe_text(name), nl=False)
 
 
 @click.command(context_settings=CONTEXT)

@@ -37,12 +37,12 @@ class DataConfig(Section):
     """Where the tokens come from.  `digits` ships with scikit-learn; `npz` is a file of codes and labels; `store` is a
     token store made by `mirai-ds extract`; `package.module:function` is your own."""
 
-    source: str = "digits"
+    source: str = Field("digits", description="digits (ship with scikit-learn), npz, store, or package.module:function")
     path: str | None = Field(
         None, description="the .npz file, or the store's folder; what your own function makes of it"
     )
     held_out_fraction: float | None = Field(None, ge=0, lt=1, description="default 0.1; of a store 0")
-    split_seed: int = Field(0, ge=0)
+    split_seed: int = Field(0, ge=0, description="decides which samples are held out")
     held_out_path: str | None = Field(None, description="held-out samples of their own, e.g. a store of the val set")
     more_views: list[str] = Field([], description="store: further stores of the same images; views of all are drawn")
     images: str | None = Field(None, description="store: pixels for mirai-i, an image store or the original folder")

@@ -35,12 +35,19 @@ class EncoderConfig(Section):
     ImageNet's for every encoder; timm's own defaults (0.5 for MAE) are not used.
     """
 
-    name: str = "vit_base_patch14_dinov2"
+    name: str = Field(
+        "vit_base_patch14_dinov2",
+        description="dinov2-b, dinov2-l, dinov3-b, mae-b, mae-l, a timm ViT, or package.module:function",
+    )
     weights: str | None = Field(None, description="file with the encoder's state dict (.safetensors, .pth, .bin)")
     pretrained: bool = Field(False, description="timm's published weights, from the Hugging Face cache or the network")
     image_size: int | None = Field(None, ge=1, description="encoder input side; default patch size * token grid")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)  # YAML has lists, not tuples
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), strict=False)
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), strict=False, description="pixels' mean, subtracted; ImageNet's"
+    )  # YAML has lists, not tuples
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), strict=False, description="pixels' standard deviation, divided by; ImageNet's"
+    )
     dtype: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto", description="auto: tf32, as the authors ran it, in a run that is not fp32; a CPU computes tf32 in fp32"
     )

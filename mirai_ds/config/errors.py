@@ -172,7 +172,8 @@ def _dotted(location: Location) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's annotation names, None for a plain value."""
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
@@ -185,14 +186,14 @@ def _field(location: Location, model: type[BaseModel]) -> FieldInfo | None:
         if isinstance(part, int):
             continue
         field = current.model_fields.get(part) if current else None
-        current = _section_of(field.annotation) if field else None
+        current = section_of(field.annotation) if field else None
     return field
 
 
 def _section_fields(location: Location, model: type[BaseModel]) -> list[str]:
     """Names of the fields of the section at `location`."""
     field = _field(location, model)
-    section = model if not location else _section_of(field.annotation) if field else None
+    section = model if not location else section_of(field.annotation) if field else None
     return list(section.model_fields) if section else []
 
 
@@ -210,7 +211,7 @@ def _example(location: Location, model: type[BaseModel]) -> str:
 def _leaves(model: type[BaseModel], path: str = "") -> Iterator[str]:
     """Dotted names of all fields below `model`."""
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         yield f"{path}{name}"
         if section:
             yield from _leaves(section, f"{path}{name}.")

@@ -52,11 +52,13 @@ class LambdaSchedule(Section):
     `cosine`: from 1 at `start_epoch` to `final` at the last epoch.
     """
 
-    kind: Literal["const", "step", "cosine"] = "const"
-    at_epochs: list[float] | None = None
-    multipliers: list[float] | None = None
-    start_epoch: float = Field(0.0, ge=0)
-    final: float = Field(0.0, ge=0)
+    kind: Literal["const", "step", "cosine"] = Field(
+        "const", description="const: 1 throughout; step: multipliers; cosine: from 1 to `final`"
+    )
+    at_epochs: list[float] | None = Field(None, description="step: epochs at which the next multiplier begins")
+    multipliers: list[float] | None = Field(None, description="step: one more than at_epochs; default halved each time")
+    start_epoch: float = Field(0.0, ge=0, description="cosine: where it begins to fall")
+    final: float = Field(0.0, ge=0, description="cosine: multiplier at the last epoch")
 
     @model_validator(mode="after")
     def _check(self) -> LambdaSchedule:
@@ -96,7 +98,9 @@ class ForesightConfig(Section):
     """Alignment of hidden states with later tokens' features; fields left out are filled from `convention`."""
 
     method: str = Field("none", description="none: next tokens only; mirai-e, mirai-i, mtp or package.module:METHOD")
-    convention: Literal["official", "paper"] = "official"
+    convention: Literal["official", "paper"] = Field(
+        "official", description="official: the authors' code; paper: the text; fills the fields left out"
+    )
     num_heads: int | None = Field(
         None,
         ge=1,
@@ -118,13 +122,19 @@ class ForesightConfig(Section):
         "the authors' code",
     )
     weights: list[float] | None = Field(None, description="lambda of each head; default 2 each, of mtp 1")
-    heads_reduction: Literal["sum", "mean"] | None = None
-    head_order: Literal["official", "nearest"] | None = None
+    heads_reduction: Literal["sum", "mean"] | None = Field(
+        None, description="the loss sums over heads, or is their mean"
+    )
+    head_order: Literal["official", "nearest"] | None = Field(
+        None, description="of neighbours: the authors' (down-right blocks), or nearest first (Eq. 8)"
+    )
     offsets: list[list[int]] | None = Field(
         None, description="[down, right] of each head instead of num_heads and head_order, e.g. [[0, 1]]; at most 64"
     )
     slots: Literal["input", "predict"] | None = Field(None, description="cell n: the slot that holds, or predicts, it")
-    border: Literal["mask", "wrap", "clamp"] | None = None
+    border: Literal["mask", "wrap", "clamp"] | None = Field(
+        None, description="a neighbour beyond the grid: left out, the authors' flat shift, or the cell at the edge"
+    )
     normalizer: Literal["valid", "constant"] | None = Field(None, description="divide by valid cells, or by all")
     class_slot: bool | None = Field(None, description="mirai-e: align the class slot too; official only")
     teacher_sees_last_token: bool | None = Field(None, description="mirai-e: teacher reads x_1..x_N, not x_1..x_{N-1}")
@@ -148,7 +158,9 @@ class ForesightConfig(Section):
         None, description="transformer head: causal, as the states are; full lets slot n read later tokens"
     )
     projector_dim: int = Field(2048, ge=1, description="mlp head: hidden width")
-    teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    teacher_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: as the student is computed; fp32: the authors'"
+    )
     kernel: Literal["auto", "cuda", "cpu", "reference"] = Field(
         "auto", description="what computes the alignment loss; auto: the compiled one of the device if it can be built"
     )

@@ -83,22 +83,24 @@ SIZES: dict[str, Size] = {
 class ModelConfig(Section):
     """LlamaGen's class-conditional GPT.  `size` names a row of `SIZES`; `custom` needs dim, n_layer and n_head."""
 
-    size: str = "GPT-B"
-    dim: int | None = Field(None, ge=2)
-    n_layer: int | None = Field(None, ge=1)
-    n_head: int | None = Field(None, ge=1)
-    vocab_size: int = Field(16384, ge=2)
-    num_classes: int = Field(1000, ge=1)
+    size: str = Field("GPT-B", description="GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, GPT-7B, or custom")
+    dim: int | None = Field(None, ge=2, description="width; from `size`")
+    n_layer: int | None = Field(None, ge=1, description="number of blocks; from `size`")
+    n_head: int | None = Field(None, ge=1, description="attention heads of a block; from `size`")
+    vocab_size: int = Field(16384, ge=2, description="codes of the tokenizer")
+    num_classes: int = Field(1000, ge=1, description="classes, the unconditional one not counted")
     block_size: int = Field(256, ge=1, description="tokens of one image, a square number")
     grid_size: int | None = Field(None, ge=1, description="side of the token grid; derived from block_size")
     par_tokens: int | None = Field(None, description="PAR: tokens made at once, one a region; default: raster order")
     ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
-    norm_eps: float = Field(1e-5, gt=0)
-    rope_base: float = Field(10000.0, gt=0)
-    init_std: float = Field(0.02, ge=0)
-    token_dropout: float = Field(0.1, ge=0, lt=1)
-    resid_dropout: float = Field(0.1, ge=0, lt=1)
-    ffn_dropout: float = Field(0.1, ge=0, lt=1)
+    norm_eps: float = Field(1e-5, gt=0, description="RMSNorm's")
+    rope_base: float = Field(10000.0, gt=0, description="of the rotary positions' frequencies")
+    init_std: float = Field(
+        0.02, ge=0, description="standard deviation of initial weights; the output layer begins at 0"
+    )
+    token_dropout: float = Field(0.1, ge=0, lt=1, description="of the token embedding")
+    resid_dropout: float = Field(0.1, ge=0, lt=1, description="of the attention module's output")
+    ffn_dropout: float = Field(0.1, ge=0, lt=1, description="of the feed-forward module's output")
     class_dropout: float = Field(0.1, ge=0, le=1, description="label replaced by the unconditional id, per sample")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate of the last block; linear from 0 over depth")
 

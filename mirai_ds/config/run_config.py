@@ -19,13 +19,15 @@ Weights = Literal["raw", "ema"]
 class OptimizerConfig(Section):
     """AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's groups)."""
 
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)  # YAML has lists, not tuples
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False, description="AdamW's")  # YAML has lists, not tuples
+    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    weight_decay: float = Field(0.05, ge=0, description="of tensors with two or more dimensions")
     grad_clip: float = Field(1.0, ge=0, description="global norm; 0 turns clipping off")
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate over all steps, after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
     final_lr: float = Field(0.0, ge=0, description="cosine: learning rate at the last step")
 
     @model_validator(mode="after")
@@ -45,16 +47,20 @@ class RecomputeConfig(Section):
     policy: Literal["none", "full", "every-n", "mlp", "budget"] = Field(
         "none", description="mlp: keep attention, recompute each feed-forward half; budget: see `budget`"
     )
-    every: int = Field(2, ge=1, description="every-n: recompute blocks 0, n, 2n, ...")
+    every: int = Field(2, ge=1, description="every-n: recompute blocks 0, n, 2n and so on")
     budget: float = Field(
         0.5,
         ge=0,
         le=1,
         description="budget: share of a compiled block's activations to keep, by what is dearest",
     )
-    implementation: Literal["torch", "deepspeed"] = "torch"
-    partition_activations: bool = False
-    cpu_checkpointing: bool = False
+    implementation: Literal["torch", "deepspeed"] = Field(
+        "torch", description="whose activation checkpointing; deepspeed: its, for the two options below"
+    )
+    partition_activations: bool = Field(
+        False, description="deepspeed: share checkpoints among the ranks of a model-parallel group"
+    )
+    cpu_checkpointing: bool = Field(False, description="deepspeed: keep checkpoints in host memory")
 
     @model_validator(mode="after")
     def _check(self) -> RecomputeConfig:
@@ -72,12 +78,17 @@ class RecomputeConfig(Section):
 class TrainConfig(Section):
     """Length, batch and numerics of the run."""
 
-    epochs: float = Field(300, gt=0)
+    epochs: float = Field(300, gt=0, description="length of the run, and of the schedules")
     max_steps: int | None = Field(None, ge=1, description="stop here even if the epochs are not done")
-    global_batch_size: int = Field(256, ge=1)
+    global_batch_size: int = Field(256, ge=1, description="images a step, over all ranks and micro-batches")
     micro_batch_size: int | None = Field(None, ge=1, description="per rank; default global / world / accumulation")
-    grad_accum_steps: int | None = Field(None, ge=1)
-    precision: Literal["fp32", "bf16", "bf16-autocast"] = "bf16-autocast"
+    grad_accum_steps: int | None = Field(
+        None, ge=1, description="micro-batches a step on each rank; default as many as the batch needs"
+    )
+    precision: Literal["fp32", "bf16", "bf16-autocast"] = Field(
+        "bf16-autocast",
+        description="bf16-autocast: fp32 weights, products in bf16, as LlamaGen; bf16: bf16 weights, fp32 masters",
+    )
     recompute: RecomputeConfig = RecomputeConfig()
     compile: Literal["auto", "none", "blocks"] = Field(
         "auto", description="blocks: torch.compile of one block for all of them; auto: blocks on GPUs"
@@ -121,17 +132,17 @@ class TrainConfig(Section):
 class EmaConfig(Section):
     """fp32 average of the fp32 master weights, sharded like the optimizer state; mirai-e's teacher."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(0.9999, ge=0, lt=1, description="of the weights' average, a step")
 
 
 class CheckpointConfig(Section):
     """When to save, how, and what to keep.  A checkpoint stays when any of the `keep_` rules wants it."""
 
-    every_steps: int | None = Field(None, ge=1)
-    at_end: bool = True
+    every_steps: int | None = Field(None, ge=1, description="save at every multiple; default at the end only")
+    at_end: bool = Field(True, description="save after the last step")
     background: bool = Field(False, description="copy the state, write it while training goes on")
     on_failure: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int | None = Field(None, ge=1, description="keep those of every so many steps for good")
     keep_steps: list[int] = Field([], description="save at these steps too, and keep those for good")
     keep_best: int = Field(0, ge=0, description="keep the ones with the lowest best_metric")
@@ -155,7 +166,7 @@ class SpikeConfig(Section):
     action: Literal["off", "warn", "stop", "rollback"] = Field(
         "off", description="rollback: to the last checkpoint, and on with the batches after the spike"
     )
-    sigmas: float = Field(8.0, gt=0)
+    sigmas: float = Field(8.0, gt=0, description="how far above the median of the last steps a loss is a spike")
     window: int = Field(100, ge=10, description="steps that the loss is compared with; none is judged before")
     max_rollbacks: int = Field(3, ge=1, description="in the whole run; then it stops")
 
@@ -173,48 +184,48 @@ class GuardConfig(Section):
     stop_deadline_seconds: float | None = Field(None, gt=0, description="after a signal, for the step and the save")
     max_restarts: int = Field(3, ge=1, description="--resume if-present: starts in a row that died without progress")
     preflight: bool = Field(True, description="check disk, data, ranks, devices and clocks before the first step")
-    max_clock_skew_seconds: float = Field(60, gt=0)
+    max_clock_skew_seconds: float = Field(60, gt=0, description="between nodes, beyond which the start is refused")
 
 
 class LoggingConfig(Section):
     """Metrics leave the device only every `every_steps` steps."""
 
-    every_steps: int = Field(100, ge=1)
-    tensorboard: bool = True
-    progress: bool = True
+    every_steps: int = Field(100, ge=1, description="steps between two logged ones")
+    tensorboard: bool = Field(True, description="write TensorBoard's event files beside metrics.jsonl")
+    progress: bool = Field(True, description="show a progress line on the terminal")
 
 
 class SamplingConfig(Section):
     """Sampling of image grids: LlamaGen's rules."""
 
-    cfg_scale: float = Field(2.0, ge=0)
+    cfg_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1 and below: none")
     cfg_interval: int = Field(-1, ge=-1, description="guide decode steps 0..interval only; -1 = all")
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, description="logits are divided by it; 0: the most likely token")
     top_k: int = Field(0, ge=0, description="0 = off")
     top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
-    weights: Weights = "ema"
-    per_class: int = Field(8, ge=1)
+    weights: Weights = Field("ema", description="which weights draw")
+    per_class: int = Field(8, ge=1, description="images of each class in a grid")
     classes: int = Field(10, ge=1, description="classes shown in a grid")
-    every_steps: int | None = Field(None, ge=1)
-    at_end: bool = False
+    every_steps: int | None = Field(None, ge=1, description="draw a grid at every multiple; default never")
+    at_end: bool = Field(False, description="draw a grid after the last step")
 
 
 class LossEvalConfig(Section):
     """Held-out next-token loss during training."""
 
-    every_steps: int | None = Field(None, ge=1)
-    at_end: bool = True
-    batch_size: int = Field(64, ge=1)
-    max_samples: int | None = Field(None, ge=1)
-    weights: list[Weights] = Field(["raw", "ema"])
+    every_steps: int | None = Field(None, ge=1, description="measure at every multiple; default at the end only")
+    at_end: bool = Field(True, description="measure after the last step")
+    batch_size: int = Field(64, ge=1, description="images a rank evaluates at once")
+    max_samples: int | None = Field(None, ge=1, description="held-out images at most; default all")
+    weights: list[Weights] = Field(["raw", "ema"], description="which weights are measured")
 
 
 class FidConfig(Section):
     """During training, images from the weights (by `sampling`'s rules) are compared with real ones."""
 
-    every_epochs: float | None = Field(None, gt=0)
-    at_end: bool = False
-    num_samples: int = Field(5000, ge=2)
+    every_epochs: float | None = Field(None, gt=0, description="measure every so many epochs; default never")
+    at_end: bool = Field(False, description="measure after the last step")
+    num_samples: int = Field(5000, ge=2, description="images drawn for a measurement")
     features: str = Field(
         "inception", pattern=r"^(inception|timm:.+)$", description="what judges: inception, timm:NAME"
     )
@@ -222,9 +233,9 @@ class FidConfig(Section):
     reference: str | None = Field(None, description="an .npz or folder of real images; default the training images")
     reference_images: int = Field(10000, ge=2, description="without a reference: training images, evenly chosen")
     metrics: list[Literal["fid", "sfid", "is", "pr"]] | None = Field(None, description="default all that apply")
-    policy: Literal["random", "balanced"] = "random"
-    weights: Weights = "ema"
-    seed: int = Field(0, ge=0, lt=2**31)
+    policy: Literal["random", "balanced"] = Field("random", description="labels drawn: random, or each class as often")
+    weights: Weights = Field("ema", description="which weights draw")
+    seed: int = Field(0, ge=0, lt=2**31, description="of labels and draws, the same at every measurement")
 
     @property
     def active(self) -> bool:
@@ -242,8 +253,8 @@ class FidConfig(Section):
 class ClassifierConfig(Section):
     """At the end, let a classifier trained on real training images judge generated ones (small images only)."""
 
-    enabled: bool = False
-    per_class: int = Field(50, ge=1)
+    enabled: bool = Field(False, description="train a small classifier on real images, and let it judge generated ones")
+    per_class: int = Field(50, ge=1, description="images drawn of each class")
 
 
 class EvalConfig(Section):
@@ -257,7 +268,7 @@ class EvalConfig(Section):
 class LaunchConfig(Section):
     """How `mirai-ds train` starts ranks on this machine: one a GPU, or `cpu_ranks` without any."""
 
-    cpu_ranks: int = Field(1, ge=1)
+    cpu_ranks: int = Field(1, ge=1, description="ranks that `mirai-ds train` starts where there is no GPU")
     timeout_minutes: float = Field(30, gt=0, description="of a collective; a dead rank is noticed after this")
 
 
@@ -267,9 +278,13 @@ HOOK_NAMES = ("log", "spike", "eval-loss", "sample", "eval-fid", "checkpoint", "
 class RunConfig(Section):
     """Everything a run needs to be repeated."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0, lt=2**31)
-    output_dir: str = "runs"
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name, and its folder's below output_dir"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="of everything random: weights, order and views of the data, dropout"
+    )
+    output_dir: str = Field("runs", description="folder of run folders")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     foresight: ForesightConfig = ForesightConfig()
@@ -285,7 +300,9 @@ class RunConfig(Section):
     hooks: list[str] = Field(
         list(HOOK_NAMES), description="what runs around a step, in this order; `package.module:Class` is your own"
     )
-    deepspeed: str | dict[str, Any] = "zero2"
+    deepspeed: str | dict[str, Any] = Field(
+        "zero2", description="a DeepSpeed file, the name of a shipped one, or its content as a section"
+    )
     _deepspeed_file: dict[str, Any] | None = PrivateAttr(None)
 
     @property
