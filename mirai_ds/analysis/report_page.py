@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_ds.analysis import figures
-from mirai_ds.analysis.inspect_run import RunReport, inspect_run, last_values
+from mirai_ds.analysis.inspect_run import RunReport, inspect_run, last_values, lowest_values
 from mirai_ds.config import UserError, load, recipe_names
 from mirai_ds.config.errors import shown
 from mirai_ds.config.load import TWIN
@@ -119,9 +119,11 @@ def _scores(named: Sequence[Named]) -> dict[str, list[Any]]:
         ]
         if recipe and printed:
             notes += [f"{name} is not the paper's run: {one}" for one in _departures(report, recipe)[:MOST_DEPARTURES]]
+        lowest = lowest_values(report.curve)
         for metric, (step, value) in sorted(last_values(report.curve).items()):
             if metric.startswith(("held_out/", "score/", "quality/")):
-                last.append((name, metric, value, step))
+                low_step, low = lowest.get(metric, (None, None))
+                last.append((name, metric, value, step, low, low_step))
     told = [metric for metric in METRICS if any(metric in values for _, _, values, _ in scores)]
     rows = [(run, title, *(values.get(m, "") for m in told), about) for run, title, values, about in scores]
     return {"metrics": [METRICS[m] for m in told], "scores": rows, "score_notes": notes, "last_values": last}

@@ -201,8 +201,10 @@ class SamplingConfig(Section):
     cfg_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1 and below: none")
     cfg_interval: int = Field(-1, ge=-1, description="guide decode steps 0..interval only; -1 = all")
     temperature: float = Field(1.0, ge=0, description="logits are divided by it; 0: the most likely token")
-    top_k: int = Field(0, ge=0, description="0 = off")
-    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    top_k: int = Field(0, ge=0, description="draw among the k most likely tokens; 0 = off")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw among the likeliest tokens of this much probability; 1 = off"
+    )
     weights: Weights = Field("ema", description="which weights draw")
     per_class: int = Field(8, ge=1, description="images of each class in a grid")
     classes: int = Field(10, ge=1, description="classes shown in a grid")
@@ -218,6 +220,9 @@ class LossEvalConfig(Section):
     batch_size: int = Field(64, ge=1, description="images a rank evaluates at once")
     max_samples: int | None = Field(None, ge=1, description="held-out images at most; default all")
     weights: list[Weights] = Field(["raw", "ema"], description="which weights are measured")
+    patience: int | None = Field(
+        None, ge=1, description="finish early after so many measurements in a row above the lowest; default never"
+    )
 
 
 class FidConfig(Section):

@@ -45,6 +45,7 @@ class Session:
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     beat: Callable[[str], None] = lambda phase: None  # tells the watchdog what this rank is about to do
     ended: tuple[Verdict, str] | None = None  # set by a hook: leave the loop
+    early_end: int | None = None  # set by a hook: the run is finished after this step
     hook_seconds: float = 0.0  # spent by hooks since the last log, so that throughput is the step's alone
 
     def __post_init__(self) -> None:
@@ -68,7 +69,8 @@ class Session:
     @property
     def total_steps(self) -> int:
         """The step after which the run is finished."""
-        return total_steps(self.config.train, self.order.steps_per_epoch)
+        whole = total_steps(self.config.train, self.order.steps_per_epoch)
+        return whole if self.early_end is None else min(whole, self.early_end)
 
     @property
     def is_main(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -101,6 +102,10 @@ class ReportHook(Hook):
             out[name] = {
                 "first": first.get(name), "first_step": first.get("step"), "last": last_values(records, name),
             }  # fmt: skip
+            finite = [r for r in having if r[name] is not None and math.isfinite(r[name])]
+            if name.startswith("held_out/") and finite:
+                lowest = min(finite, key=lambda r: r[name])
+                out[name] |= {"lowest": lowest[name], "lowest_step": lowest["step"]}
         speeds = [r["speed/images_per_s"] for r in records if "speed/images_per_s" in r]
         out["images_per_s_median"] = float(np.median(speeds)) if speeds else None
         if score is not None:
@@ -128,6 +133,8 @@ def print_table(report: dict[str, Any], run: Path) -> None:
         if entry["last"] is not None:
             began = "" if entry["first"] is None else f"{entry['first']:.4f} (step {entry['first_step']})"
             table.add_row(label, began, f"{entry['last']:.4f}")
+            if entry.get("lowest", entry["last"]) < entry["last"]:
+                table.add_row("    lowest", f"(step {entry['lowest_step']})", f"{entry['lowest']:.4f}")
     if "accuracy" in report:
         accuracy = report["accuracy"]
         table.add_row("recognised digits: real held out", "", f"{accuracy['real']:.3f}")
