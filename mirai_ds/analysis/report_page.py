@@ -12,7 +12,7 @@ from mirai_ds.analysis import figures
 from mirai_ds.analysis.inspect_run import RunReport, inspect_run, last_values, lowest_values
 from mirai_ds.config import UserError, load, recipe_names
 from mirai_ds.config.errors import shown
-from mirai_ds.config.load import TWIN
+from mirai_ds.config.load import TWINS
 from mirai_ds.paper.catalogue import numbers_at_marks, paper_recipes
 from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.evaluations import Evaluation, protocol_differences, read_evaluations
@@ -142,7 +142,7 @@ def _about(one: Evaluation) -> dict[str, str]:
 
 def recipe_of(name: str) -> str | None:
     """The shipped recipe that a run's name is of, a twin's too; None for another name."""
-    for recipe in (name, name.removesuffix("-paper")):
+    for recipe in (name, *(name.removesuffix(f"-{twin[1:]}") for twin in TWINS)):
         if recipe in recipe_names():
             return recipe
     return None
@@ -152,7 +152,7 @@ def _departures(report: RunReport, recipe: str) -> list[str]:
     """Settings in which a run differs from the recipe whose numbers stand beside it."""
     if report.config is None:
         return ["its configuration cannot be read whole"]
-    theirs = load(recipe + TWIN if report.name != recipe else recipe)
+    theirs = load(recipe + report.name.removeprefix(recipe).replace("-", "@", 1))
     epochs = report.config.train.epochs
     return differences(comparable_config(report.config, epochs), comparable_config(theirs, epochs))
 

@@ -34,7 +34,7 @@ def recipes(context: click.Context, table: str | None) -> None:
 @TABLE
 @mistakes_in_one_line
 def recipes_list(table: str | None) -> None:
-    """Names, methods, sizes and tables; NAME@paper is a recipe's twin in the paper's convention.
+    """Names, methods, sizes and tables; NAME@paper and NAME@text are a recipe's twins in the paper's convention.
 
     \b
     Example:
@@ -88,10 +88,10 @@ def recipes_show(name: str, resolved: bool) -> None:
     Example:
       mirai-ds recipes show digits-mirai-e --resolved > mine.yaml
     """
-    from mirai_ds.config.load import TWIN, load, recipe_text
+    from mirai_ds.config.load import TWINS, load, recipe_text
     from mirai_ds.config.reference import explained
 
-    click.echo(explained(load(name)) if resolved or name.endswith(TWIN) else recipe_text(name), nl=False)
+    click.echo(explained(load(name)) if resolved or name.endswith(TWINS) else recipe_text(name), nl=False)
 
 
 @click.command(context_settings=CONTEXT)

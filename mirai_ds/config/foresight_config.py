@@ -129,11 +129,14 @@ class ForesightConfig(Section):
         None, description="of neighbours: the authors' (down-right blocks), or nearest first (Eq. 8)"
     )
     offsets: list[list[int]] | None = Field(
-        None, description="[down, right] of each head instead of num_heads and head_order, e.g. [[0, 1]]; at most 64"
+        None,
+        description="[down, right] of each head instead of num_heads and head_order, as [[0, 1], [1, -1]]; at most 64",
     )
     slots: Literal["input", "predict"] | None = Field(None, description="cell n: the slot that holds, or predicts, it")
-    border: Literal["mask", "wrap", "clamp"] | None = Field(
-        None, description="a neighbour beyond the grid: left out, the authors' flat shift, or the cell at the edge"
+    border: Literal["mask", "wrap", "clamp", "nearest"] | None = Field(
+        None,
+        description="a neighbour beyond the grid: left out, the authors' flat shift, the cell at the edge; nearest: K "
+        "nearest later cells of each cell, Eq. 8 to the letter",
     )
     normalizer: Literal["valid", "constant"] | None = Field(None, description="divide by valid cells, or by all")
     class_slot: bool | None = Field(None, description="mirai-e: align the class slot too; official only")
@@ -237,6 +240,8 @@ class ForesightConfig(Section):
         fill["num_heads"] = 1 if self.teacher == "encoder" else 3
         if self.offsets is not None:
             fill |= {"num_heads": len(self.offsets) + self.predicts_tokens, "head_order": None}
+        if self.border == "nearest":
+            fill["head_order"] = "nearest"
         fill["warmup_epochs"] = 15.0 if self.follows_average else 0.0
         fill["class_slot"] = self.teacher == "gpt" and self.convention == "official"
         fill["head"] = "transformer" if self.predicts_tokens else "mlp"
@@ -265,8 +270,9 @@ class ForesightConfig(Section):
         if not 1 <= len(given) <= MAX_OFFSETS:
             raise ConfigError(name, given, f"must have 1 to {MAX_OFFSETS} entries [down, right], one a head")
         for i, offset in enumerate(given):
-            if len(offset) != 2 or min(offset) < 0:
-                raise ConfigError(f"{name}[{i}]", offset, "must be [down, right], two numbers of at least 0")
+            if len(offset) != 2 or offset[0] < 0 or (offset[0] == 0 and offset[1] < 0):
+                problem = "must be [down, right] of a later token: down at least 0, and right too in the same row"
+                raise ConfigError(f"{name}[{i}]", offset, problem)
             if offset in given[:i]:
                 raise ConfigError(f"{name}[{i}]", offset, "given twice; remove one")
         if self.layout == "1d":
@@ -300,6 +306,9 @@ class ForesightConfig(Section):
             raise ConfigError("foresight.class_slot", True, "with slots: predict slot 0 is the first cell; use false")
         if self.flat_stride is not None and (self.border != "wrap" or self.layout == "1d"):
             raise ConfigError("foresight.flat_stride", self.flat_stride, "needs layout: 2d and border: wrap; remove it")
+        if self.border == "nearest" and (self.layout != "2d" or self.offsets or self.head_order != "nearest"):
+            problem = "finds and orders neighbours itself: needs layout: 2d, and no offsets or head_order"
+            raise ConfigError("foresight.border", "nearest", problem)
         if self.teacher == "gpt" and self.encoder is not None:
             problem = "is for method: mirai-i (mirai-e's teacher is the EMA); remove it"
             raise ConfigError("foresight.encoder", self.encoder.name, problem)
@@ -352,7 +361,7 @@ class ForesightConfig(Section):
             problem = f"in {why} no target is decoded already; set it to false"
             raise ConfigError("foresight.mask_decoded_targets", True, problem)
         for i, offset in enumerate(self.offsets or []):
-            if max(offset) >= model.grid:
+            if max(map(abs, offset)) >= model.grid:
                 problem = f"leaves the {model.grid}x{model.grid} grid from every cell; use at most {model.grid - 1}"
                 raise ConfigError(f"foresight.offsets[{i}]", offset, problem)
         if self.head == "transformer" and model.width % HEAD_ATTENTION_HEADS:

@@ -1,7 +1,7 @@
 """Recipes: YAML files, `base:` inheritance, dotted overrides, and the resolved form that is stored with a run.
 
-`NAME@paper` is recipe NAME in the paper's convention, at the same total weight: a sum over K heads becomes a mean, so
-each lambda is taken K times.
+`NAME@text` is recipe NAME in the paper's convention as the text writes it (Eq. 10-11): the mean over K heads, with the
+recipe's lambda.  `NAME@paper` is the same at the total weight of the sum: each lambda is taken K times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _KINDS = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
-TWIN = "@paper"
+TWIN, TEXT = "@paper", "@text"
+TWINS = (TWIN, TEXT)
 _LISTED = "`mirai-ds recipes list` names those that ship, e.g. digits-baseline"
 
 
@@ -104,8 +105,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """The raw mapping of a recipe with its `base:` recipes merged below it."""
-    if source.endswith(TWIN):
-        return _twin(source.removesuffix(TWIN), beside, seen)
+    for suffix in TWINS:
+        if source.endswith(suffix):
+            return _twin(source.removesuffix(suffix), suffix, beside, seen)
     try:
         text, label, folder = _read_source(source, beside)
     except UserError as error:
@@ -127,16 +129,16 @@ def read_recipe(source: str, beside: Path | None = None, seen: tuple[str, ...] =
     return merge(read_recipe(base, folder, (*seen, identity)), data)
 
 
-def _twin(source: str, beside: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
-    """Recipe `source` in the paper's convention, with the total weight that it has in its own."""
+def _twin(source: str, suffix: str, beside: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
+    """Recipe `source` in the paper's convention: of `@paper` with the total weight that it has in its own."""
     data = read_recipe(source, beside, seen)
     ours = build(data, source)
     if ours.foresight.method == "none" or ours.foresight.convention == "paper":
         reason = "foresight.method is none" if ours.foresight.method == "none" else "it is in the paper's convention"
-        raise UserError(f"{source}{TWIN}: there is no such twin, because {reason}; use {source}")
-    data = merge(data, {"name": f"{ours.name}-paper", "foresight": {"convention": "paper"}})
-    theirs = build(data, source + TWIN)
-    if (ours.foresight.heads_reduction, theirs.foresight.heads_reduction) == ("sum", "mean"):
+        raise UserError(f"{source}{suffix}: there is no such twin, because {reason}; use {source}")
+    data = merge(data, {"name": f"{ours.name}-{suffix[1:]}", "foresight": {"convention": "paper"}})
+    theirs = build(data, source + suffix)
+    if suffix == TWIN and (ours.foresight.heads_reduction, theirs.foresight.heads_reduction) == ("sum", "mean"):
         weights = [weight * ours.foresight.heads for weight in ours.foresight.weights or []]
         data = merge(data, {"foresight": {"weights": weights}})
     return data

@@ -5,7 +5,11 @@ A layout is an entry of `LAYOUTS`, or an object of the user's own that the confi
 
 from __future__ import annotations
 
+import heapq
+from functools import lru_cache, partial
+
 from mirai_ds.config import ConfigError, ForesightConfig
+from mirai_ds.config.foresight_config import MAX_HEADS
 from mirai_ds.config.own import import_own
 from mirai_ds.model.order import CellOrder
 
@@ -17,6 +21,35 @@ OFFICIAL_OFFSETS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 
 NEAREST_OFFSETS = tuple(sorted(OFFICIAL_OFFSETS, key=lambda o: (o[0] ** 2 + o[1] ** 2, *o)))
 
 
+def _nearness(down: int, right: int) -> tuple[int, int, int]:
+    """What Eq. 8 sorts by, the squared distance; ties, which it leaves open: the upper cell, then the right one."""
+    return down**2 + right**2, down, -right
+
+
+# Later cells in raster order, nearest first, where no edge is near: the fifth lies down-left, as near as the fourth.
+LATER_OFFSETS = tuple(
+    sorted(
+        ((down, right) for down in range(4) for right in range(-3, 4) if down or right >= 0),
+        key=lambda o: _nearness(*o),
+    )[: MAX_HEADS + 1]
+)
+
+
+@lru_cache(maxsize=4)
+def nearest_later(cells: tuple[int, ...], count: int) -> list[list[int]]:
+    """Of each token of a sequence the numbers of the `count` nearest tokens on the grid that are not earlier, itself
+    first; fewer at the end.  cells: raster number of each token's cell on a square grid."""
+    side = round(len(cells) ** 0.5)
+    places = [divmod(cell, side) for cell in cells]
+
+    def nearness(token: int, other: int) -> tuple[int, int, int]:
+        return _nearness(places[other][0] - places[token][0], places[other][1] - places[token][1])
+
+    return [
+        heapq.nsmallest(count, range(token, len(cells)), key=partial(nearness, token)) for token in range(len(cells))
+    ]
+
+
 class NeighbourLayout:
     """Neighbours on the grid (`2d`), and the base of others."""
 
@@ -25,6 +58,8 @@ class NeighbourLayout:
         which needs no head."""
         if config.offsets is not None:
             return [(down, right) for down, right in config.offsets]
+        if config.border == "nearest":  # of cells far from the edges
+            return list(LATER_OFFSETS[config.first_neighbour : config.first_neighbour + config.heads])
         order = OFFICIAL_OFFSETS if config.head_order == "official" else NEAREST_OFFSETS
         return list(order[config.first_neighbour : config.first_neighbour + config.heads])
 
@@ -32,6 +67,10 @@ class NeighbourLayout:
         """Number in the sequence of the token that a head with `offset` looks at from the `token`-th; None: there is
         none.  It may lie beyond the last token."""
         cells = len(order.cell)
+        if config.border == "nearest":
+            rank = self.offsets(config).index(offset) + config.first_neighbour
+            later = nearest_later(tuple(order.cell), MAX_HEADS + 1)[token]
+            return later[rank] if rank < len(later) else None
         cell = target_cell(order.cell[token], offset, round(cells**0.5), config)
         return order.number[cell] if cell >= 0 else None
 
@@ -70,5 +109,5 @@ def target_cell(cell: int, offset: Offset, grid: int, config: ForesightConfig) -
         return shifted if shifted < grid * grid else -1
     row, column = cell // grid + down, cell % grid + right
     if config.border == "clamp":
-        row, column = min(row, grid - 1), min(column, grid - 1)
-    return row * grid + column if row < grid and column < grid else -1
+        row, column = min(row, grid - 1), min(max(column, 0), grid - 1)
+    return row * grid + column if row < grid and 0 <= column < grid else -1

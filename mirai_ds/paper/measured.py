@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mirai_ds.config import RunConfig, UserError, load
-from mirai_ds.config.load import TWIN
+from mirai_ds.config.load import TWINS
 from mirai_ds.paper.catalogue import TableRow, length_text, rows_of
 from mirai_ds.paper.comparable import comparable_config, differences
 from mirai_ds.paper.evaluations import Evaluation, last_step, protocol_differences, read_evaluations
@@ -23,14 +23,14 @@ class MeasuredRow:
 
     row: TableRow
     config: RunConfig
-    convention: str  # `official`, `paper`, or nothing for a baseline
+    twin: str = ""  # which of the recipe's twins: `@paper`, `@text`, or neither
     good: dict[Path, list[Evaluation]] = field(default_factory=dict)  # by run
     other: int = 0  # evaluations by another protocol
 
     @property
     def recipe(self) -> str:
-        """The recipe's name, the twin's of the paper's convention."""
-        return self.row.recipe + (TWIN if self.convention == "paper" else "")
+        """The name of the recipe, or of its twin."""
+        return self.row.recipe + self.twin
 
     @property
     def status(self) -> str:
@@ -71,20 +71,25 @@ def measure(table: str, runs: list[Path]) -> MeasuredTable:
     if runs and any(row.published.flops for row in rows_of(key)):
         raise UserError(f"{table_title(key)} holds no scores, so runs cannot be put beside it; give none")
     configs = [(row, load(row.recipe)) for row in rows_of(key)]
-    rows = [MeasuredRow(row, c, c.foresight.convention if c.foresight.active else "") for row, c in configs]
-    twins = {id(row): MeasuredRow(row, load(row.recipe + TWIN), "paper") for row, c in configs if c.foresight.active}
+    rows = [MeasuredRow(row, c) for row, c in configs]
+    twins = {id(row): _twins(row) if c.foresight.active else [] for row, c in configs}
     notes: list[str] = []
     seen: dict[str, Path] = {}
     for run in dict.fromkeys(path.resolve() for path in runs):
-        notes += _place(run, [*rows, *twins.values()], seen)
+        notes += _place(run, [*rows, *(m for some in twins.values() for m in some)], seen)
     shown = []
     for m in rows:
-        twin = twins.get(id(m.row))
-        shown += [m] if twin is None or twin.status == "missing" else [m, twin]
+        shown += [m, *(twin for twin in twins[id(m.row)] if twin.status != "missing")]
     missing = [f'"{m.row.row}" ({length_text(m.row.steps)})' for m in shown if m.status == "missing"]
     if missing and runs:
         notes.append(f"missing: {', '.join(missing)}")
     return MeasuredTable(key, shown, notes)
+
+
+def _twins(row: TableRow) -> list[MeasuredRow]:
+    """A row's recipe in the paper's convention; of one head the two twins are one run."""
+    first, second = (MeasuredRow(row, load(row.recipe + twin), twin) for twin in TWINS)
+    return [first] if first.config.foresight.weights == second.config.foresight.weights else [first, second]
 
 
 def _place(run: Path, rows: list[MeasuredRow], seen: dict[str, Path]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mirai_ds.config.load import TWIN, load, read_recipe, recipe_text
+from mirai_ds.config.load import TEXT, TWIN, load, read_recipe, recipe_text
 from mirai_ds.paper import budget
 from mirai_ds.paper.catalogue import (
     Numbers,
@@ -81,7 +81,7 @@ def _twin_text(name: str) -> str:
     each = " each" if ours.heads > 1 else ""
     return (
         f"{name}{TWIN}, the text's convention: a mean over heads, so lambda {(theirs.weights or [0])[0]:g}{each} for "
-        f"the same total, {sum(ours.weights or []):g}"
+        f"the same total, {sum(ours.weights or []):g}" + (f"; {name}{TEXT} with lambda as it is" if each else "")
     )
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from mirai_ds.config import ConfigError, ForesightConfig, ModelConfig
-from mirai_ds.foresight import index_table, offsets, slot_counts
+from mirai_ds.foresight import decoded_targets, index_table, offsets, slot_counts
 
 SHIFTS = (0, 1, 16, 17, 2, 18, 34, 33, 32)  # the authors' code, by head, on their 16 grid
 EVIDENT = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0))  # the same as (down, right)
@@ -305,3 +306,61 @@ def test_any_choice_equals_brute_force(case: dict[str, Any], grid: int) -> None:
     assert slot_counts(config, table).tolist() == [
         float(sum(1 for _, head in wanted if head == k)) for k in range(case["num_heads"])
     ]
+
+
+# --- down-left neighbours, and Eq. 8 to the letter --------------------------------------------------------------------
+
+# (border) -> targets of the offset [1, -1] on a 4x4 grid, one patch a cell.
+DOWN_LEFT = {
+    "mask": [-1, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14, -1, -1, -1, -1],
+    "wrap": [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, -1, -1, -1],  # the authors' flat shift, by 3
+    "clamp": [4, 4, 5, 6, 8, 8, 9, 10, 12, 12, 13, 14, 12, 12, 13, 14],
+}
+
+
+@pytest.mark.parametrize("border", DOWN_LEFT)
+def test_a_later_cell_to_the_left(border: str) -> None:
+    table = index_table(custom("mirai-i", "paper", [[0, 0], [1, -1]], border=border), 4)
+    assert table[:, 0].tolist() == list(range(16))
+    assert table[:, 1].tolist() == DOWN_LEFT[border]
+
+
+@pytest.mark.parametrize("grid", [4, 5, 8])
+@pytest.mark.parametrize("heads", [1, 3, 4, 9])
+def test_the_nearest_later_cells_of_each_cell(grid: int, heads: int) -> None:
+    """Eq. 8 to the letter: no cell that is later lies nearer than one that a head looks at; no cell is taken twice."""
+    table = index_table(paper("mirai-i", heads, border="nearest"), grid)
+    for cell in range(grid * grid):
+        taken = [row for row in table[cell].tolist() if row >= 0]
+        assert taken[0] == cell
+        assert len(set(taken)) == len(taken) == min(heads, grid * grid - cell)
+        apart = [math.dist(divmod(row, grid), divmod(cell, grid)) for row in taken]
+        assert apart == sorted(math.dist(divmod(row, grid), divmod(cell, grid)) for row in range(cell, grid**2))[:heads]
+
+
+def test_the_nearest_later_cells_by_value() -> None:
+    """At the right edge the cell below comes second, and down-left third; ties go to the upper cell, then the right."""
+    table = index_table(paper("mirai-i", 4, border="nearest"), 4)
+    assert table[5].tolist() == [5, 6, 9, 10]
+    assert table[7].tolist() == [7, 11, 10, 15]  # down, down-left, then two down
+    assert table[13].tolist() == [13, 14, 15, -1]
+    assert table[15].tolist() == [15, -1, -1, -1]
+    assert offsets(paper("mirai-i", 9, border="nearest")) == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (1, 2), (1, -2)
+    ]  # fmt: skip
+    teacher = index_table(paper("mirai-e", 3, border="nearest"), 4)
+    assert teacher.tolist() == [[row + 1 if row >= 0 else -1 for row in rows[:3]] for rows in table.tolist()]
+
+
+def test_the_nearest_later_cells_in_regions() -> None:
+    """PAR reads four cells at once, one a region: what is later follows its order, and nothing is decoded already."""
+    config = paper("mirai-i", 3, border="nearest")
+    assert decoded_targets(config, 4, par_tokens=4) == [(0, count) for _, count in decoded_targets(config, 4, 4)]
+    table = index_table(config, 4, par_tokens=4)
+    assert table[0].tolist() == [0, 1, 4]  # the first cell: right and below are read later
+
+
+def test_what_nearest_does_not_go_with() -> None:
+    for changes in ({"layout": "1d"}, {"offsets": [[0, 1]], "num_heads": None}, {"head_order": "official"}):
+        with pytest.raises(ValidationError, match="finds and orders neighbours itself"):
+            paper("mirai-i", 3, **{"border": "nearest", **changes})

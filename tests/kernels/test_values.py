@@ -61,7 +61,7 @@ def test_every_number_of_heads(device: str, heads: int, batch: int, slots: int, 
 
 
 @pytest.mark.parametrize("grid", [4, 7, 16, 24])
-@pytest.mark.parametrize("border", ["mask", "wrap", "clamp"])
+@pytest.mark.parametrize("border", ["mask", "wrap", "clamp", "nearest"])
 @pytest.mark.parametrize("method", ["mirai-e", "mirai-i"])
 @pytest.mark.parametrize("normalizer", ["valid", "constant"])
 def test_every_border_rule(device: str, grid: int, border: str, method: str, normalizer: str) -> None:

@@ -218,6 +218,15 @@ def test_a_twin_has_a_row_of_its_own(tmp_path: Path) -> None:
     assert row(table, "mirai-e-b-80").status == "missing"
 
 
+def test_the_text_s_twin_has_one_too(tmp_path: Path) -> None:
+    """With several heads; of one head `@text` is `@paper`, and the run is shown once."""
+    table = measure("9", [make_run(tmp_path, "mirai-e-b-80@text", scores(5.6))])
+    assert [m.recipe for m in table.rows][3:5] == ["mirai-e-b-80", "mirai-e-b-80@text"]
+    assert row(table, "mirai-e-b-80@text").values("fid") == [5.6]
+    one = measure("9", [make_run(tmp_path, "mirai-i-b-80@text", scores(4.8), name="one")])
+    assert [m.recipe for m in one.rows if m.good] == ["mirai-i-b-80@paper"]
+
+
 def test_unreadable_scores_are_said(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mtp-1d-k3", scores(7.0), scores(7.0))
     (run / "evaluations" / "0.json").write_text("{")

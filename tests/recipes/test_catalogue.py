@@ -124,6 +124,17 @@ def test_a_twin_is_the_text_at_the_same_total_weight(name: str) -> None:
         assert getattr(twin.foresight, field) == getattr(ours.foresight, field)
 
 
+@pytest.mark.parametrize("name", ["mirai-e-b-80", "mirai-e-k9", "mirai-i-b", "mtp-2d-k3"])
+def test_the_text_as_written(name: str) -> None:
+    """Eq. 10 and 11: the mean over heads with the recipe's own lambda; all else as in the other twin."""
+    ours, text, twin = load(name), load(f"{name}@text"), load(name + TWIN)
+    assert text.name == f"{name}-text"
+    assert (text.foresight.heads_reduction, text.foresight.weights) == ("mean", ours.foresight.weights)
+    same = text.model_copy(update={"name": twin.name})
+    same.foresight.__dict__["weights"] = twin.foresight.weights
+    assert same == twin
+
+
 def test_twins_of_files_and_bases(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: mirai-e-b-80\nname: mine\nforesight: {weights: [1, 2, 3]}\n")
     assert load(f"{tmp_path}/mine.yaml@paper").foresight.weights == [3.0, 6.0, 9.0]

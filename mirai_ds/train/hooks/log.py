@@ -121,7 +121,10 @@ class LogHook(Hook):
         values: dict[str, float] = {"loss/total": means["loss"][0], "loss/ntp": means["ntp"][0]}
         foresight = session.config.foresight
         weights = foresight.weights or []
-        heads = [f"head{k + 1}_down{down}_right{right}" for k, (down, right) in enumerate(offsets(foresight))]
+        heads = [
+            f"head{k + 1}_down{down}_{'left' if right < 0 else 'right'}{abs(right)}"
+            for k, (down, right) in enumerate(offsets(foresight))
+        ]
         if record.aligned:
             values["loss/alignment"] = means["alignment"][0]
             method = method_of(foresight)
