@@ -1,4 +1,4 @@
-"""The command line in processes forked from one that has imported everything: imports are most of a short run's time.
+"""The command line in processes forked from a warm one (`tests/warm.py`): imports are most of a short run's time.
 
 All is as from a shell but for two things: modules are there before the first line, and in the place of DeepSpeed's
 launcher this process forks the ranks, with the variables that it would set.  The launcher itself, and what a start
@@ -7,7 +7,6 @@ imports, have tests of their own (`tests/fault/test_early_deaths.py`, `tests/eng
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import runpy
 import signal
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.fault.faulty_ranks import PRELOAD
+from tests.warm import warm_context
 
 
 class Done(NamedTuple):
@@ -34,8 +33,7 @@ def warm_mirai_ds(
 ) -> Done:
     """`mirai-ds ARGUMENTS`.  env: added to this process's; cwd: the folder it is given in.  Raises TimeoutExpired."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = warm_context()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
         process = context.Process(
