@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,14 +34,9 @@ def warm_mirai_ds(
     *arguments: str, timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Done:
     """`mirai-ds ARGUMENTS`.  env: added to this process's; cwd: the folder it is given in.  Raises TimeoutExpired."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    context = warm_context()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        process = context.Process(
-            target=_command, args=(arguments, {**clean, **(env or {})}, str(cwd or Path.cwd()), [*map(str, files)])
-        )
-        process.start()
+        process = start_mirai_ds(arguments, files, env, cwd)
         process.join(timeout)
         with suppress(ProcessLookupError):  # ranks that outlive the command would be orphans
             assert process.pid is not None
@@ -50,6 +47,17 @@ def warm_mirai_ds(
             raise subprocess.TimeoutExpired(["mirai-ds", *arguments], timeout, out, err)
         assert process.exitcode is not None
         return Done(process.exitcode, out, err)
+
+
+def start_mirai_ds(
+    arguments: Sequence[str], files: list[Path], env: dict[str, str] | None = None, cwd: Path | None = None
+) -> ForkServerProcess:
+    """The same, begun; what it says goes to two files."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    given = (tuple(arguments), {**clean, **(env or {})}, str(cwd or Path.cwd()), [*map(str, files)])
+    process = warm_context().Process(target=_command, args=given)
+    process.start()
+    return process
 
 
 def _command(arguments: tuple[str, ...], env: dict[str, str], cwd: str, files: list[str]) -> None:

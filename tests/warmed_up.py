@@ -14,7 +14,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # a GPU that was looked at could not be us
 MODULES = [
     "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.__main__", "mirai_ds.train.hooks.registry",
     "mirai_ds.train.preflight", "sklearn.datasets", "torch.utils.tensorboard", "matplotlib.pyplot", "torchvision",
-    "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",  # the last brings torch's compiler along
+    "torch._dynamo", "timm", "deepspeed.runtime.zero.muon.muon_optimizer",  # the last brings torch's compiler along
     "mirai_ds.cli.main", "tests.fault.faulty_ranks", "tests.rank_pool", "tests.warm_start",
 ]  # fmt: skip
 for name in MODULES:

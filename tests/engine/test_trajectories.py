@@ -70,8 +70,12 @@ def test_recompute_and_accumulation(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_recompute_replays_dropout_bit_for_bit(ranks: Any, stage: int) -> None:
-    kept, replayed = (ranks[2].run(cases.losses_case, "mirai-e", stage, 1, p)[0] for p in ({}, {"policy": "full"}))
-    assert kept == replayed
+    """Whole blocks, and their second halves.  Six steps: another mask would be seen in the first."""
+    kept, *replayed = (
+        ranks[2].run(cases.losses_case, "mirai-e", stage, 1, policy, "fp32", 6)[0]
+        for policy in ({}, {"policy": "full"}, {"policy": "mlp"})
+    )
+    assert replayed == [kept, kept]
 
 
 @pytest.mark.matrix

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from mirai_ds.kernels import build, registers, toolchain
 from mirai_ds.kernels.foresight_cosine import op
+from tests.waiting import wait_until
 
 REAL_CPU = build.SOURCES["cpu"]
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -67,18 +67,11 @@ def slow_compiler(folder: Path, before: str) -> Path:
     return path
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
-
-
 def first_and_waiting(tiny: Path, others: int) -> tuple[subprocess.Popen[str], list[str]]:
     """A process that compiles while `others` wait for it; it, and what each printed in the end."""
     compiler = slow_compiler(tiny, f"touch {tiny}/started; while [ ! -e {tiny}/go ]; do sleep 0.05; done")
     first = start_builder(tiny, compiler)
-    wait_for(tiny / "started")
+    wait_until("the compiler has begun", (tiny / "started").exists)
     waiting = [start_builder(tiny, compiler) for _ in range(others)]
     heard = [process.stdout.readline() for process in waiting if process.stdout]
     (tiny / "go").touch()
@@ -214,7 +207,7 @@ def test_a_failure_is_not_repeated_by_those_who_waited(tiny: Path) -> None:
 def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
     """SIGKILL in the middle of a compilation: the next process builds at once and clears up."""
     killed = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
-    wait_for(tiny / "started")
+    wait_until("the compiler has begun", (tiny / "started").exists)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     try:
@@ -230,7 +223,7 @@ def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
 def test_waiting_ends_and_names_the_owner(tiny: Path) -> None:
     owner = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
     try:
-        wait_for(tiny / "started")
+        wait_until("the compiler has begun", (tiny / "started").exists)
         said: list[str] = []
         with pytest.raises(
             build.BuildError, match=rf"process {owner.pid} on .* holds the build lock .* end that process"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.once import once
 from tests.warm_start import Done, warm_mirai_ds
 
 SMALL = [
@@ -53,9 +54,12 @@ def numbers(run: Path, first: int = 0) -> list[dict[str, Any]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished Mirai-E run of 66 steps on 2 ranks, ZeRO-2, recompute every second block: from a shell's command, by
     DeepSpeed's launcher."""
-    run = tmp_path_factory.mktemp("runs") / "small"
-    settings = [part for o in SMALL for part in ("--set", o)]
-    done = mirai_ds("train", "digits-mirai-e", *settings, "--run-dir", str(run))
-    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
-    (run / "stdout.txt").write_text(done.out)
-    return run
+
+    def train(folder: Path) -> None:
+        run = folder / "small"
+        settings = [part for o in SMALL for part in ("--set", o)]
+        done = mirai_ds("train", "digits-mirai-e", *settings, "--run-dir", str(run))
+        assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+        (run / "stdout.txt").write_text(done.out)
+
+    return once(tmp_path_factory, "finished", train) / "small"
