@@ -12,7 +12,7 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"  # a GPU that was looked at could not be used after a fork
 
 MODULES = [
-    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.__main__", "mirai_ds.train.hooks.registry",
+    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.hooks.registry",
     "mirai_ds.train.preflight", "sklearn.datasets", "torch.utils.tensorboard", "matplotlib.pyplot", "torchvision",
     "torch._dynamo", "timm", "deepspeed.runtime.zero.muon.muon_optimizer",  # the last brings torch's compiler along
     "mirai_ds.cli.main", "tests.fault.faulty_ranks", "tests.rank_pool", "tests.warm_start",
