@@ -44,7 +44,7 @@ test-cpus: $(STAMP) ## the numeric tests with AVX2 only, and with SSE4.1 only
 		$(BIN)/python -m pytest -n 2 --dist worksteal -q -k 'not compiled' $(NUMERIC)
 
 test-matrix: $(STAMP) ## the long matrices: gradients and losses over layouts, whole runs
-	$(BIN)/python -m pytest -m matrix
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
 
 test-exhaustive: $(STAMP) ## what the matrices leave out: more of their products, longer runs; by hand
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal

@@ -43,7 +43,9 @@ def test_sleeping_heads_do_not_move_and_wake_up_as_new(ranks: Any, stage: int) -
     assert result["error_against_plain"] <= 1e-4  # relative to how far the heads moved; measured 3e-6
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [
+    (0, "fp32"), by_hand(1, "fp32"), by_hand(2, "fp32"), (3, "fp32"), (1, "bf16"),
+])  # fmt: skip
 def test_decaying_heads_are_those_of_a_loss_times_zero(ranks: Any, stage: int, precision: str) -> None:
     """Weight decay and AdamW's step counter go on, as where the authors multiply the heads' output by zero."""
     result = ranks[2].run(cases.warmup_case, stage, 3, 3, False, True, precision)[0]

@@ -272,7 +272,7 @@ def test_published_weights_from_the_cache_and_without_one(saved: Path, tmp_path:
     cached(tmp_path, "timm/test_vit.r160_in1k", {**state, **classifier})
     cached(tmp_path, "timm/test_vit3.r160_in1k", state)
     wanted = [("test_vit", 4), ("test_vit.r160_in1k", 6), ("test_vit3", 4), ("test_vit2", 4)]
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(wanted)],
         capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=120,

@@ -15,7 +15,7 @@ from mirai_ds.config.sizes import parameter_count
 from mirai_ds.runs.configuration import read_run_config
 from tests.train.conftest import records, small_train
 
-PAR = ["model.par_tokens=4", "train.epochs=2", "eval.classifier.enabled=false", "checkpoint.every_steps=44"]
+PAR = ["model.par_tokens=4", "train.epochs=1", "eval.classifier.enabled=false", "checkpoint.every_steps=44"]
 NOTE = "mirai-ds: foresight: targets that are decoded already, kept"
 
 
