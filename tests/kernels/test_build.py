@@ -335,6 +335,7 @@ def test_importing_needs_no_compiler_and_loads_nothing() -> None:
         "from mirai_ds.kernels import build, toolchain\n"
         "assert 'torch' not in sys.modules\n"
         "import mirai_ds.foresight, torch\n"
+        "assert 'torch._dynamo' not in sys.modules  # torch's own compiler\n"
         "print([p for p in torch.ops.loaded_libraries if 'mirai' in p])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
