@@ -154,7 +154,8 @@ def ends_with(everyone: dict[int, str]) -> None:
     wait_until("all have ended", lambda: all(start_time(pid) != began for pid, began in everyone.items()))
 
 
-@pytest.mark.parametrize("victim", [pytest.param("command", marks=pytest.mark.matrix), "launcher"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("victim", ["command", "launcher"])
 def test_who_starts_the_ranks_is_killed(tmp_path: Path, victim: str) -> None:
     """An out-of-memory killer, or an editor's stop button: the ranks save after their step and end."""
     run = tmp_path / "run"

@@ -241,7 +241,8 @@ def test_a_request_before_the_first_step_is_done_need_not_wait_for_it(monkeypatc
 def test_the_stop_file_is_seen_while_the_main_thread_is_in_a_step(tmp_path: Path) -> None:
     stop = StopRequests()
     stop.watch_file(tmp_path / "stop")
-    (tmp_path / "stop").write_text("requeue SIGTERM")
+    (tmp_path / "stop.new").write_text("requeue SIGTERM")
+    os.replace(tmp_path / "stop.new", tmp_path / "stop")  # an empty one would mean another thing
     wait_until("the file is seen", lambda: stop.kind)
     assert (stop.kind, stop.reason) == (REQUEUE, "SIGTERM")
 

@@ -67,6 +67,11 @@ def slow_compiler(folder: Path, before: str) -> Path:
     return path
 
 
+def hanging_compiler(folder: Path) -> Path:
+    """One that goes on when `started` is taken away, which it makes."""
+    return slow_compiler(folder, f"touch {folder}/started; while [ -e {folder}/started ]; do sleep 0.1; done")
+
+
 def first_and_waiting(tiny: Path, others: int) -> tuple[subprocess.Popen[str], list[str]]:
     """A process that compiles while `others` wait for it; it, and what each printed in the end."""
     compiler = slow_compiler(tiny, f"touch {tiny}/started; while [ ! -e {tiny}/go ]; do sleep 0.05; done")
@@ -206,7 +211,7 @@ def test_a_failure_is_not_repeated_by_those_who_waited(tiny: Path) -> None:
 
 def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
     """SIGKILL in the middle of a compilation: the next process builds at once and clears up."""
-    killed = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
+    killed = start_builder(tiny, hanging_compiler(tiny))
     wait_until("the compiler has begun", (tiny / "started").exists)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -217,11 +222,11 @@ def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
         assert path.is_file()
         assert [p.name for p in (tiny.parent / "cache").iterdir()] == [path.parent.name]
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)  # its compiler still sleeps
+        (tiny / "started").unlink()  # its compiler is there still, in a session of its own
 
 
 def test_waiting_ends_and_names_the_owner(tiny: Path) -> None:
-    owner = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
+    owner = start_builder(tiny, hanging_compiler(tiny))
     try:
         wait_until("the compiler has begun", (tiny / "started").exists)
         said: list[str] = []
@@ -233,6 +238,7 @@ def test_waiting_ends_and_names_the_owner(tiny: Path) -> None:
     finally:
         os.killpg(owner.pid, signal.SIGKILL)
         owner.wait()
+        (tiny / "started").unlink()
 
 
 def test_threads_of_one_process_wait_for_each_other(tiny: Path) -> None:

@@ -71,7 +71,8 @@ def test_held_out_loss_falls_and_cosines_rise(finished: Path) -> None:
     assert [r["step"] for r in found] == [0, 33, 66]
     assert found[0]["held_out/ntp_raw"] == pytest.approx(np.log(17), abs=1e-6)  # zero output matrix: uniform
     assert found[0]["held_out/ntp_raw"] == found[0]["held_out/ntp_ema"]
-    # ln 17 = 2.833 before training; 66 steps of this model reach 1.90 here. 0.7 leaves room for other BLAS roundings.
+    # ln 17 = 2.833 before training; 66 steps of this model reach 1.79 here, its average 1.81. 0.7 leaves room for other
+    # BLAS roundings.
     assert found[0]["held_out/ntp_raw"] - found[-1]["held_out/ntp_raw"] > 0.7
     assert found[0]["held_out/ntp_ema"] - found[-1]["held_out/ntp_ema"] > 0.7
     aligned = [r for r in records(finished) if "loss/alignment" in r]
