@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from mirai_ds.runtime.log import LOG
 from tests.rank_pool import RankPool
+
+# torch's compiler would start processes to help it, each of which imports torch: more than they do here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture

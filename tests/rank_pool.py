@@ -1,10 +1,9 @@
-"""A pool of launched ranks that runs many cases: starting ranks costs seconds, a toy case a fraction of one."""
+"""A pool of ranks that runs many cases, forked from a warm process (`tests/warm.py`): joining a group costs more than a
+toy case."""
 
 from __future__ import annotations
 
-import gc
 import importlib
-import multiprocessing as mp
 import os
 import socket
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOAD = ["deepspeed", "mirai_ds.train.session", "sklearn.datasets", "torch._dynamo"]
+from tests.warm import warm_context
 
 
 class RankFailureError(AssertionError):
@@ -32,12 +31,6 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     start_process_group(World(rank, rank, world, world), timeout_minutes=5)
-    for module in PRELOAD:
-        importlib.import_module(module)
-    # Cases (and ZeRO-3 itself) collect garbage; looking through a million objects of imported modules each time would
-    # be half of their time.
-    gc.collect()
-    gc.freeze()
     while True:
         job = pipe.recv()
         if job is None:
@@ -56,7 +49,7 @@ class RankPool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = warm_context()
         self.world, self.pipes, self.processes = world, [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

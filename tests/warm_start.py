@@ -1,4 +1,4 @@
-"""The command line in processes forked from one that has imported everything: imports are most of a short run's time.
+"""The command line in processes forked from a warm one (`tests/warm.py`): imports are most of a short run's time.
 
 All is as from a shell but for two things: modules are there before the first line, and in the place of DeepSpeed's
 launcher this process forks the ranks, with the variables that it would set.  The launcher itself, and what a start
@@ -7,18 +7,19 @@ imports, have tests of their own (`tests/fault/test_early_deaths.py`, `tests/eng
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.fault.faulty_ranks import PRELOAD
+from tests.warm import warm_context
 
 
 class Done(NamedTuple):
@@ -33,15 +34,9 @@ def warm_mirai_ds(
     *arguments: str, timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Done:
     """`mirai-ds ARGUMENTS`.  env: added to this process's; cwd: the folder it is given in.  Raises TimeoutExpired."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        process = context.Process(
-            target=_command, args=(arguments, {**clean, **(env or {})}, str(cwd or Path.cwd()), [*map(str, files)])
-        )
-        process.start()
+        process = start_mirai_ds(arguments, files, env, cwd)
         process.join(timeout)
         with suppress(ProcessLookupError):  # ranks that outlive the command would be orphans
             assert process.pid is not None
@@ -52,6 +47,17 @@ def warm_mirai_ds(
             raise subprocess.TimeoutExpired(["mirai-ds", *arguments], timeout, out, err)
         assert process.exitcode is not None
         return Done(process.exitcode, out, err)
+
+
+def start_mirai_ds(
+    arguments: Sequence[str], files: list[Path], env: dict[str, str] | None = None, cwd: Path | None = None
+) -> ForkServerProcess:
+    """The same, begun; what it says goes to two files."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    given = (tuple(arguments), {**clean, **(env or {})}, str(cwd or Path.cwd()), [*map(str, files)])
+    process = warm_context().Process(target=_command, args=given)
+    process.start()
+    return process
 
 
 def _command(arguments: tuple[str, ...], env: dict[str, str], cwd: str, files: list[str]) -> None:

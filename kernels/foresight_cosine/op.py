@@ -81,7 +81,6 @@ def foresight_cosine(
     return loss, cosine
 
 
-@torch.compiler.assume_constant_result
 def choose(
     kernel: str, device: str, dtype: torch.dtype = torch.float32, say: Callable[[str], None] = build.say_on_stderr
 ) -> str:
@@ -105,6 +104,9 @@ def choose(
         return "reference"
     raise ConfigError("foresight.kernel", kernel, problem)
 
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: more than a second of every start.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _PROBLEMS: dict[str, str | None] = {}  # of each target that this process tried to load
 _SAID: set[str] = set()

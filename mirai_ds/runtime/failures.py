@@ -18,6 +18,9 @@ NOT_FIXED_BY_RESTART = {
 _OF_DEVICES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _OF_HOSTS = ("can't allocate memory", "Cannot allocate memory")  # torch's allocator and its mappings
 
+_OF_LOST_PEERS = ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited",
+                  "onnection was likely closed")  # fmt: skip
+
 
 def lacking_memory(error: BaseException) -> str:
     """Which memory was too small, as words for a sentence; empty when the failure is another."""
@@ -37,12 +40,9 @@ def gist(error: BaseException) -> str:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended; that one knows why."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        part in text
-        for part in ("onnection reset by peer", "onnection closed by peer", "roken pipe", "emote process exited")
-    )
+    """Whether a collective, or a question to the key-value store, failed because another process ended; that one knows
+    why."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OF_LOST_PEERS)
 
 
 def mistake_behind(error: BaseException, steps_done: int) -> UserError | None:

@@ -35,6 +35,7 @@ def trained(plain: bool, method: str = "digits-mirai-e") -> dict[str, Any]:
         workers.close()
 
 
+@pytest.mark.matrix
 def test_the_baseline_trains_the_same_thing() -> None:
     """Without dropout, which the two draw differently, both follow one curve: sums in another order, six AdamW steps on
     (bound as in tests/engine/test_trajectories.py)."""

@@ -66,10 +66,14 @@ def test_shipped_files_are_commented_and_leave_the_run_its_values(name: str) -> 
     assert {key: raw[key] for key in batch} == dict.fromkeys(batch, "auto")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8, 48])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", STAGES)
-def test_shipped_files_resolve(name: str, precision: str, world: int) -> None:
+def test_shipped_files_resolve(name: str, precision: str) -> None:
+    for world in (1, 2, 3, 8, 48):
+        check_resolved(name, precision, world)
+
+
+def check_resolved(name: str, precision: str, world: int) -> None:
     config = run(name, precision)
     if name == "zero0" and precision == "bf16":
         with pytest.raises(UserError, match=r"zero_optimization\.stage = 0: .* use stage 1"):

@@ -11,11 +11,14 @@ import torch
 from mirai_ds.config import UserError
 from mirai_ds.engine.start import check_version
 from tests.engine import cases, resume_cases
+from tests.marks import by_hand, rest_by_hand
 
 LAYOUTS = [(s, p) for s in range(4) for p in ("fp32", "bf16", "bf16-autocast") if (s, p) != (0, "bf16")]
+# Each stage and each precision; the others only by hand (`make test-exhaustive`).
+OFTEN = rest_by_hand(LAYOUTS, {(0, "fp32"), (1, "bf16"), (2, "bf16-autocast"), (3, "bf16"), (3, "fp32")})
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "precision"), OFTEN)
 def test_sharded_ema_is_the_whole_fp32_average(ranks: Any, stage: int, precision: str) -> None:
     results = ranks[2].run(cases.ema_case, stage, precision)
     for result in results:
@@ -26,8 +29,9 @@ def test_sharded_ema_is_the_whole_fp32_average(ranks: Any, stage: int, precision
     assert results[0]["checksum"] == results[1]["checksum"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "precision"), [
+    (1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32"), by_hand(1, "fp32"), by_hand(2, "fp32"),
+])  # fmt: skip
 def test_masters_start_from_fp32_values(ranks: Any, stage: int, precision: str) -> None:
     assert ranks[2].run(cases.initial_masters_case, stage, precision) == [[], []]
 
@@ -39,7 +43,9 @@ def test_sleeping_heads_do_not_move_and_wake_up_as_new(ranks: Any, stage: int) -
     assert result["error_against_plain"] <= 1e-4  # relative to how far the heads moved; measured 3e-6
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [
+    (0, "fp32"), by_hand(1, "fp32"), by_hand(2, "fp32"), (3, "fp32"), (1, "bf16"),
+])  # fmt: skip
 def test_decaying_heads_are_those_of_a_loss_times_zero(ranks: Any, stage: int, precision: str) -> None:
     """Weight decay and AdamW's step counter go on, as where the authors multiply the heads' output by zero."""
     result = ranks[2].run(cases.warmup_case, stage, 3, 3, False, True, precision)[0]
@@ -55,7 +61,7 @@ def test_heads_that_only_had_zero_gradients_are_not_new(ranks: Any) -> None:
     assert result["error_against_plain"] > 0.3
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "precision"), OFTEN)
 def test_nonfinite_gradients_change_nothing(ranks: Any, stage: int, precision: str) -> None:
     expected = {"missing": 2, "norm_finite": False, "changed": [], "then_missing": 0, "then_unchanged": []}
     assert ranks[2].run(cases.nonfinite_case, stage, precision) == [expected, expected]
@@ -67,8 +73,8 @@ def test_a_gradient_that_is_bad_on_one_rank_alone_is_refused_on_all(ranks: Any) 
 
 @pytest.mark.parametrize(
     ("stage", "world", "precision", "recompute"),
-    [(0, 2, "fp32", {}), (1, 2, "bf16", {}), (2, 2, "fp32", {"policy": "full"}), (3, 2, "bf16-autocast", {}),
-     (2, 1, "bf16", {})],
+    [(0, 2, "fp32", {}), by_hand(1, 2, "bf16", {}), (2, 2, "fp32", {"policy": "full"}),
+     (3, 2, "bf16-autocast", {}), (2, 1, "bf16", {})],
 )  # fmt: skip
 def test_resume_is_bitwise_on_the_same_layout(
     ranks: Any, tmp_path: Path, stage: int, world: int, precision: str, recompute: dict[str, Any]
@@ -108,8 +114,10 @@ RECOMPUTED = [
 
 
 @pytest.mark.parametrize(("stage", "precision", "recompute"), [
-    *((stage, precision, {"policy": "none"}) for stage, precision in LAYOUTS),
-    *((stage, "bf16-autocast", recompute) for stage in (2, 3) for recompute in RECOMPUTED),
+    (0, "fp32", {"policy": "none"}), (1, "bf16", RECOMPUTED[0]), (2, "bf16", RECOMPUTED[1]), (2, "fp32", RECOMPUTED[2]),
+    (3, "bf16-autocast", RECOMPUTED[3]), (3, "bf16", {"policy": "none"}),
+    *(by_hand(stage, precision, {"policy": "none"}) for stage, precision in LAYOUTS),
+    *(by_hand(stage, "bf16-autocast", recompute) for stage in (2, 3) for recompute in RECOMPUTED),
 ])  # fmt: skip
 def test_a_destroyed_engine_leaves_nothing_behind(
     ranks: Any, stage: int, precision: str, recompute: dict[str, Any]

@@ -35,6 +35,7 @@ def test_it_runs_and_adds_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found)
 
 
+@pytest.mark.matrix
 def test_both_ways_of_extracting_give_the_same_codes(tmp_path: Path) -> None:
     from dataclasses import replace
 

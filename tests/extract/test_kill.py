@@ -20,6 +20,7 @@ from mirai_ds.extract.llamagen import Import, import_llamagen
 from mirai_ds.resumable import parts
 from mirai_ds.runtime.distributed import World
 from tests.extract.conftest import ALONE, content, options
+from tests.marks import by_hand
 
 FORK = multiprocessing.get_context("fork")
 
@@ -105,9 +106,9 @@ def killed_at_random(work: Callable[[], Any], out: Path, seconds: float, generat
     return running
 
 
-@pytest.mark.parametrize("kind", ["codes", "images"])
-def test_twenty_random_kills(
-    kind: str, photos: Path, codebook: Path, store: Path, packed: Path, tmp_path: Path
+@pytest.mark.parametrize(("kind", "least"), [("codes", 6), ("images", 6), by_hand("codes", 24), by_hand("images", 24)])
+def test_random_kills(
+    kind: str, least: int, photos: Path, codebook: Path, store: Path, packed: Path, tmp_path: Path
 ) -> None:
     """One extraction, killed again and again with 1 to 3 ranks until it is through; then a whole round of others."""
     wanted = content(store if kind == "codes" else packed)
@@ -120,7 +121,7 @@ def test_twenty_random_kills(
         else:
             extract_images(options(photos, out, workers=1), place)
 
-    while kills < 24:
+    while kills < least:
         out = tmp_path / f"s{rounds}"
         whole = 0.05
         while not (out / "manifest.json").is_file():

@@ -5,25 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from tests.fault.faulty_ranks import run_ranks
+from tests.once import once
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mirai-E, ZeRO-2, recompute every second block, dropout on: 24 steps without a fault."""
-    run = tmp_path_factory.mktemp("fault") / "whole"
-    ended = run_ranks(run)
-    assert ended.codes == [0, 0], ended.out[-3000:]
-    assert ended.outcome == "finished at step 24\n"
-    return run
+
+    def train(folder: Path) -> None:
+        ended = run_ranks(folder / "whole")
+        assert ended.codes == [0, 0], ended.out[-3000:]
+        assert ended.outcome == "finished at step 24\n"
+
+    return once(tmp_path_factory, "fault", train) / "whole"
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that make the run Mirai-I with a small frozen encoder."""
+    import timm
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     torch.save(timm.create_model("test_vit", num_classes=0, img_size=128).state_dict(), path)

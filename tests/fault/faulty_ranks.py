@@ -1,4 +1,4 @@
-"""Real ranks of a real run, forked from a process that has imported everything: a start costs two seconds, not fifteen.
+"""Real ranks of a real run, forked from a warm process (`tests/warm.py`): a start costs one second, not fifteen.
 
 No launcher is between them: whoever survives a killed peer has to notice by itself.
 """
@@ -6,7 +6,6 @@ No launcher is between them: whoever survives a killed peer has to notice by its
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import random
 import signal
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.warm import warm_context
+
 SETTINGS = [
     "model.dim=32", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "train.max_steps=24",
     "train.global_batch_size=32", "foresight.warmup_epochs=0.18", "foresight.projector_dim=32",
@@ -27,11 +28,6 @@ SETTINGS = [
     "sampling.per_class=1", "sampling.classes=4",
     "sampling.every_steps=12", "eval.classifier.enabled=false", "optimizer.warmup_steps=5", "ema.decay=0.9",
     "model.token_dropout=0.05", "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
-]  # fmt: skip
-PRELOAD = [
-    "torch", "deepspeed", "mirai_ds.train.session", "mirai_ds.train.hooks.registry", "mirai_ds.train.preflight",
-    "sklearn.datasets", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.fault.faulty_ranks",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler along: most of a start
 ]  # fmt: skip
 
 
@@ -97,8 +93,7 @@ def start_ranks(
     env: dict[str, str] | None = None,
 ) -> tuple[list[Any], list[Path]]:  # fmt: skip
     """Fork the ranks; their output goes to files beside the run."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = warm_context()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from mirai_ds.runtime import peers
 from mirai_ds.runtime.launcher import World
 from mirai_ds.runtime.peers import Peers
 from mirai_ds.runtime.processes import Identity
+from tests.waiting import wait_until
 
 HERE = Identity.of(os.getpid())
 THERE = replace(HERE, host="node2", space="another boot")
@@ -25,13 +25,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(peers, "GRACE_SECONDS", 0.05)
     monkeypatch.setattr(peers, "SILENCE_SECONDS", 1.0)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 30) -> bool:
-    until = time.monotonic() + seconds
-    while not (done := holds()) and time.monotonic() < until:
-        time.sleep(0.02)
-    return done
 
 
 def test_a_machine_that_beats_no_more_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +53,7 @@ def test_a_store_that_does_not_answer_is_rank_0s_end() -> None:
 
     told: list[str] = []
     Peers(World(2, 0, 3, 1), [THERE, THERE, HERE], Gone(), told.append)
-    assert wait_until(lambda: told == ["rank 0 is gone (its key-value store does not answer)"])
+    wait_until("rank 0 is told to be gone", lambda: told == ["rank 0 is gone (its key-value store does not answer)"])
 
 
 def test_who_has_closed_looks_no_more() -> None:

@@ -17,6 +17,7 @@ from mirai_ds.runs import lock
 from mirai_ds.runs.lock import Attempt, RunLock, RunTakenOverError, starts_without_progress, valid_attempts
 from tests.fault.faulty_ranks import curve, run_ranks, start_ranks, wait_for
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
+from tests.waiting import wait_until
 
 
 def elsewhere(run: Path, **changes: Any) -> None:
@@ -71,10 +72,7 @@ def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.M
     second = RunLock.take(tmp_path)
     assert looks == [tmp_path]  # once, to know its own from it; not until the earlier start falls silent
     assert (second.mine.job, second.mine.restart) == ("41", 1)
-    until = time.monotonic() + 10
-    while not first.lost and time.monotonic() < until:
-        time.sleep(0.05)
-    assert first.lost  # its heartbeat saw it
+    wait_until("the first one's heartbeat sees it", lambda: first.lost)
 
 
 def test_of_two_that_start_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +148,7 @@ def test_the_earlier_incarnation_stops_with_an_error(whole: Path, tmp_path: Path
     """Real ranks: the first start lives on while the scheduler has requeued the job."""
     run = tmp_path / "run"
     old, old_logs = start_ranks(run, prepare=pretend_first)
-    until = time.monotonic() + 60
-    while not store.list_steps(run) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until("a checkpoint of the first start", lambda: store.list_steps(run))
     aside = [log.rename(log.with_suffix(".first")) for log in old_logs]
     new = run_ranks(run, *IF_PRESENT, prepare=pretend_requeued)
     first = wait_for(run, old, aside)
@@ -167,9 +163,7 @@ def test_the_earlier_incarnation_stops_with_an_error(whole: Path, tmp_path: Path
 def test_a_second_job_by_mistake_is_refused_and_harms_nothing(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     old, old_logs = start_ranks(run, prepare=slow_down)
-    until = time.monotonic() + 60
-    while not store.list_steps(run) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until("a checkpoint of the first start", lambda: store.list_steps(run))
     aside = [log.rename(log.with_suffix(".first")) for log in old_logs]
     named = tmp_path / "job-outcome"
     second = run_ranks(run, *IF_PRESENT, env={"MIRAI_DS_OUTCOME": str(named)})

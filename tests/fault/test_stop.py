@@ -13,9 +13,11 @@ import pytest
 
 from mirai_ds.checkpoint import store
 from mirai_ds.runtime import signals, watchdog
-from mirai_ds.runtime.signals import REQUEUE, STOP, StopRequests
+from mirai_ds.runtime.signals import REQUEUE, SAME_EVENT_SECONDS, STOP, StopRequests
 from tests.fault.faulty_ranks import SETTINGS, curve, run_ranks, start_ranks, wait_for
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
+from tests.marks import by_hand
+from tests.waiting import wait_until
 
 SLOW = ["checkpoint.every_steps=1000"]  # so that only the request saves
 
@@ -49,7 +51,8 @@ def only_rank(rank: int, phase: str, number: int, occurrence: int = 1) -> None:
 @pytest.mark.parametrize(
     ("rank", "phase", "occurrence", "number", "saved"),
     [
-        (1, "step ", 7, signal.SIGTERM, 8), (0, "step ", 7, signal.SIGUSR1, 8), (1, "evaluating", 3, signal.SIGUSR1, 9),
+        (1, "step ", 7, signal.SIGTERM, 8), by_hand(0, "step ", 7, signal.SIGUSR1, 8),
+        (1, "evaluating", 3, signal.SIGUSR1, 9),
         (0, "sampling", 1, signal.SIGTERM, 13), (1, "preflight", 1, signal.SIGTERM, None),
     ],
 )  # fmt: skip
@@ -66,6 +69,10 @@ def test_a_signal_to_one_rank_saves_one_step_on_all(
     else:
         assert steps == ([] if saved is None else [saved])
     assert ended.outcome == f"requeue {name} at step {steps[0] if steps else 0}\n"
+    if saved is None:  # nothing to go on with: the run begins
+        ended = run_ranks(run, *IF_PRESENT, settings=[*SLOW, "train.max_steps=2"])
+        assert ended.outcome == "finished at step 2\n", ended.out[-3000:]
+        return
     finish(run, settings=SLOW)
     # Only the interval of checkpoints differs from the uninterrupted run's, and that is no part of a curve.
     assert curve(run) == curve(whole)
@@ -86,15 +93,16 @@ def test_a_signal_while_saving_in_the_background(whole: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("text", "outcome", "codes"),
-    [("", "stopped stop file", [0, 0]), ("requeue maintenance\n", "requeue maintenance", [75, 75])],
+    [
+        pytest.param("", "stopped stop file", [0, 0], marks=pytest.mark.matrix),
+        ("requeue maintenance\n", "requeue maintenance", [75, 75]),
+    ],
 )
 def test_a_stop_file(tmp_path: Path, text: str, outcome: str, codes: list[int]) -> None:
     run = tmp_path / "run"
 
     def ask(_: Any) -> None:
-        until = time.monotonic() + 60
-        while not has_step(run, 3) and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until("step 3", lambda: has_step(run, 3))
         (run / ".stop.new").write_text(text)
         os.replace(run / ".stop.new", run / "stop")
 
@@ -112,8 +120,8 @@ def test_the_stop_file_of_an_earlier_stop_is_gone(tmp_path: Path) -> None:
     assert ended.outcome == "finished at step 2\n", ended.out[-2000:]
 
 
-def hang_in_step(rank: int, step: int) -> None:
-    """The rank never ends that step, in C code that no Python handler interrupts."""
+def hang_in_step(rank: int, step: int, sign: Path) -> None:
+    """The rank never ends that step, in C code that no Python handler interrupts; `sign` is there once it hangs."""
     if int(os.environ["RANK"]) != rank:
         return
     import threading
@@ -126,6 +134,7 @@ def hang_in_step(rank: int, step: int) -> None:
         if number == step:
             lock = threading.Lock()
             lock.acquire()
+            sign.touch()
             while True:
                 lock.acquire(timeout=1000)
         return inner(session, number)
@@ -134,20 +143,17 @@ def hang_in_step(rank: int, step: int) -> None:
 
 
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, sign = tmp_path / "run", tmp_path / "hangs"
 
     def twice(processes: list[Any]) -> None:
-        until = time.monotonic() + 60
-        while not store.list_steps(run) and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(1.5)  # it hangs in step 7 by now
+        wait_until("rank 0 hangs in step 7", sign.exists)
         for process in processes:
             os.kill(process.pid, signal.SIGTERM)
-        time.sleep(5.5)
+        time.sleep(SAME_EVENT_SECONDS + 0.5)
         for process in processes:
             os.kill(process.pid, signal.SIGTERM)
 
-    ended = run_ranks(run, prepare=hang_in_step, arguments=(0, 6), during=twice)
+    ended = run_ranks(run, prepare=hang_in_step, arguments=(0, 6, sign), during=twice)
     # Whoever hears its second signal last may find its peer gone before: that rank ends with 1.
     assert sorted(ended.codes) in ([75, 75], [1, 75]), ended.out[-3000:]
     assert ended.outcome == "requeue SIGTERM, then SIGTERM: left at once\n"
@@ -156,14 +162,11 @@ def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
 
 
 def test_the_deadline_ends_a_rank_that_hangs(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, sign = tmp_path / "run", tmp_path / "hangs"
     processes, logs = start_ranks(
-        run, settings=["guard.stop_deadline_seconds=3"], prepare=hang_in_step, arguments=(1, 6)
+        run, settings=["guard.stop_deadline_seconds=3"], prepare=hang_in_step, arguments=(1, 6, sign)
     )
-    until = time.monotonic() + 60
-    while not store.list_steps(run) and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(1.5)  # it hangs in step 7 by now
+    wait_until("rank 1 hangs in step 7", sign.exists)
     for process in processes:
         os.kill(process.pid, signal.SIGUSR1)
     ended = wait_for(run, processes, logs)
@@ -173,8 +176,8 @@ def test_the_deadline_ends_a_rank_that_hangs(tmp_path: Path) -> None:
 
 def test_a_hang_leaves_every_ranks_stacks_and_ends(whole: Path, tmp_path: Path) -> None:
     """Rank 1 hangs alone, rank 0 waits for it in a collective: both say where, and the run can go on."""
-    run = tmp_path / "run"
-    ended = run_ranks(run, settings=["guard.hang_seconds=10"], prepare=hang_in_step, arguments=(1, 6))
+    run, sign = tmp_path / "run", tmp_path / "hangs"
+    ended = run_ranks(run, settings=["guard.hang_seconds=10"], prepare=hang_in_step, arguments=(1, 6, sign))
     assert 75 in ended.codes, ended.out[-3000:]
     assert set(ended.codes) <= {75, 1}  # 1: it lost the other, which left a moment earlier
     assert ended.outcome.startswith("requeue hang: rank ")
@@ -189,11 +192,11 @@ def test_a_hang_leaves_every_ranks_stacks_and_ends(whole: Path, tmp_path: Path) 
 
 def test_usr2_shows_where_a_rank_is_and_changes_nothing(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ended = run_ranks(run, prepare=only_rank, arguments=(1, "step ", signal.SIGUSR2, 5))
+    ended = run_ranks(run, settings=["train.max_steps=8"], prepare=only_rank, arguments=(1, "step ", signal.SIGUSR2, 5))
     assert ended.codes == [0, 0], ended.out[-3000:]
     assert "most recent call first" in ended.out
     assert "run_loop" in ended.out
-    assert_same(run, whole, 24)
+    assert curve(run) == [record for record in curve(whole) if record["step"] <= 8]
 
 
 def test_requests_in_one_process() -> None:
@@ -238,10 +241,9 @@ def test_a_request_before_the_first_step_is_done_need_not_wait_for_it(monkeypatc
 def test_the_stop_file_is_seen_while_the_main_thread_is_in_a_step(tmp_path: Path) -> None:
     stop = StopRequests()
     stop.watch_file(tmp_path / "stop")
-    (tmp_path / "stop").write_text("requeue SIGTERM")
-    until = time.monotonic() + 20
-    while stop.kind == 0 and time.monotonic() < until:
-        time.sleep(0.05)
+    (tmp_path / "stop.new").write_text("requeue SIGTERM")
+    os.replace(tmp_path / "stop.new", tmp_path / "stop")  # an empty one would mean another thing
+    wait_until("the file is seen", lambda: stop.kind)
     assert (stop.kind, stop.reason) == (REQUEUE, "SIGTERM")
 
 

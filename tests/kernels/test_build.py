@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from mirai_ds.kernels import build, registers, toolchain
 from mirai_ds.kernels.foresight_cosine import op
+from tests.waiting import wait_until
 
 REAL_CPU = build.SOURCES["cpu"]
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -67,18 +67,16 @@ def slow_compiler(folder: Path, before: str) -> Path:
     return path
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+def hanging_compiler(folder: Path) -> Path:
+    """One that goes on when `started` is taken away, which it makes."""
+    return slow_compiler(folder, f"touch {folder}/started; while [ -e {folder}/started ]; do sleep 0.1; done")
 
 
 def first_and_waiting(tiny: Path, others: int) -> tuple[subprocess.Popen[str], list[str]]:
     """A process that compiles while `others` wait for it; it, and what each printed in the end."""
     compiler = slow_compiler(tiny, f"touch {tiny}/started; while [ ! -e {tiny}/go ]; do sleep 0.05; done")
     first = start_builder(tiny, compiler)
-    wait_for(tiny / "started")
+    wait_until("the compiler has begun", (tiny / "started").exists)
     waiting = [start_builder(tiny, compiler) for _ in range(others)]
     heard = [process.stdout.readline() for process in waiting if process.stdout]
     (tiny / "go").touch()
@@ -191,7 +189,7 @@ def test_a_cache_that_cannot_be_written(tiny: Path) -> None:
 
 
 def test_one_builds_the_others_wait(tiny: Path) -> None:
-    first, outputs = first_and_waiting(tiny, 3)
+    first, outputs = first_and_waiting(tiny, 2)
     paths = {output.splitlines()[-1] for output in outputs}
     assert paths == {str(tiny.parent / "cache" / build.digest("cpu") / "mirai_cpu.so")}
     assert (tiny / "calls").read_text().count("x") == 2  # compile and link, once
@@ -203,7 +201,7 @@ def test_one_builds_the_others_wait(tiny: Path) -> None:
 
 def test_a_failure_is_not_repeated_by_those_who_waited(tiny: Path) -> None:
     (tiny / "one.cpp").write_text("int answer() { return forty_two; }\n")
-    _, outputs = first_and_waiting(tiny, 2)
+    _, outputs = first_and_waiting(tiny, 1)
     assert all("FAILED compiling the cpu kernels failed" in output for output in outputs)
     assert all("forty_two" in output for output in outputs)
     assert (tiny / "calls").read_text().count("x") == 1
@@ -213,8 +211,8 @@ def test_a_failure_is_not_repeated_by_those_who_waited(tiny: Path) -> None:
 
 def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
     """SIGKILL in the middle of a compilation: the next process builds at once and clears up."""
-    killed = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
-    wait_for(tiny / "started")
+    killed = start_builder(tiny, hanging_compiler(tiny))
+    wait_until("the compiler has begun", (tiny / "started").exists)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     try:
@@ -224,13 +222,13 @@ def test_a_killed_builder_holds_nobody_up(tiny: Path) -> None:
         assert path.is_file()
         assert [p.name for p in (tiny.parent / "cache").iterdir()] == [path.parent.name]
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)  # its compiler still sleeps
+        (tiny / "started").unlink()  # its compiler is there still, in a session of its own
 
 
 def test_waiting_ends_and_names_the_owner(tiny: Path) -> None:
-    owner = start_builder(tiny, slow_compiler(tiny, f"touch {tiny}/started; sleep 600"))
+    owner = start_builder(tiny, hanging_compiler(tiny))
     try:
-        wait_for(tiny / "started")
+        wait_until("the compiler has begun", (tiny / "started").exists)
         said: list[str] = []
         with pytest.raises(
             build.BuildError, match=rf"process {owner.pid} on .* holds the build lock .* end that process"
@@ -240,6 +238,7 @@ def test_waiting_ends_and_names_the_owner(tiny: Path) -> None:
     finally:
         os.killpg(owner.pid, signal.SIGKILL)
         owner.wait()
+        (tiny / "started").unlink()
 
 
 def test_threads_of_one_process_wait_for_each_other(tiny: Path) -> None:
@@ -342,6 +341,7 @@ def test_importing_needs_no_compiler_and_loads_nothing() -> None:
         "from mirai_ds.kernels import build, toolchain\n"
         "assert 'torch' not in sys.modules\n"
         "import mirai_ds.foresight, torch\n"
+        "assert 'torch._dynamo' not in sys.modules  # torch's own compiler\n"
         "print([p for p in torch.ops.loaded_libraries if 'mirai' in p])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

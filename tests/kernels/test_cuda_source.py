@@ -15,6 +15,7 @@ import torch
 
 from mirai_ds.kernels import build, toolchain
 from tests.kernels.cases import BF16, F16, F32, Case, assert_close_to_exact, evaluate, random_case
+from tests.once import once
 
 SOURCES = build.HERE / "foresight_cosine"
 SHIM = Path(__file__).parent / "cuda_on_cpu"
@@ -32,10 +33,8 @@ def as_cpp(text: str) -> str:
     return text.replace("m.impl(", "m.def(")
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """torch.ops.mirai_emulated."""
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+def compile_into(folder: Path) -> None:
+    """emulated.so."""
     compiler = toolchain.host_compiler()
     assert compiler is not None
     code = (SOURCES / "cuda.cu").read_text(encoding="utf-8")
@@ -46,15 +45,20 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", f"-I{SHIM}", f"-I{SOURCES}", f"-isystem{headers}"]
     flags += [f"-isystem{headers}/torch/csrc/api/include", f"-L{toolchain.torch_folder() / 'lib'}"]
     flags += [flag for flag in toolchain.host_flags("cuda") if flag.startswith("-D")]
-    library = folder / "emulated.so"
     jobs = [
         subprocess.Popen([compiler, *flags, "-c", str(folder / name), "-o", str(folder / name) + ".o"])
         for name in ("cuda.cpp", "cuda_op.cpp")
     ]
     assert [job.wait() for job in jobs] == [0, 0]
     objects = [str(path) for path in folder.glob("*.o")]
-    subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(library), "-lc10", "-ltorch_cpu"], check=True)
-    torch.ops.load_library(str(library))
+    library = str(folder / "emulated.so")
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", library, "-lc10", "-ltorch_cpu"], check=True)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """torch.ops.mirai_emulated."""
+    torch.ops.load_library(str(once(tmp_path_factory, "cuda_on_cpu", compile_into) / "emulated.so"))
     return torch.ops.mirai_emulated
 
 

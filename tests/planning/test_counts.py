@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirai_ds.cli.main import main
-from mirai_ds.config import ForesightConfig, ModelConfig, load
+from mirai_ds.config import ForesightConfig, ModelConfig, RecomputeConfig, load
 from mirai_ds.config.encoder_config import ENCODERS, EncoderConfig
+from mirai_ds.engine.recompute import block_runner
 from mirai_ds.foresight import MiraiObjective
 from mirai_ds.foresight.encoders import encoder_plan
 from mirai_ds.model import GPTTrunk
@@ -164,8 +165,16 @@ def test_the_teacher_is_what_pytorch_counts() -> None:
     assert training_parts(TINY, config, 32, True)["teacher forward"] == found
 
 
-def test_recomputation_is_one_more_forward_pass_of_the_blocks() -> None:
-    assert recomputed_flops(TINY, 3) == forward_flops(TINY, 16, 3, logits=False)
+def test_recomputed_blocks_are_what_pytorch_counts() -> None:
+    """All of a second forward pass but each block's last product, of which backward needs no result."""
+    steps = []
+    for policy in ("none", "full"):
+        objective = MiraiObjective(TINY, foresight("none"), None)
+        objective.gpt.run_block = block_runner(RecomputeConfig(policy=policy))
+        tokens, labels = torch.randint(0, 50, (1, 16)), torch.tensor([2])
+        steps.append(counted(lambda o=objective: o(tokens, labels, None, None, 1.0)[0].backward()))  # noqa: B023
+    last = 2 * TINY.ffn_hidden * TINY.width * 16
+    assert steps[1] - steps[0] == recomputed_flops(TINY, 3) - 3 * last
 
 
 def test_an_encoder_is_what_pytorch_counts() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.once import once
 from tests.warm_start import Done, warm_mirai_ds
 
 SMALL = [
-    "model.dim=64", "model.n_layer=3", "model.n_head=2", "train.epochs=3", "foresight.warmup_epochs=0.5",
+    "model.dim=64", "model.n_layer=3", "model.n_head=2", "train.epochs=1.5", "foresight.warmup_epochs=0.25",
     "foresight.projector_dim=64", "logging.every_steps=1", "checkpoint.every_steps=11", "checkpoint.keep_last=6",
     "eval.loss.every_steps=33", "sampling.per_class=2", "sampling.every_steps=33", "eval.classifier.per_class=3",
-    "optimizer.warmup_steps=5", "ema.decay=0.9", "train.global_batch_size=64", "model.token_dropout=0.05",
+    "optimizer.warmup_steps=5", "ema.decay=0.9", "train.global_batch_size=32", "model.token_dropout=0.05",
     "model.resid_dropout=0.1", "model.ffn_dropout=0.1", "optimizer.lr=2e-3",
 ]  # fmt: skip
 
@@ -53,9 +54,12 @@ def numbers(run: Path, first: int = 0) -> list[dict[str, Any]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished Mirai-E run of 66 steps on 2 ranks, ZeRO-2, recompute every second block: from a shell's command, by
     DeepSpeed's launcher."""
-    run = tmp_path_factory.mktemp("runs") / "small"
-    settings = [part for o in SMALL for part in ("--set", o)]
-    done = mirai_ds("train", "digits-mirai-e", *settings, "--run-dir", str(run))
-    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
-    (run / "stdout.txt").write_text(done.out)
-    return run
+
+    def train(folder: Path) -> None:
+        run = folder / "small"
+        settings = [part for o in SMALL for part in ("--set", o)]
+        done = mirai_ds("train", "digits-mirai-e", *settings, "--run-dir", str(run))
+        assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+        (run / "stdout.txt").write_text(done.out)
+
+    return once(tmp_path_factory, "finished", train) / "small"

@@ -109,7 +109,8 @@ def test_a_reference_of_ones_own_and_fewer_images_than_ranks(network: Path, tmp_
 def test_mistakes_are_heard_of_before_the_first_step(
     change: dict[str, str], message: str, network: Path, tmp_path: Path
 ) -> None:
-    ended = run_ranks(tmp_path / "run", settings=[*SETTINGS, *fid(network, **change)])
+    world = 2 if "metrics" in change else 1
+    ended = run_ranks(tmp_path / "run", settings=[*SETTINGS, *fid(network, **change)], world=world)
     assert 2 in ended.codes
     said = [line for line in ended.out.splitlines() if line.startswith("mirai-ds: error: ")]
     assert any(message in line for line in said), ended.out

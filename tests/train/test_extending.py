@@ -54,6 +54,10 @@ def lines_of(run_folder: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss/total" in line]
 
 
+# To a command of the page: the same on a model of mine.yaml's size.
+SMALLER = "--set model.dim=16 --set model.n_layer=3 --set model.n_head=2 --set foresight.projector_dim=16"
+
+
 def run(folder: Path, command: str) -> Done:
     env = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     return warm_mirai_ds(*shlex.split(command)[1:], "--ranks", "1", env=env, cwd=folder)
@@ -86,7 +90,7 @@ def test_a_neighbour_layout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # Mirai-E's rows are the teacher's slots: cell n is held by slot 1 + n.  Cell 0 is in row 0, column 0.
     assert table[1].tolist() == [1 + 7, 1 + 15, 1 + 23]
     assert table[1 + 63 - 8].tolist() == [1 + 6 * 8 + 0, 1 + 7 * 8 + 0, -1]
-    assert run(folder, command("mirrored:LAYOUT")).code == 0
+    assert run(folder, f"{command('mirrored:LAYOUT')} {SMALLER}").code == 0
     assert "cosine/head3_down0_right2" in lines_of(folder / "runs/mirrored")[-1]
 
 
@@ -115,7 +119,7 @@ def test_a_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_encoder(folder: Path) -> None:
-    done = run(folder, command("edges:Edges"))
+    done = run(folder, f"{command('edges:Edges')} {SMALLER}")
     assert done.code == 0, done.out + done.err
     assert (folder / "runs/edges/outcome").read_text() == "finished at step 2\n"
     assert "cosine/head1_down0_right0" in lines_of(folder / "runs/edges")[-1]

@@ -16,7 +16,7 @@ from tests.train.conftest import SMALL, numbers, small_train
 def test_a_run(tmp_path: Path) -> None:
     kept = [o for o in SMALL if not o.startswith(("checkpoint.", "sampling.", "eval.classifier.", "foresight.warmup"))]
     overrides = [
-        *kept, "foresight={method: mtp, num_heads: 3, warmup_epochs: 0.2}", "train.max_steps=10", "train.epochs=3",
+        *kept, "foresight={method: mtp, num_heads: 3, warmup_epochs: 0.1}", "train.max_steps=10", "train.epochs=3",
         "checkpoint.every_steps=3", "checkpoint.keep_last=6", "eval.classifier.enabled=false", "sampling.at_end=false",
         "eval.loss.at_end=false",
     ]  # fmt: skip
@@ -26,7 +26,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert "alignment loss:" not in done.out  # no cosine, so no kernel for it
     names = [sorted(k for k in record if k.startswith("entropy/")) for record in numbers(run)]
     heads = ["entropy/head1_down0_right1", "entropy/head2_down1_right0"]
-    assert names == [[]] * 5 + [heads] * 5  # 22 steps an epoch: steps 5 and on are aligned
+    assert names == [[]] * 5 + [heads] * 5  # 44 steps an epoch: steps 5 and on are aligned
     last = numbers(run)[-1]
     assert 0.5 < last[heads[0]] < math.log(17)
     total = last["loss/ntp"] + last[heads[0]] + last[heads[1]]

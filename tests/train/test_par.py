@@ -15,7 +15,7 @@ from mirai_ds.config.sizes import parameter_count
 from mirai_ds.runs.configuration import read_run_config
 from tests.train.conftest import records, small_train
 
-PAR = ["model.par_tokens=4", "train.epochs=2", "eval.classifier.enabled=false", "checkpoint.every_steps=44"]
+PAR = ["model.par_tokens=4", "train.epochs=1", "eval.classifier.enabled=false", "checkpoint.every_steps=44"]
 NOTE = "mirai-ds: foresight: targets that are decoded already, kept"
 
 
@@ -39,7 +39,7 @@ def test_par_run(tmp_path: Path) -> None:
     choice = ("--per-class", 2, "--classes", "3,8")
     invoke("sample", run, *choice, "--out", tmp_path / "a")
     invoke("export", run, "--weights", "ema", "--out", tmp_path / "e.pt")
-    weights = read_gpt_file(tmp_path / "e.pt").weights
+    weights = read_gpt_file(tmp_path / "e.pt", "ema").weights
     assert weights["spe_tok_embeddings.special_embeddings.weight"].shape == (3, 64)
     assert sum(value.numel() for value in weights.values()) == parameter_count(config)
     assert infer_model_config(weights, 64, n_head=2).par_tokens == 4

@@ -20,7 +20,7 @@ from mirai_ds.kernels.toolchain import vector_unit
 from mirai_ds.runs.configuration import read_run_config
 from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.hooks.report import ReportHook, print_table
-from tests.train.conftest import numbers, records, small_train
+from tests.train.conftest import SMALL, numbers, records, small_train
 from tests.warm_start import warm_mirai_ds
 
 SCALARS = {
@@ -40,7 +40,7 @@ def test_the_folder_explains_the_run(finished: Path) -> None:
     assert config.foresight.convention == "official"
     assert config.foresight.border == "wrap"
     ds = json.loads((finished / "deepspeed.json").read_text())
-    assert (ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"], ds["gradient_clipping"]) == (64, 32, 1.0)
+    assert (ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"], ds["gradient_clipping"]) == (32, 16, 1.0)
     assert ds["zero_optimization"]["stage"] == 2
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["world_size"] == 2
@@ -55,7 +55,7 @@ def test_every_step_is_logged_once(finished: Path) -> None:
 def test_total_is_ntp_plus_lambda_times_alignment(finished: Path) -> None:
     for r in records(finished):
         if "loss/total" in r:
-            aligned = r["step"] > 11  # warm-up: half an epoch of 22 steps
+            aligned = r["step"] > 11  # warm-up: a quarter of an epoch of 44 steps
             assert ("loss/alignment" in r) == aligned
             lambdas = [value for name, value in r.items() if name.startswith("foresight/lambda/")]
             assert (r["foresight/schedule"], lambdas) == (float(aligned), [2.0 * aligned] * 3)
@@ -71,7 +71,8 @@ def test_held_out_loss_falls_and_cosines_rise(finished: Path) -> None:
     assert [r["step"] for r in found] == [0, 33, 66]
     assert found[0]["held_out/ntp_raw"] == pytest.approx(np.log(17), abs=1e-6)  # zero output matrix: uniform
     assert found[0]["held_out/ntp_raw"] == found[0]["held_out/ntp_ema"]
-    # ln 17 = 2.833 before training; 66 steps of this model reach 1.90 here. 0.7 leaves room for other BLAS roundings.
+    # ln 17 = 2.833 before training; 66 steps of this model reach 1.79 here, its average 1.81. 0.7 leaves room for other
+    # BLAS roundings.
     assert found[0]["held_out/ntp_raw"] - found[-1]["held_out/ntp_raw"] > 0.7
     assert found[0]["held_out/ntp_ema"] - found[-1]["held_out/ntp_ema"] > 0.7
     aligned = [r for r in records(finished) if "loss/alignment" in r]
@@ -234,16 +235,19 @@ def test_the_kernel_that_ran_is_said_once_and_stored(finished: Path) -> None:
 
 
 def test_kernels_change_a_run_by_rounding_only(finished: Path, tmp_path: Path) -> None:
-    done = small_train(tmp_path / "run", "--set", "foresight.kernel=reference")
+    """33 of the 66 steps: 22 of them aligned, and a look at held-out images after them."""
+    shorter = ["foresight.kernel=reference", "train.max_steps=33", "eval.classifier.enabled=false"]
+    done = small_train(tmp_path / "run", *[part for o in shorter for part in ("--set", o)])
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["alignment_kernel"] == "reference"
     compared = 0
-    for mine, theirs in zip(numbers(finished), numbers(tmp_path / "run"), strict=True):
+    wanted = [record for record in numbers(finished) if record["step"] <= 33]
+    for mine, theirs in zip(wanted, numbers(tmp_path / "run"), strict=True):
         for name in ("loss/total", "loss/alignment", "held_out/ntp_raw", "held_out/ntp_ema"):
             if name in mine:
                 assert mine[name] == pytest.approx(theirs[name], rel=2e-4), (mine["step"], name)
                 compared += 1
-    assert compared > 120
+    assert compared == 33 + 22 + 2
 
 
 def test_a_kernel_of_another_device_is_refused(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_a_kernel_of_another_device_is_refused(tmp_path: Path) -> None:
 def test_without_a_compiler_a_run_says_so_once_and_trains(tmp_path: Path) -> None:
     """`auto` on a machine that cannot compile and has nothing built."""
     env = {"CXX": "no-such-compiler", "MIRAI_DS_CACHE": str(tmp_path / "cache")}
-    settings = ["train.epochs=0.2", "foresight.warmup_epochs=0", "eval.classifier.enabled=false"]
+    settings = [*SMALL, "train.max_steps=2", "foresight.warmup_epochs=0", "eval.classifier.enabled=false"]
     overrides = [part for o in settings for part in ("--set", o)]
     done = warm_mirai_ds("train", "digits-mirai-e", *overrides, "--run-dir", str(tmp_path / "run"), env=env)
     assert done.code == 0, done.err
