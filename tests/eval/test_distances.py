@@ -106,6 +106,12 @@ def test_inception_score_by_splits() -> None:
     assert inception_score(probabilities, 100) != pytest.approx(inception_score(probabilities, 250), rel=1e-3)
 
 
+def test_published_inception_scores_are_of_splits_of_5000() -> None:
+    probabilities = np.random.default_rng(0).dirichlet([0.5, 0.5, 0.5], 5600).astype(np.float32) + np.float32(1e-6)
+    assert inception_score(probabilities) == pytest.approx(plain_score(probabilities, 5000), rel=1e-5)
+    assert inception_score(probabilities) != pytest.approx(plain_score(probabilities, 2500), rel=1e-4)
+
+
 def test_inception_score_of_known_probabilities() -> None:
     """Sure of n classes, each equally often: n.  All alike: 1.  A zero: ADM has no epsilon, so NaN."""
     sure = np.full((40, 4), 1e-12, np.float32)
