@@ -27,17 +27,27 @@ def main() -> None:
         for fault in faults:
             print(f"{fault.name} ({fault.file}): {fault.wrong}")
         return
-    verdicts = []
-    for number, fault in enumerate(faults, start=1):
-        verdicts.append(judge(fault, arguments.all, arguments.limit))
-        print(f"{number}/{len(faults)} {line(verdicts[-1])}", flush=True)
+    try:
+        verdicts = plant_all(faults, arguments.all, arguments.limit)
+    except RuntimeError as error:
+        sys.exit(_told(str(error)))
     caught = [verdict for verdict in verdicts if verdict.caught]
-    if failed := innocent([verdict.what for verdict in caught], arguments.limit) if caught else "":
-        sys.exit(_told(f"without any fault there fails {failed}: what it caught means nothing"))
     missed = [verdict.fault.name for verdict in verdicts if not verdict.caught]
     print(f"\n{len(caught)} of {len(verdicts)} faults caught; each test that caught one passes without a fault")
     print(f"missed: {', '.join(missed)}" if missed else "none missed")
     sys.exit(bool(missed))
+
+
+def plant_all(faults: list[Fault], everything: bool, limit: float) -> list[Verdict]:
+    """One after the other, each told when it is done; then the control.  Raises RuntimeError where that fails."""
+    verdicts = []
+    for number, fault in enumerate(faults, start=1):
+        verdicts.append(judge(fault, everything, limit))
+        print(f"{number}/{len(faults)} {line(verdicts[-1])}", flush=True)
+    tests = [verdict.what for verdict in verdicts if verdict.caught]
+    if failed := innocent(tests, limit) if tests else "":
+        raise RuntimeError(f"without any fault there fails {failed}: what it caught means nothing")
+    return verdicts
 
 
 def chosen(names: list[str] | None) -> list[Fault]:
