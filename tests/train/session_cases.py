@@ -92,6 +92,29 @@ def teacher_case(folder: str) -> list[list[str]]:
     return differ
 
 
+def left_out_case(folder: str) -> list[bool]:
+    """Of three steps, the last two after a rollback that left two batches out: whether this rank trained on its part of
+    batches 0, 3 and 4."""
+    session = _session(Path(folder), 2)
+    seen: list[Any] = []
+    forward, cut = session.engine.forward, session.loader.cut
+
+    def watched(*arguments: Any) -> Any:
+        seen[-1].append(arguments[2])
+        return forward(*arguments)
+
+    session.engine.forward = watched  # type: ignore[method-assign]
+    right = []
+    for left_out in (0, 2, 2):
+        seen.append([])
+        session.progress.batch_offset = left_out
+        keys = cut.order.batch(session.step + left_out)[1].view(cut.accumulation, cut.world, cut.micro)[:, cut.rank]
+        _step(session)
+        right.append(torch.equal(torch.stack(seen[-1]), keys))
+    _release(session)
+    return right
+
+
 def resume_case(folder: str) -> dict[str, Any]:
     """A checkpoint after an odd step of a run that skipped one, with random generators that are each rank's own; then
     one more step, from there and by a session that resumes there."""

@@ -33,6 +33,10 @@ def test_the_teacher_of_a_step_is_the_average_before_it(ranks: Any, tmp_path: Pa
     assert ranks[2].run(session_cases.teacher_case, str(tmp_path)) == [[[], [], []]] * 2
 
 
+def test_batches_that_a_rollback_left_out_are_not_trained_on(ranks: Any, tmp_path: Path) -> None:
+    assert ranks[2].run(session_cases.left_out_case, str(tmp_path)) == [[True] * 3] * 2
+
+
 def test_a_resume_after_an_odd_step(ranks: Any, tmp_path: Path) -> None:
     """With two micro-batches a step: the update comes after the second; generators are each rank's own again, and a
     skipped step is not forgotten."""
