@@ -9,7 +9,8 @@ NUMERIC := tests/eval tests/foresight tests/kernels/test_values.py tests/kernels
 	tests/tokenizer tests/engine/test_trajectories.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-cpus test-matrix test-exhaustive test-slurm test-study check format verify kernels kernels-cuda \
+.PHONY: help install demo test test-quick test-cpus test-matrix test-exhaustive test-slurm test-study \
+	test-python test-oldest test-mutations check format verify kernels kernels-cuda \
 	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
 
 help: ## list the targets
@@ -54,6 +55,15 @@ test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 20 minutes (root;
 
 test-study: $(STAMP) ## the small study's main arms on the digits: 12 minutes on one core
 	$(BIN)/python -m pytest -m study
+
+test-python: ## the fast suite under PYTHON=python3.12 in .venv-3.12; by hand, before a release
+	$(MAKE) VENV=.venv-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') test
+
+test-oldest: ## the same with the oldest PyTorch that is supported, in .venv-oldest; by hand, before a release
+	PIP_CONSTRAINT=$(CURDIR)/tests/gpu/rehearsal/oldest.txt $(MAKE) VENV=.venv-oldest test
+
+test-mutations: $(STAMP) ## plant small faults one at a time: the suite must catch each; by hand; ARGS='--only NAME'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations $(ARGS)
 
 check: $(STAMP) ## ruff, mypy, architecture tests
 	$(BIN)/ruff check .

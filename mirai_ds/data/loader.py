@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,6 +135,7 @@ class BatchLoader:
 
     def _start(self, number: int) -> Iterator[Batch | str]:
         self.close()
+        _STARTED.add(self)
         loader = DataLoader(
             _ErrorsAsText(self.cut), batch_size=None, sampler=itertools.count(number), num_workers=self.workers,
             prefetch_factor=self.prefetch, pin_memory=self.device.type == "cuda", worker_init_fn=_quiet_worker,
@@ -147,7 +150,21 @@ class BatchLoader:
 
     def close(self) -> None:
         """End the workers."""
-        self._stream = None
+        stream, self._stream = self._stream, None
+        # Not left to the collection of garbage: a traceback may hold the stream.
+        if (end := getattr(stream, "_shutdown_workers", None)) is not None:
+            end()
+
+
+_STARTED: weakref.WeakSet[BatchLoader] = weakref.WeakSet()  # with workers
+
+
+@atexit.register
+def _close_all() -> None:
+    """Of a process that ends with loaders open, by an error say: Python would send SIGTERM to workers, which ignore it,
+    and wait for them for ever."""
+    for loader in list(_STARTED):
+        loader.close()
 
 
 def _quiet_worker(_: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -147,6 +149,35 @@ def test_images_come_only_where_they_are_asked_for() -> None:
     assert with_images.images is not None
     assert with_images.images.numpy().tolist() == images[indices.numpy(), order.views(keys, 2).numpy()].tolist()
     assert next(BatchLoader(data, order, 4, 0, 1, torch.device("cpu"), images=False).micro_batches(1)).images is None
+
+
+OPEN_AT_THE_END = """
+import torch
+from mirai_ds.data import BatchLoader, DataOrder
+from tests.data.test_order import source
+reader = BatchLoader(source(8), DataOrder(8, 4, 0), 4, 0, 1, torch.device("cpu"), images=False, workers=2)
+print(len(list(reader.micro_batches(0))))
+raise ValueError("with workers")
+"""
+
+
+def test_a_process_that_fails_with_workers_open_ends() -> None:
+    """They ignore the signal by which Python ends them at its exit, and it waits for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_AT_THE_END], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (1, "1\n"), done.stderr
+    assert done.stderr.endswith("ValueError: with workers\n")
+
+
+def test_workers_follow_a_jump_back() -> None:
+    """As after a rollback; read ahead, they hold the batches of later steps."""
+    order = DataOrder(24, 4, 0)
+    reader = BatchLoader(source(24), order, 4, 0, 1, torch.device("cpu"), images=False, workers=1)
+    for step in (3, 4, 1):
+        (batch,) = reader.micro_batches(step)
+        assert batch.keys.tolist() == order.batch(step)[1].tolist()
+    reader.close()
 
 
 def test_keys_are_unique_across_positions_and_epochs() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mirai_ds.config import UserError
+from mirai_ds.engine.sharded_ema import ShardedEma
 from mirai_ds.engine.start import check_version
 from tests.engine import cases, resume_cases
 from tests.marks import by_hand, rest_by_hand
@@ -16,6 +18,17 @@ from tests.marks import by_hand, rest_by_hand
 LAYOUTS = [(s, p) for s in range(4) for p in ("fp32", "bf16", "bf16-autocast") if (s, p) != (0, "bf16")]
 # Each stage and each precision; the others only by hand (`make test-exhaustive`).
 OFTEN = rest_by_hand(LAYOUTS, {(0, "fp32"), (1, "bf16"), (2, "bf16-autocast"), (3, "bf16"), (3, "fp32")})
+
+
+def test_the_average_stands_still_where_an_update_was_refused() -> None:
+    """At 0 after a start at 0, with weights at 1 since: (1 - decay) of the way, but not in a refused step."""
+    master = torch.zeros(3)
+    ema = ShardedEma(SimpleNamespace(masters=[master]), 0.75)  # type: ignore[arg-type]
+    master.fill_(1.0)
+    for refused, wanted in ((1.0, 0.0), (0.0, 0.25), (1.0, 0.25), (0.0, 0.4375)):
+        ema.update(torch.tensor(refused))
+        assert ema.values[0].tolist() == [wanted] * 3
+    assert ema.version == 4
 
 
 @pytest.mark.parametrize(("stage", "precision"), OFTEN)

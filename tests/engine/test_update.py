@@ -58,6 +58,26 @@ def test_norm_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert update.confirm_updates() == 0
 
 
+def test_only_long_gradients_are_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW divides by `grad_scale`; the threshold is 1."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    update = made(Zero(torch.ones(2), asks=True))
+    for gradient, scale in (([30.0, 40.0], 50.0), ([0.6, 0.8], 1.0), ([0.03, 0.04], 1.0), ([0.0, 0.0], 1.0)):
+        update.zero.averaged_gradients = {0: [torch.tensor(gradient)]}
+        update.step()
+        assert update.base.grad_scale == pytest.approx(scale, rel=1e-5)  # type: ignore[attr-defined]
+
+
+def test_the_first_of_two_refused_updates_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All from it on are to be made again, whatever comes between two looks."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    update = made(Zero(torch.ones(2), asks=True))
+    for factor in (1.0, float("nan"), 1.0, float("inf"), 1.0):
+        update.zero.averaged_gradients = {0: [torch.ones(2) * factor]}
+        update.step()
+    assert update.confirm_updates() == 4
+
+
 def test_a_step_that_asks_for_no_norm() -> None:
     with pytest.raises(RuntimeError, match="did not ask for the gradients' norm"):
         made(Zero(torch.ones(2), asks=False)).step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import resource
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.saver import superseded
 from mirai_ds.config import CheckpointConfig, UserError
+from mirai_ds.runtime.disk import digest_of_file
 from tests.fault.faulty_ranks import curve, run_ranks
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 from tests.fault.test_stop import has_step
@@ -101,6 +103,16 @@ def test_any_flipped_bit_is_seen(flipped: Path, seed: int) -> None:
         assert info.step == 24
     finally:
         path.write_bytes(good)
+
+
+def test_a_digest_is_of_all_of_a_large_file(tmp_path: Path) -> None:
+    """Files are read in pieces of 4 MiB; the tests' own checkpoints are smaller."""
+    data = bytearray(random.Random(0).randbytes((9 << 20) + 5))
+    path = tmp_path / "large"
+    for place in (0, 5 << 20, len(data) - 1):
+        data[place] ^= 1
+        path.write_bytes(data)
+        assert digest_of_file(path) == hashlib.sha256(data).hexdigest()
 
 
 def test_swapped_files_are_seen(run: Path) -> None:

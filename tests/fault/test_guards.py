@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,38 @@ import torch
 
 from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import StateReader
+from mirai_ds.config import UserError
+from mirai_ds.train.hooks import spike as spike_hook
+from mirai_ds.train.skipped import SkippedSteps
 from tests.fault.faulty_ranks import Kill, around_steps, curve, pictures, run_ranks, tensors
 from tests.fault.test_kills import IF_PRESENT, assert_same, finish
 from tests.marks import by_hand
+
+
+def test_only_skips_of_steps_that_follow_each_other_count_together() -> None:
+    skipped = SkippedSteps()
+    counts = []
+    for step in (7, 8, 20, 21, 22, 40):
+        skipped.add(step)
+        counts.append(skipped.in_a_row)
+    assert counts == [1, 2, 1, 2, 3, 1]
+    again = SkippedSteps()
+    again.load_state_dict(skipped.state_dict())
+    again.add(41)
+    assert again.in_a_row == 2
+
+
+def test_a_spike_is_one_beside_the_last_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that fall from 8 to 2: 5 is none in the beginning and one at the end."""
+    config = SimpleNamespace(action="stop", window=4, sigmas=6.0)
+    session: Any = SimpleNamespace(config=SimpleNamespace(guard=SimpleNamespace(spike=config)), step=0)
+    monkeypatch.setattr(spike_hook, "mean_over_ranks", lambda values: {"ntp": [values["ntp"]]})
+    hook = spike_hook.SpikeHook(SimpleNamespace(scalars=lambda *_: None))  # type: ignore[arg-type]
+    for loss in (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.2, 2.1, 2.0):
+        hook.after_step(session, SimpleNamespace(applied=True, metrics={"ntp": loss}))  # type: ignore[arg-type]
+    assert hook.window == [2.5, 2.2, 2.1, 2.0]
+    with pytest.raises(UserError, match=r"loss 5\.0000 is above"):
+        hook.after_step(session, SimpleNamespace(applied=True, metrics={"ntp": 5.0}))  # type: ignore[arg-type]
 
 
 def break_module(name: str, step: int, rank: int, row: int, times: int = 1000, backward: bool = False) -> None:

@@ -23,7 +23,7 @@ def pretend(what: str) -> None:
     if what == "code":
         preflight.code_version = lambda: "0badc0de"
     elif what == "packages":
-        mine = {**preflight.package_versions(), "torch": "2.8.0"}
+        mine = {**preflight.package_versions(), "torch": "1.13.0"}
         preflight.package_versions = lambda: mine
     elif what == "clock":
         real = preflight.time.time
@@ -36,7 +36,7 @@ def pretend(what: str) -> None:
     ("what", "said"),
     [
         ("code", "runs code 0badc0de, rank 0 on "),
-        ("packages", "has torch 2.8.0, rank 0 on "),
+        ("packages", "has torch 1.13.0, rank 0 on "),
         ("clock", "s apart (guard.max_clock_skew_seconds = 60)"),
         ("folder", "put it on a file system all nodes share"),
     ],

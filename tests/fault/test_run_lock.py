@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mirai_ds.checkpoint import store
+from mirai_ds.checkpoint.store import CheckpointInfo
 from mirai_ds.config import UserError
 from mirai_ds.runs import lock
 from mirai_ds.runs.lock import Attempt, RunLock, RunTakenOverError, starts_without_progress, valid_attempts
@@ -111,6 +112,16 @@ def test_what_the_run_still_builds_upon() -> None:
     assert valid_attempts([start(1, 0), start(2, 40, 1), start(3, 60, 2)]) == {3: inf, 2: 60, 1: 40}
     assert valid_attempts([start(1, 0), start(2, 0)]) == {2: inf}  # began anew
     assert valid_attempts([start(1, 30, 0)]) == {1: inf, 0: 30}  # checkpoints from before there were fences
+
+
+def test_the_checkpoint_that_was_gone_on_from_counts_and_no_later_one_of_its_start() -> None:
+    """Else a run that is killed before its next checkpoint goes back further each time."""
+    valid = valid_attempts([start(1, 0), start(2, 40, 1)])
+    counts = {
+        (step, number): store.is_valid(CheckpointInfo(step, 32, 0, 2, 2, "fp32", "mirai-e", "", step, number), valid)
+        for step, number in ((36, 1), (40, 1), (44, 1), (44, 2), (44, 3))
+    }
+    assert counts == {(36, 1): True, (40, 1): True, (44, 1): False, (44, 2): True, (44, 3): False}
 
 
 def test_deaths_without_progress_are_counted() -> None:

@@ -145,6 +145,11 @@ def test_every_step_of_a_stretch_is_the_same(gpt: GPT) -> None:
 def test_a_step_stays_on_its_device() -> None:
     """On tensors without content that say they are on a GPU: an operation that mixed devices, made a tensor elsewhere
     or needed a value would raise."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda").uniform_()
+    except RuntimeError as error:  # PyTorch 2.8
+        pytest.skip(f"this PyTorch asks for a GPU even for tensors without content: {str(error).splitlines()[0]}")
     with FakeTensorMode(), torch.device("cuda"):
         model = GPT(CONFIG).eval().requires_grad_(False)
         decoder = Decoder(model, 3, SamplingRules(2.0, top_k=5, top_p=0.9))
