@@ -294,7 +294,8 @@ def test_a_single_measurement_is_no_start(tmp_path: Path, capsys: pytest.Capture
         {"step": 30, "loss/ntp": 2.125, "loss/alignment": -1.5}, {"step": 30, "held_out/ntp_raw": 5.0449},
     ]  # fmt: skip
     found = ReportHook(Sinks())._summary(session, records, None)  # type: ignore[arg-type]
-    assert found["held_out/ntp_raw"] == {"first": None, "first_step": None, "last": 5.0449}
+    once = {"first": None, "first_step": None, "last": 5.0449, "lowest": 5.0449, "lowest_step": 30}
+    assert found["held_out/ntp_raw"] == once
     assert found["held_out/ntp_ema"]["last"] is None
     assert found["loss/ntp"] == {"first": 2.5, "first_step": 10, "last": 2.125}
     assert found["loss/alignment"] == {"first": -1.0, "first_step": 20, "last": -1.5}
@@ -303,3 +304,11 @@ def test_a_single_measurement_is_no_start(tmp_path: Path, capsys: pytest.Capture
     lines = {row[1].strip(): row[2:4] for row in rows}
     assert [cell.strip() for cell in lines["held-out loss, raw weights"]] == ["", "5.0449"]
     assert [cell.strip() for cell in lines["training loss (next token)"]] == ["2.5000 (step 10)", "2.1250"]
+    assert "lowest" not in lines
+
+    turned = [{"step": s, "held_out/ntp_ema": v} for s, v in ((0, 2.8), (10, 1.4), (20, None), (30, 1.9))]
+    found = ReportHook(Sinks())._summary(session, turned, None)  # type: ignore[arg-type]
+    assert (found["held_out/ntp_ema"]["lowest"], found["held_out/ntp_ema"]["lowest_step"]) == (1.4, 10)
+    print_table(found, tmp_path)
+    out = capsys.readouterr().out
+    assert out.index("1.9000") < out.index("lowest") < out.index("(step 10)") < out.index("1.4000")
