@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from mirai_ds.checkpoint import store
 from tests.train.conftest import SMALL, numbers, small_train
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.matrix
 SHORT = [*SMALL, "train.max_steps=2", "checkpoint.at_end=false", "eval.classifier.enabled=false",
@@ -93,15 +93,19 @@ def ask(run: Path, number: int, after: int) -> tuple[int, str]:
     settings = [part for o in long for part in ("--set", o)]
     command = [sys.executable, "-m", "mirai_ds", "train", "digits-mirai-e", *settings, "--run-dir", str(run),
                "--resume", "if-present"]  # fmt: skip
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        path = run / "metrics.jsonl"
-        if path.exists() and f'"step": {after},' in path.read_text():
-            break
-        time.sleep(0.05)
+    # A shell that runs the suite in the background lets it ignore Ctrl-C, and what it starts would too, rightly.
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    path = run / "metrics.jsonl"
+    logged = f'"step": {after},'
+    wait_until(
+        f"step {after} of {run}",
+        lambda: process.poll() is not None or (path.exists() and logged in path.read_text()),
+    )
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     return process.returncode, out
 
 
