@@ -75,7 +75,8 @@ def test_a_replay_is_the_plain_step_to_the_last_bit(results: dict[str, tuple[Cas
     assert "error" not in plain, plain["error"]
     for quantity in ("losses", "norms", "state", "refused"):
         assert graph[quantity] == plain[quantity], quantity
-    assert len(set(graph["losses"])) == len(graph["losses"]) >= 6
+    # Each step moved the weights.  Losses of a network this new lie within 1e-4, and two may round to one number.
+    assert len(set(graph["norms"])) == len(graph["norms"]) >= 6
     assert graph["refused"] == 0
 
 
@@ -114,7 +115,7 @@ def test_what_cannot_be_captured_runs_plainly_and_says_why(fake_gpu: FakeGpu, tm
     done = json.loads((tmp_path / "done.json").read_text("utf-8"))
     for name, (_, reason) in PLAINLY.items():
         assert reason in done[name]["plain"], name
-        assert (done[name]["graphs"], len(set(done[name]["losses"]))) == (0, len(done[name]["losses"])), name
+        assert (done[name]["graphs"], len(set(done[name]["norms"]))) == (0, len(done[name]["norms"])), name
 
 
 def test_a_capture_that_fails_falls_back(fake_gpu: FakeGpu, tmp_path: Any) -> None:

@@ -103,7 +103,7 @@ def test_the_numbers_are_the_cpus(done: tuple[str, Case, Case]) -> None:
     for quantity in ("losses", "norms"):
         assert gpu[quantity] == pytest.approx(cpu[quantity], rel=bound), quantity
     assert len(gpu["losses"]) == 4
-    assert len(set(gpu["losses"])) == 4
+    assert len(set(gpu["norms"])) == 4
 
 
 def test_a_step_stays_on_the_device(done: tuple[str, Case, Case]) -> None:
