@@ -118,8 +118,9 @@ def verify(folder: Path) -> CheckpointInfo:
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files: name -> {bytes, sha256}.  Raises UserError for another format or a damaged manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest's files: name -> {bytes, sha256}.  Raises UserError for another format or a damaged manifest, OSError
+    and ValueError for one that cannot be read."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_each_name_once)
     if manifest["format"] != FORMAT:
         raise UserError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
     files: dict[str, dict[str, Any]] = manifest["files"]
@@ -129,6 +130,14 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
         if Path(name).name != name:  # a checkpoint may come from elsewhere: nothing outside its folder is read
             raise UserError(f"{folder}: its manifest names {name!r}, which is not a file in it")
     return files
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One flipped bit makes two ranks' files of one name; JSON would keep the last, and the other go unchecked."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in the manifest")
+    return found
 
 
 def ignored_because(folder: Path, attempt: int) -> str:

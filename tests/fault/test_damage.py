@@ -43,6 +43,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def one_name_twice(path: Path) -> None:
+    """One bit of the manifest: the first rank's file bears the second's name."""
+    text = path.read_bytes()
+    assert text.count(b"state-rank00000") == text.count(b"state-rank00001") == 1
+    path.write_bytes(text.replace(b"state-rank00000", b"state-rank00001"))
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -67,6 +74,16 @@ DAMAGES: list[Callable[[Path], None]] = [cut, empty, zeros, longer, folder_inste
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 def test_a_damaged_file_is_skipped_for_the_one_before(run: Path, name: str, damage: Callable[[Path], None]) -> None:
+    skips(run, name, damage)
+
+
+def test_a_manifest_that_names_a_file_twice_is_damaged(run: Path) -> None:
+    """And leaves another out, which nobody would check."""
+    assert "stands twice" in skips(run, "manifest.json", one_name_twice)
+
+
+def skips(run: Path, name: str, damage: Callable[[Path], None]) -> str:
+    """Whether the newest checkpoint, damaged, is passed over for the one before; what is said of it."""
     damage(store.folder_of(run, 24) / name)
     folder, info, skipped = store.find(run, "auto")
     assert (folder, info.step) == (store.folder_of(run, 20), 20)
@@ -74,6 +91,7 @@ def test_a_damaged_file_is_skipped_for_the_one_before(run: Path, name: str, dama
     assert "step-00000024" in skipped[0]
     with pytest.raises(UserError, match="step-00000024"):
         store.find(run, "24")
+    return skipped[0]
 
 
 @pytest.fixture(scope="module")
