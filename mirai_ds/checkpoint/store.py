@@ -118,8 +118,8 @@ def verify(folder: Path) -> CheckpointInfo:
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files: name -> {bytes, sha256}.  Raises UserError for another format or a damaged manifest, OSError
-    and ValueError for one that cannot be read."""
+    """The manifest's files: name -> {bytes, sha256}.  Raises UserError for another format or a damaged manifest, and
+    OSError or ValueError for one that cannot be read."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_each_name_once)
     if manifest["format"] != FORMAT:
         raise UserError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
