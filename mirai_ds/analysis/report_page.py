@@ -142,8 +142,11 @@ def _about(one: Evaluation) -> dict[str, str]:
 
 def recipe_of(name: str) -> str | None:
     """The shipped recipe that a run's name is of, a twin's too; None for another name."""
-    for recipe in (name, *(name.removesuffix(f"-{twin[1:]}") for twin in TWINS)):
-        if recipe in recipe_names():
+    if name in recipe_names():
+        return name
+    for twin in TWINS:
+        recipe = name.removesuffix(f"-{twin[1:]}")
+        if recipe != name and recipe in recipe_names() and load(recipe).foresight.active:  # others have no twin
             return recipe
     return None
 

@@ -158,7 +158,8 @@ def test_numbers_of_the_same_run_under_another_name_and_of_twins() -> None:
     """Mirai-E's 300-epoch run is the 80-epoch one up to there; a twin's name leads to its recipe."""
     numbers = dict(numbers_at_marks("mirai-e-b"))
     assert numbers[400_320] == dict(numbers_at_marks("mirai-e-b-80"))[400_320]
-    assert page.recipe_of("mirai-e-b-80-paper") == "mirai-e-b-80"
+    assert page.recipe_of("mirai-e-b-80-paper") == page.recipe_of("mirai-e-b-80-text") == "mirai-e-b-80"
+    assert page.recipe_of("llamagen-b-text") is None  # somebody's own name: a baseline has no twin
     assert page.recipe_of("mine") is None
     assert numbers_at_marks("digits-baseline") == []
 
