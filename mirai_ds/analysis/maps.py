@@ -20,7 +20,8 @@ from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.config.run_config import Weights
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder, TokenSource
-from mirai_ds.model import GPT, gpt_from_weights
+from mirai_ds.model import gpt_from_weights, token_features
+from mirai_ds.model.features import Slots
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.tokenizer import open_tokenizer
 
@@ -30,7 +31,6 @@ Method = Literal["tsne", "pca"]
 FOLDER = "maps"
 Z95 = 1.959964  # of the normal distribution
 _EDGE = 2.0  # percent of the values at each end that share a colour
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,6 @@ class RunMap:
     weights: str
     colours: Array
     smoothness: Smoothness
-
-
-@torch.no_grad()
-def token_features(gpt: GPT, tokens: Tensor, labels: Tensor, layer: int, slots: str = "input") -> Tensor:
-    """tokens (n, N), labels (n,) -> (n, N, D) fp32 on CPU: the residual stream after block `layer` (1-based), without
-    dropout, of the slot that holds (`input`) or predicts (`predict`) each token, tokens in raster order also of PAR."""
-    device, parts = gpt.norm.weight.device, []
-    order = gpt.order.positions()
-    chosen = [order.input_slot[q] if slots == "input" else q for q in order.number]
-    for chunk, label in zip(tokens.split(_BATCH), labels.split(_BATCH), strict=True):
-        x = gpt.embed(chunk.to(device), label.to(device), None)
-        _, hidden = gpt.blocks(x, None, (layer,))
-        parts.append(hidden[layer][:, chosen].float().cpu())
-    return torch.cat(parts)
 
 
 def smoothness(features: Tensor) -> Smoothness:
@@ -272,7 +258,7 @@ def _joined(parts: list[Images]) -> Images:
 
 def map_run(
     source: Path, loaded: LoadedWeights, layer: int | None, shown: Images, measured: Images, method: Method, seed: int,
-    slots: str,
+    slots: Slots,
 ) -> RunMap:  # fmt: skip
     """layer: default two thirds of the depth, as the paper's 8 of 12."""
     config = loaded.config
@@ -290,7 +276,7 @@ def map_run(
 def make_maps(
     sources: Sequence[Path], wanted: Sequence[str], layer: int | None, method: Method, out: Path | None,
     weights: Weights | None, step: int | None, recipe: str | None, block_size: int | None, tokenizer: Path | None,
-    label: int | None, measured: int, seed: int, slots: str,
+    label: int | None, measured: int, seed: int, slots: Slots,
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """Write the picture and, beside it, its JSON; returns the picture's path and what the JSON holds."""
     mixed = len({source.is_dir() for source in sources}) == 2  # then a step is the runs', a recipe the files'
@@ -323,7 +309,7 @@ def _default_path(source: Path, layer: int, method: str) -> Path:
     return folder / f"layer-{layer:02d}-{method}.png"
 
 
-def as_json(maps: Sequence[RunMap], shown: Images, method: str, seed: int, slots: str) -> dict[str, Any]:
+def as_json(maps: Sequence[RunMap], shown: Images, method: str, seed: int, slots: Slots) -> dict[str, Any]:
     """A row a run; from the second on with its difference in smoothness to the first, image by image."""
     rows = []
     for one in maps:

@@ -39,7 +39,7 @@ def sample_to_folder(
     columns = per_class or config.sampling.per_class
     labels = torch.tensor(chosen_classes(classes, config)).repeat_interleave(columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder, reason = _decoder(loaded, tokenizer, device)
+    decoder, reason = open_decoder(loaded, tokenizer, device)
     folder = out or (source / "samples" if source.is_dir() else Path("samples"))
     folder.mkdir(parents=True, exist_ok=True)
     gpt = gpt_from_weights(config.model, {name: value.to(device) for name, value in loaded.gpt.items()})
@@ -53,8 +53,11 @@ def sample_to_folder(
     return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"
 
 
-def _decoder(loaded: LoadedWeights, tokenizer: Path | None, device: torch.device) -> tuple[TokenDecoder | None, str]:
-    """What shows the tokens, else why nothing does: they are worth having all the same.  Raises UserError."""
+def open_decoder(
+    loaded: LoadedWeights, tokenizer: Path | None, device: torch.device
+) -> tuple[TokenDecoder | None, str]:
+    """What shows the tokens, the given tokenizer or the data's own; else None and why nothing does: they are worth
+    having all the same.  Raises UserError."""
     if tokenizer is not None:
         decoder: TokenDecoder | None = open_tokenizer(tokenizer, str(device))
     elif loaded.data is None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirai_ds.analysis.maps import smoothness, token_features
+from mirai_ds.analysis.maps import smoothness
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.data import load_dataset
 from mirai_ds.eval.metrics.distances import GaussianStatistics, frechet_distance, gaussian_statistics
 from mirai_ds.eval.metrics.manifold import precision_recall
-from mirai_ds.model import SamplingRules, gpt_from_weights
+from mirai_ds.model import SamplingRules, gpt_from_weights, token_features
 from mirai_ds.model.rules import image_labels
 from mirai_ds.sampling.grid import draw_in_batches
 from mirai_ds.study.arms import ARMS, Planned, Study, run_config

@@ -12,10 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mirai_ds.analysis.maps import colours, half_width, smoothness, token_features
+from mirai_ds.analysis.maps import colours, half_width, smoothness
 from mirai_ds.cli.main import main
 from mirai_ds.config import ModelConfig
-from mirai_ds.model import GPT, gpt_from_weights
+from mirai_ds.model import GPT, gpt_from_weights, token_features
 from tests.train.conftest import small_train
 
 MODEL = {
