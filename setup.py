@@ -61,6 +61,7 @@ setup(
         "mirai_ds.analysis": ["*.j2"],
         "mirai_ds.config.recipes": ["*.yaml", "*/*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
+        "mirai_ds.library": ["*.j2"],
         "mirai_ds.jobs": ["*.sbatch"],
         "mirai_ds.jobs.parts": ["*.sh"],
         "mirai_ds.jobs.clusters": ["*.yaml"],

@@ -13,6 +13,7 @@ from mirai_ds.checkpoint import store
 from mirai_ds.checkpoint.format import StateReader
 from mirai_ds.checkpoint.gpt_file import PROJECTORS, GptFile, read_gpt_file
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told, infer_model_config
+from mirai_ds.checkpoint.model_folder import is_model_folder, read_model_folder
 from mirai_ds.config import DataConfig, ModelConfig, RunConfig, UserError, load
 from mirai_ds.config.errors import from_validation
 from mirai_ds.config.run_config import Weights
@@ -27,6 +28,7 @@ class LoadedWeights:
 
     gpt: with `projectors.*` where those were asked for.  kind: which of those `held` at the source they are.  data:
     what they were trained on; None: of a file nobody says.  model: the fields of `config.model` that are known.
+    codebook: the file that shows their tokens, where it lies beside them.
     """
 
     gpt: dict[str, Tensor]
@@ -37,6 +39,7 @@ class LoadedWeights:
     held: tuple[Weights, ...]
     data: DataConfig | None
     model: dict[str, Any]
+    codebook: Path | None = None
 
 
 def checkpoint_of(run: Path, step: int | str | None) -> tuple[Path, int, RunConfig]:
@@ -61,12 +64,14 @@ def load_weights(
     source: Path, kind: Weights | None = None, step: int | None = None, recipe: str | None = None,
     block_size: int | None = None, heads: bool = False,
 ) -> LoadedWeights:  # fmt: skip
-    """From a run folder, or a weights file.  kind: default `sampling.weights` of the run or recipe, else the average;
+    """From a run folder, a model's folder, or a weights file.  kind: default `sampling.weights` of the run or recipe, else the average;
     of a file that has only the other, that one.
 
     A file's model is the recipe's, the one that the file states, or the one that its shapes tell, which LlamaGen's
     sizes are.  `block_size`, tokens an image, they cannot tell.  Raises UserError.
     """
+    if is_model_folder(source):
+        return _of_model_folder(source, kind, {"--step": step, "--recipe": recipe, "--block-size": block_size}, heads)
     if source.is_dir():
         if recipe is not None:
             raise UserError(f"--recipe {recipe}: {source} is a run, which holds its own configuration; leave it out")
@@ -90,11 +95,26 @@ def load_weights(
         known = model.model_dump(mode="json")
         check_told(file.model, model, source)
     check_gpt_weights(file.weights, model, source)
-    weights = {name: value for name, value in file.weights.items() if heads or not name.startswith(PROJECTORS)}
     return LoadedWeights(
-        weights, given or RunConfig(model=model), f"{source} ({file.kind} weights)", file.steps, file.kind, file.held,
+        _without_heads(file.weights, heads), given or RunConfig(model=model), f"{source} ({file.kind} weights)", file.steps, file.kind, file.held,
         None if given is None else given.data, known,
     )  # fmt: skip
+
+
+def _of_model_folder(source: Path, kind: Weights | None, given: dict[str, Any], heads: bool) -> LoadedWeights:
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} {value}: {source} says itself what it holds; leave it out")
+    file, config, codebook = read_model_folder(source, kind)
+    check_gpt_weights(file.weights, config.model, source)
+    return LoadedWeights(
+        _without_heads(file.weights, heads), config, f"{source} ({file.kind} weights)", file.steps, file.kind,
+        file.held, None, config.model.model_dump(mode="json"), codebook,
+    )  # fmt: skip
+
+
+def _without_heads(weights: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if keep or not name.startswith(PROJECTORS)}
 
 
 def _model_of(file: GptFile, path: Path, block_size: int | None) -> ModelConfig:

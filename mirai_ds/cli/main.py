@@ -97,27 +97,47 @@ def train(options: TrainOptions, ranks: int | None) -> None:
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .pt or .safetensors.")
-@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), help="Default all that SOURCE has.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File or, of hf, new folder to write.")
+@click.option("--format", "layout", type=click.Choice(["llamagen", "safetensors", "hf"]),
+              help="Default by --out: .pt, .safetensors, or a folder.")
+@click.option("--weights", type=click.Choice(["raw", "ema", "both"]), help="Default all that SOURCE has; of hf one.")
 @click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
 @click.option("--projectors", is_flag=True, help="Keep the alignment heads too (samplers do not need them).")
 @click.option("--recipe", help="Of a weights file: what trained it; default as it says, or its shapes.")
 @mistakes_in_one_line
 def export(
-    source: Path, out: Path, weights: Any, step: int | None, projectors: bool, recipe: str | None
+    source: Path, out: Path, layout: str | None, weights: Any, step: int | None, projectors: bool, recipe: str | None
 ) -> None:  # fmt: skip
-    """Write the weights of SOURCE, a run or a weights file, as a file that LlamaGen's own samplers load.
+    """Write the weights of SOURCE, a run or a weights file, for others.
 
-    `both` puts raw weights under "model" and the average under "ema"; LlamaGen's samplers read "model", so use
-    `--weights ema` to sample the average there.  A weights file becomes one with official keys in fp32.
+    llamagen: a .pt file that LlamaGen's own samplers load.  `both` puts raw weights under "model" and the average under
+    "ema"; those samplers read "model", so use `--weights ema` to sample the average there.  safetensors: the same in
+    such a file.  hf: a folder with configuration, weights and a model card filled from the run, which
+    `mirai_ds.ImageModel.from_pretrained` loads and a model hub shows.  Weights are fp32 under LlamaGen's keys.
 
     \b
     Example:
       mirai-ds export runs/digits-mirai-e --weights ema --out digits.pt
+      mirai-ds export runs/digits-mirai-e --format hf --out digits-mirai-e
     """
-    from mirai_ds.checkpoint.export import export_weights
+    from mirai_ds.config.errors import UserError
 
-    click.echo(export_weights(source, out, weights, step, projectors, recipe))
+    endings = {"llamagen": (".pt", ".pth", ".bin"), "safetensors": (".safetensors",), "hf": ("",)}
+    told = next((name for name, ends in endings.items() if out.suffix in ends), None)
+    if layout is None and told is None:
+        raise UserError(f"--out {out}: ends in {out.suffix}; write .pt, .safetensors, or --format hf for a folder")
+    if layout not in (None, "hf", told):
+        raise UserError(f"--format {layout}: writes {' or '.join(endings[str(layout)])}, --out is {out}")
+    if (layout or told) != "hf":
+        from mirai_ds.checkpoint.export import export_weights
+
+        click.echo(export_weights(source, out, weights, step, projectors, recipe))
+        return
+    if weights == "both":
+        raise UserError("--weights both: a folder holds one model; say raw or ema")
+    from mirai_ds.library.export import export_folder
+
+    click.echo(export_folder(source, out, weights, step, projectors, recipe))
 
 
 @main.command()

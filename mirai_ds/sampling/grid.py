@@ -40,7 +40,7 @@ def sample_to_folder(
     labels = torch.tensor(chosen_classes(classes, config)).repeat_interleave(columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder, reason = open_decoder(loaded, tokenizer, device)
-    folder = out or (source / "samples" if source.is_dir() else Path("samples"))
+    folder = out or (source / "samples" if source.is_dir() and loaded.data is not None else Path("samples"))
     folder.mkdir(parents=True, exist_ok=True)
     gpt = gpt_from_weights(config.model, {name: value.to(device) for name, value in loaded.gpt.items()})
     tokens = draw_in_batches(gpt, labels, rules, seed, device)
@@ -58,8 +58,9 @@ def open_decoder(
 ) -> tuple[TokenDecoder | None, str]:
     """What shows the tokens, the given tokenizer or the data's own; else None and why nothing does: they are worth
     having all the same.  Raises UserError."""
-    if tokenizer is not None:
-        decoder: TokenDecoder | None = open_tokenizer(tokenizer, str(device))
+    file = tokenizer or loaded.codebook
+    if file is not None:
+        decoder: TokenDecoder | None = open_tokenizer(file, str(device))
     elif loaded.data is None:
         return None, NO_DATA
     else:

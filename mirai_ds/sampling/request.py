@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mirai_ds.checkpoint.weights import load_weights
-from mirai_ds.config import DataConfig, RunConfig, UserError
+from mirai_ds.checkpoint.model_folder import is_model_folder
+from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
+from mirai_ds.config import RunConfig, UserError
 from mirai_ds.config.run_config import Weights
 from mirai_ds.data import load_decoder
 from mirai_ds.data.token_source import TokenDecoder
@@ -90,7 +91,7 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
         request.source, request.weights, request.step, request.recipe, _tokens_an_image(request, given)
     )
     config = loaded.config
-    decoder = given or _decoder_of_the_data(loaded.data, device)
+    decoder = given or _decoder_of_the_source(loaded, device)
     check_vocabulary(decoder, config, given is not None)
     decoded = config.model.grid * decoder.downsampling
     if request.image_size not in (None, decoded):
@@ -140,11 +141,13 @@ def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -
     return int(side) ** 2
 
 
-def _decoder_of_the_data(data: DataConfig | None, device: torch.device) -> TokenDecoder:
-    if data is None:
+def _decoder_of_the_source(loaded: LoadedWeights, device: torch.device) -> TokenDecoder:
+    if loaded.codebook is not None:
+        return open_tokenizer(loaded.codebook, str(device))
+    if loaded.data is None:
         raise UserError(f"--num: {NO_DATA}")
     try:
-        decoder = load_decoder(data, str(device))
+        decoder = load_decoder(loaded.data, str(device))
     except UserError as error:
         raise UserError(f"{error}; or give --tokenizer FILE") from None
     if decoder is None:
@@ -191,7 +194,7 @@ def _short(classes: list[int]) -> list[int] | str:
 def _default_out(request: SamplingRequest, config: RunConfig, protocol: dict[str, Any]) -> Path:
     """In a run's samples/, else in ./samples, under a name that says the protocol, as LlamaGen's sampler does."""
     p = protocol
-    if request.source.is_dir():
+    if request.source.is_dir() and not is_model_folder(request.source):
         folder, name = request.source / "samples", f"{config.name}-step-{p['checkpoint_step']:08d}-{p['weights']}"
     else:
         folder, name = Path("samples"), request.source.stem

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mirai_ds.checkpoint.gpt_file import PROJECTORS, read_gpt_file
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_heads, check_told
+from mirai_ds.checkpoint.model_folder import weights_file
 from mirai_ds.checkpoint.saver import Saver
 from mirai_ds.checkpoint.weights import checkpoint_of, checkpoint_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
@@ -145,7 +146,7 @@ def check_score(config: RunConfig, dataset: Dataset) -> None:
 def initial_weights(config: RunConfig, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`train.init_from`: the raw weights of a file, the average where it has no other, or of a run folder's newest
     whole checkpoint.  heads: the run's own, by `projectors.*` key, for their shapes.  Raises UserError."""
-    path = Path(config.train.init_from or "")
+    path = weights_file(Path(config.train.init_from or ""))
     if path.is_dir():
         folder, step, theirs = checkpoint_of(path, None)
         weights, told = checkpoint_weights(folder, "raw", heads=True), theirs.model.model_dump()

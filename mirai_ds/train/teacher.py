@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mirai_ds.checkpoint.gpt_file import read_gpt_file
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told
+from mirai_ds.checkpoint.model_folder import weights_file
 from mirai_ds.checkpoint.weights import checkpoint_of, checkpoint_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
 from mirai_ds.foresight import EmaTeacher, Teacher, method_of
@@ -54,7 +55,7 @@ def pretrained(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     A weights file, a run folder (its newest whole checkpoint) or a checkpoint's folder.  Raises UserError.
     """
     given = config.foresight.teacher_weights or ""
-    path = Path(given)
+    path = weights_file(Path(given))
     try:
         if path.is_dir():
             run, step = _run_and_step(path)

@@ -19,9 +19,9 @@ FLOORS = (
     ("foresight", "checkpoint", "data"),
     ("engine", "eval", "resumable"),
     ("extract", "planning", "sampling"),
-    ("train", "library"),
+    ("train",),
     ("benchmarks", "paper"),
-    ("selfcheck", "analysis"),
+    ("selfcheck", "analysis", "library"),
     ("study",),
     ("cli",),
 )
