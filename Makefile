@@ -10,7 +10,7 @@ NUMERIC := tests/eval tests/foresight tests/kernels/test_values.py tests/kernels
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-quick test-cpus test-matrix test-exhaustive test-slurm test-study \
-	test-python test-oldest test-mutations check format verify kernels kernels-cuda \
+	test-python test-oldest test-mutations check docs format verify kernels kernels-cuda \
 	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
 
 help: ## list the targets
@@ -70,6 +70,9 @@ check: $(STAMP) ## ruff, mypy, architecture tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
+
+docs: $(STAMP) ## the API's pages from its docstrings, into build/docs
+	$(BIN)/pdoc --no-show-source -o build/docs mirai_ds.library '!mirai_ds\.library\.'
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -64,8 +64,8 @@ def load_weights(
     source: Path, kind: Weights | None = None, step: int | None = None, recipe: str | None = None,
     block_size: int | None = None, heads: bool = False,
 ) -> LoadedWeights:  # fmt: skip
-    """From a run folder, a model's folder, or a weights file.  kind: default `sampling.weights` of the run or recipe, else the average;
-    of a file that has only the other, that one.
+    """From a run folder, a model's folder, or a weights file.  kind: default `sampling.weights` of the run or recipe,
+    else the average; of a file that has only the other, that one.
 
     A file's model is the recipe's, the one that the file states, or the one that its shapes tell, which LlamaGen's
     sizes are.  `block_size`, tokens an image, they cannot tell.  Raises UserError.
@@ -95,9 +95,10 @@ def load_weights(
         known = model.model_dump(mode="json")
         check_told(file.model, model, source)
     check_gpt_weights(file.weights, model, source)
+    weights, data = _without_heads(file.weights, heads), None if given is None else given.data
     return LoadedWeights(
-        _without_heads(file.weights, heads), given or RunConfig(model=model), f"{source} ({file.kind} weights)", file.steps, file.kind, file.held,
-        None if given is None else given.data, known,
+        weights, given or RunConfig(model=model), f"{source} ({file.kind} weights)", file.steps, file.kind, file.held,
+        data, known,
     )  # fmt: skip
 
 

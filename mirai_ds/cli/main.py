@@ -98,8 +98,12 @@ def train(options: TrainOptions, ranks: int | None) -> None:
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File or, of hf, new folder to write.")
-@click.option("--format", "layout", type=click.Choice(["llamagen", "safetensors", "hf"]),
-              help="Default by --out: .pt, .safetensors, or a folder.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["llamagen", "safetensors", "hf"]),
+    help="Default by --out: .pt, .safetensors, or a folder.",
+)
 @click.option("--weights", type=click.Choice(["raw", "ema", "both"]), help="Default all that SOURCE has; of hf one.")
 @click.option("--step", type=int, help="Checkpoint of this step; default the newest whole one.")
 @click.option("--projectors", is_flag=True, help="Keep the alignment heads too (samplers do not need them).")

@@ -20,7 +20,7 @@ from mirai_ds.sampling.grid import open_decoder
 from mirai_ds.tokenizer import PatchCodebook
 from mirai_ds.version import __version__
 
-# Of a run's configuration what a model is told by; where files lie and how it was started is the machine's own business.
+# Of a run's configuration what tells of a model; where files lie and how it was started is the machine's own business.
 SECTIONS = ("name", "seed", "model", "foresight", "optimizer", "train", "ema", "sampling")
 # Fields that name a file: its name alone is kept.
 FILES = (("foresight", "teacher_weights"), ("train", "init_from"), ("foresight", "encoder", "path"))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Samples:
     """Drawn images.  tokens (n, N) int64 in raster order, labels (n,) int64, both on CPU; images uint8 (n, H, W, 3),
     None where nothing decodes the tokens.  A notebook shows them as a sheet of `columns` images a row."""
@@ -58,6 +58,10 @@ class Samples:
         content = io.BytesIO()
         self.sheet().save(content, "PNG")
         return content.getvalue()
+
+    def __repr__(self) -> str:
+        pictures = "tokens alone" if self.images is None else f"{self.images.shape[2]}x{self.images.shape[1]} pixels"
+        return f"Samples({len(self.tokens)} images, {pictures})"
 
     def _repr_png_(self) -> bytes | None:
         return None if self.images is None else self._png()

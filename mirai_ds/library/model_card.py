@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mirai_ds.checkpoint.store import find
 from mirai_ds.checkpoint.weights import LoadedWeights
@@ -18,8 +17,8 @@ SHOWN = ("held_out/", "quality/", "score/", "loss/ntp", "cosine/")  # metrics, b
 
 
 def model_card(source: Path, loaded: LoadedWeights, tokenizer: str, codebook: bool, classes: Iterable[str]) -> str:
-    """Markdown with the metadata that model hubs read.  tokenizer: what it is called; codebook: whether the folder holds
-    what shows its tokens; classes: their names in label order, none where unknown."""
+    """Markdown with the metadata that model hubs read.  tokenizer: what it is called; codebook: whether the folder
+    holds what shows its tokens; classes: their names in label order, none where unknown."""
     from huggingface_hub import ModelCardData  # here: the command line starts without them
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -27,7 +26,9 @@ def model_card(source: Path, loaded: LoadedWeights, tokenizer: str, codebook: bo
     of_a_run = source.is_dir() and loaded.data is not None
     tags = ["mirai_ds", "image-generation", "autoregressive", "llamagen", config.foresight.method]
     metadata = ModelCardData(library_name="mirai_ds", tags=tags, base_model=None).to_yaml()
-    environment = Environment(loader=PackageLoader("mirai_ds.library", "."), undefined=StrictUndefined, autoescape=False)
+    environment = Environment(
+        loader=PackageLoader("mirai_ds.library", "."), undefined=StrictUndefined, autoescape=False
+    )
     return environment.get_template("model_card.md.j2").render(
         metadata=f"---\n{metadata}\n---", name=config.name, model=config.model.model_dump(),
         size=f"{config.model.size} ({config.model.depth} blocks of width {config.model.width})",
@@ -49,15 +50,24 @@ def method_in_words(foresight: ForesightConfig) -> str:
 
 def _facts(source: Path, loaded: LoadedWeights, of_a_run: bool, tokenizer: str) -> Iterable[tuple[str, str]]:
     config = loaded.config
-    yield "weights", f"{'the average (EMA) of the' if loaded.kind == 'ema' else 'raw'} weights, step {loaded.step}, fp32"
+    yield (
+        "weights",
+        f"{'the average (EMA) of the' if loaded.kind == 'ema' else 'raw'} weights, step {loaded.step}, fp32",
+    )
     yield "tokenizer", tokenizer
     if not of_a_run:
         return
     train, optimizer = config.train, config.optimizer
     yield "training", f"{train.epochs:g} epochs, batches of {train.global_batch_size}, precision {train.precision}"
-    yield "optimizer", f"AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}), weight decay {optimizer.weight_decay:g}"
+    yield (
+        "optimizer",
+        f"AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}), weight decay {optimizer.weight_decay:g}",
+    )
     yield "average", f"decay {config.ema.decay:g}"
-    yield "sampling", f"cfg {config.sampling.cfg_scale:g}, top-k {config.sampling.top_k}, top-p {config.sampling.top_p:g}"
+    yield (
+        "sampling",
+        f"cfg {config.sampling.cfg_scale:g}, top-k {config.sampling.top_k}, top-p {config.sampling.top_p:g}",
+    )
     info = find(source, str(loaded.step))[1]
     yield "data", f"sha256 of codes and labels {info.data or 'not recorded'}"
     yield "code", info.code or "not recorded"

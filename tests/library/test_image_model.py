@@ -55,7 +55,9 @@ def test_the_loss_is_what_the_run_measured(finished: Path, model: m.ImageModel) 
     measured = [line["held_out/ntp_ema"] for line in records(finished) if "held_out/ntp_ema" in line]
     assert model.loss(tokens, labels) == pytest.approx(measured[-1], rel=1e-6)
     raw = m.ImageModel.from_pretrained(finished, weights="raw", step=33)
-    at_33 = [line["held_out/ntp_raw"] for line in records(finished) if line["step"] == 33 and "held_out/ntp_raw" in line]
+    at_33 = [
+        line["held_out/ntp_raw"] for line in records(finished) if line["step"] == 33 and "held_out/ntp_raw" in line
+    ]
     assert raw.loss(tokens, labels) == pytest.approx(at_33[0], rel=1e-6)
     trained_on, _ = model.examples(10_000, held_out=False)
     assert len(trained_on) + len(tokens) == 1797
