@@ -147,7 +147,7 @@ def test_mirai_i_takes_the_features_of_any_encoder() -> None:
     behind_a_class = torch.cat([torch.zeros(4, 1, 20), features], 1)
     kept = m.ForesightAlignment(model, "blocks.1", grid=8, width=32, config=config, feature_dim=20)._tap
     states = kept.states_of(lambda: model(tokens[:, :-1], labels))[1]
-    assert float(loss) == pytest.approx(by_hand(states, behind_a_class, mirai.projectors, [(0, 0)]), abs=1e-6)
+    assert loss.item() == pytest.approx(by_hand(states, behind_a_class, mirai.projectors, [(0, 0)]), abs=1e-6)
     with pytest.raises(RuntimeError, match="give its encoder's features"):
         mirai.target(tokens, labels)
 

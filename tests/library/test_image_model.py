@@ -206,7 +206,9 @@ def test_mistakes_are_one_line(model: m.ImageModel) -> None:
         m.Model  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_the_page_looks_at_the_demo(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_page_looks_at_the_demo(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/digits-mirai-e").symlink_to(finished)
     monkeypatch.chdir(tmp_path)

@@ -22,9 +22,10 @@ def test_the_notebook(finished: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
     notebook = nbformat.read(NOTEBOOK, 4)
     for cell in notebook.cells:
-        cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})  # fmt: skip
-    client.execute()
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [[output for output in cell.outputs if output.output_type != "stream"] for cell in code]
     sheet = Image.open(io.BytesIO(base64.b64decode(outputs[1][0].data["image/png"])))
