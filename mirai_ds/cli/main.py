@@ -18,6 +18,7 @@ from mirai_ds.cli.evaluate import evaluate
 from mirai_ds.cli.extract import extract
 from mirai_ds.cli.plan import flops, plan
 from mirai_ds.cli.recipes import recipes, table
+from mirai_ds.cli.reproduce import reproduce
 from mirai_ds.cli.runs import compare, inspect
 from mirai_ds.cli.sample import sample
 from mirai_ds.cli.study import study
@@ -194,6 +195,7 @@ main.add_command(inspect)
 main.add_command(map_)
 main.add_command(plan)
 main.add_command(report)
+main.add_command(reproduce)
 main.add_command(sample)
 main.add_command(study)
 main.add_command(submit)

@@ -26,10 +26,8 @@ def model_card(source: Path, loaded: LoadedWeights, tokenizer: str, codebook: bo
     of_a_run = source.is_dir() and loaded.data is not None
     tags = ["mirai_ds", "image-generation", "autoregressive", "llamagen", config.foresight.method]
     metadata = ModelCardData(library_name="mirai_ds", tags=tags, base_model=None).to_yaml()
-    environment = Environment(
-        loader=PackageLoader("mirai_ds.library", "."), undefined=StrictUndefined, autoescape=False
-    )
-    return environment.get_template("model_card.md.j2").render(
+    templates = Environment(loader=PackageLoader("mirai_ds.library", "."), undefined=StrictUndefined, autoescape=False)
+    return templates.get_template("model_card.md.j2").render(
         metadata=f"---\n{metadata}\n---", name=config.name, model=config.model.model_dump(),
         size=f"{config.model.size} ({config.model.depth} blocks of width {config.model.width})",
         parameters=f"{parameter_count(config.model):,}", method=method_in_words(config.foresight), version=__version__,
@@ -50,24 +48,17 @@ def method_in_words(foresight: ForesightConfig) -> str:
 
 def _facts(source: Path, loaded: LoadedWeights, of_a_run: bool, tokenizer: str) -> Iterable[tuple[str, str]]:
     config = loaded.config
-    yield (
-        "weights",
-        f"{'the average (EMA) of the' if loaded.kind == 'ema' else 'raw'} weights, step {loaded.step}, fp32",
-    )
+    kind = "the average (EMA) of the" if loaded.kind == "ema" else "raw"
+    yield "weights", f"{kind} weights, step {loaded.step}, fp32"
     yield "tokenizer", tokenizer
     if not of_a_run:
         return
-    train, optimizer = config.train, config.optimizer
+    train, optimizer, rules = config.train, config.optimizer, config.sampling
     yield "training", f"{train.epochs:g} epochs, batches of {train.global_batch_size}, precision {train.precision}"
-    yield (
-        "optimizer",
-        f"AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}), weight decay {optimizer.weight_decay:g}",
-    )
+    rate = f"learning rate {optimizer.lr:g} ({optimizer.schedule})"
+    yield "optimizer", f"AdamW, {rate}, weight decay {optimizer.weight_decay:g}"
     yield "average", f"decay {config.ema.decay:g}"
-    yield (
-        "sampling",
-        f"cfg {config.sampling.cfg_scale:g}, top-k {config.sampling.top_k}, top-p {config.sampling.top_p:g}",
-    )
+    yield "sampling", f"cfg {rules.cfg_scale:g}, top-k {rules.top_k}, top-p {rules.top_p:g}"
     info = find(source, str(loaded.step))[1]
     yield "data", f"sha256 of codes and labels {info.data or 'not recorded'}"
     yield "code", info.code or "not recorded"
