@@ -33,7 +33,7 @@ def test_every_job_of_the_page_renders(tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_other_command_of_the_page_is_one() -> None:
     """Names and options as the command line has them."""
     others = [args for args in COMMANDS if args[0] != "submit"]
-    assert {args[0] for args in others} == {"verify", "evaluate", "sample", "inspect", "plan", "table", "report"}
+    assert {args[0] for args in others} == {"verify", "evaluate", "reproduce", "inspect", "plan", "table", "report"}
     for name, *args in others:
         command = main.get_command(click.Context(main), name)
         assert command is not None
