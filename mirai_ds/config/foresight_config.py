@@ -149,6 +149,15 @@ class ForesightConfig(Section):
     warmup_epochs: float | None = Field(
         None, ge=0, description="epochs without alignment; 15 for mirai-e with the run's own EMA, else 0"
     )
+    ramp_epochs: float = Field(
+        0.0, ge=0, description="beyond the paper: epochs after warm-up in which the multiplier rises linearly from 0"
+    )
+    head_warmup_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="beyond the paper: last epochs of warm-up in which heads learn from detached states, so that the "
+        "network feels nothing of them",
+    )
     heads_in_warmup: Literal["decay", "sleep"] | None = Field(
         None,
         description="decay: AdamW goes on with zero gradients, as in the authors' code; sleep: nothing of the heads "
@@ -312,6 +321,9 @@ class ForesightConfig(Section):
         if self.teacher == "gpt" and self.encoder is not None:
             problem = "is for method: mirai-i (mirai-e's teacher is the EMA); remove it"
             raise ConfigError("foresight.encoder", self.encoder.name, problem)
+        if self.head_warmup_epochs > (self.warmup_epochs or 0.0):
+            problem = f"is the end of warm-up, which has {self.warmup_epochs or 0:g} epochs; use at most that"
+            raise ConfigError("foresight.head_warmup_epochs", self.head_warmup_epochs, problem)
         self._check_head()
         self._check_teacher()
 

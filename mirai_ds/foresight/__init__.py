@@ -6,7 +6,7 @@ from mirai_ds.foresight.methods import METHODS, method_of
 from mirai_ds.foresight.multi_token import TokenTeacher
 from mirai_ds.foresight.neighbours import decoded_targets, index_table, offsets, seam_notes, slot_counts
 from mirai_ds.foresight.objective import MiraiObjective
-from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier
+from mirai_ds.foresight.schedule import alignment_active, alignment_multiplier, heads_alone, ramping
 from mirai_ds.foresight.teachers import EmaTeacher, Teacher
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "alignment_multiplier",
     "decoded_targets",
     "encoder_input",
+    "heads_alone",
     "index_table",
     "method_of",
     "offsets",
+    "ramping",
     "seam_notes",
     "slot_counts",
     "untrained_encoder",

@@ -27,7 +27,8 @@ class Heads:
     """What a loss is made of, beside states and target.
 
     modules: K heads; unembed: (B, S, D) -> logits (B, S, V) float32; index (S, K) int32, -1 for no neighbour; weights,
-    counts (K,); upstream: what backward multiplies the gradient by; recompute: keep no head's logits.
+    counts (K,); upstream: what backward multiplies the gradient by; recompute: keep no head's logits; seen: where a
+    loss of cosines leaves the heads' outputs for who measures them, None: nobody does.
     """
 
     modules: nn.ModuleList
@@ -38,6 +39,7 @@ class Heads:
     config: ForesightConfig
     upstream: float
     recompute: bool
+    seen: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class ForesightMethod:
 
 def cosine_loss(heads: Heads, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mirai, Eq. 11: each head's projection against its neighbour's features."""
+    projected = [head(states) for head in heads.modules]
+    if heads.seen is not None:
+        heads.seen.extend(projected)
     return foresight_cosine(
-        [head(states) for head in heads.modules], target, heads.index, heads.weights, heads.counts,
+        projected, target, heads.index, heads.weights, heads.counts,
         heads.config.heads_reduction or "sum", kernel=heads.config.kernel, upstream=heads.upstream,
     )  # fmt: skip
 

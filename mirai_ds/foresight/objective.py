@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mirai_ds.config import ForesightConfig, ModelConfig
+from mirai_ds.foresight.diagnostics import TapGradients, centred_cosines
 from mirai_ds.foresight.heads import heads
 from mirai_ds.foresight.methods import Heads, method_of
 from mirai_ds.foresight.neighbours import index_table, slot_counts
@@ -40,6 +41,7 @@ class MiraiObjective(nn.Module):
         self.projectors = heads(foresight, model.width, feature_dim or model.width)
         self.chunked_loss = False  # set by the engine: never all logits at once
         self.recompute_heads = False  # mtp: whether the backward pass computes each head's logits again
+        self.diagnostics: TapGradients | None = None  # `measure`: what to measure besides
         if foresight.active:
             table = index_table(foresight, model.grid, model.par_tokens)
             self.register_buffer("index", table.int(), persistent=False)
@@ -54,10 +56,12 @@ class MiraiObjective(nn.Module):
         target: Tensor | None = None,
         multiplier: Tensor | float = 0.0,
         expected: float | None = None,
+        detached: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens (B, N) in raster order, labels (B,), keys (B,) int64 (None: no dropout); target: what the teacher
         gives, (B, M, C) or of mtp (B, N) tokens, or None (no alignment).  multiplier: a number, or () float32 on the
-        device; expected: the number that it is thought to be, for which the loss's kernel prepares its gradient.
+        device; expected: the number that it is thought to be, for which the loss's kernel prepares its gradient;
+        detached: whether the heads alone learn from the alignment.
 
         Returns the scalar total loss and detached metrics: `ntp`, and with a target `alignment` (weighted, before the
         multiplier) and, one value a head, `cosine` or `entropy`.
@@ -75,18 +79,30 @@ class MiraiObjective(nn.Module):
             return ntp, metrics
         assert layer is not None
         assert self.method is not None
-        states = hidden[layer]
+        states = hidden[layer].detach() if detached else hidden[layer]
         expected = float(multiplier) if expected is None else expected
-        alignment, per_head = self.align(states, target, expected)
+        seen: list[Tensor] | None = None if self.diagnostics is None else []
+        alignment, per_head = self.align(states, target, expected, seen)
         metrics |= {"alignment": alignment.detach(), self.method.metric: per_head}
+        if seen:
+            metrics["centred_cosine"] = centred_cosines(seen, target, self.index)
         return ntp + multiplier * alignment, metrics
 
-    def align(self, states: Tensor, target: Tensor, expected: float) -> tuple[Tensor, Tensor]:
+    def measure(self) -> TapGradients:
+        """From now on every aligned forward pass also gives `centred_cosine`, where the method's loss is of cosines,
+        and what is returned measures the gradients at the tap.  Losses and gradients stay the same to the last bit."""
+        self.diagnostics = TapGradients()
+        self.gpt.fork_tap = self.diagnostics.fork
+        return self.diagnostics
+
+    def align(
+        self, states: Tensor, target: Tensor, expected: float, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The method's loss of states (B, S, D) against the target: a weighted scalar, before the multiplier, and one
-        detached value a head.  expected: what it will be multiplied by."""
+        detached value a head.  expected: what it will be multiplied by; seen: see `Heads`."""
         heads = Heads(
             self.projectors, self.gpt.head, self.index, self.head_weights, self.slot_counts, self.foresight,
-            expected / self.grad_accum_steps, self.recompute_heads,
+            expected / self.grad_accum_steps, self.recompute_heads, seen,
         )  # fmt: skip
         assert self.method is not None
         return self.method.loss(heads, states, target)

@@ -139,6 +139,9 @@ class ForesightAlignment(nn.Module):
         for name, instead in TRAINER_ONLY.items():
             if getattr(config, name) is not None:
                 raise ConfigError(f"foresight.{name}", getattr(config, name), f"is the trainer's; {instead}")
+        if config.head_warmup_epochs:
+            problem = "is the trainer's; train the heads on detached states of your own"
+            raise ConfigError("foresight.head_warmup_epochs", config.head_warmup_epochs, problem)
         if config.schedule.kind == "cosine" and total_epochs is None:
             raise ConfigError("foresight.schedule.kind", "cosine", "needs total_epochs, where it ends")
 

@@ -164,7 +164,9 @@ def make_plan(request: PlanRequest, other_choices: bool = True) -> TrainingPlan:
         )
     per_epoch = max(1, _training_images(request, config) // config.train.global_batch_size)
     steps = total_steps(config.train, per_epoch)
-    warmup = (config.foresight.warmup_epochs or 0.0) * per_epoch if config.foresight.active else 0.0
+    foresight = config.foresight  # heads that learn alone at the end of warm-up cost what aligned steps do
+    asleep = (foresight.warmup_epochs or 0.0) - foresight.head_warmup_epochs
+    warmup = asleep * per_epoch if foresight.active else 0.0
     choices = _choices(request, config, device) if other_choices else []
     return TrainingPlan(
         request, config, device, work, states, memory, choices, suggest(choices), flops, recomputed,

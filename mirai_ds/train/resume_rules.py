@@ -24,6 +24,7 @@ RULES: dict[str, Rule] = {
     "data.tokenizer": "told",
     "data.workers": "free", "data.prefetch": "free",
     "foresight.weights": "told", "foresight.schedule": "told", "foresight.warmup_epochs": "told",
+    "foresight.ramp_epochs": "told", "foresight.head_warmup_epochs": "told",
     "foresight.heads_in_warmup": "told", "foresight.kernel": "free", "foresight.teacher_weights": "told",
     "foresight.encoder.weights": "told",
     "foresight.encoder.pretrained": "told", "foresight.encoder.dtype": "told", "foresight.encoder.compile": "free",

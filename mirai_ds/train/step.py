@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mirai_ds.config.schedule import horizon_steps, learning_rate
 from mirai_ds.engine.step_graphs import Inputs
-from mirai_ds.foresight import alignment_active, alignment_multiplier
+from mirai_ds.foresight import alignment_active, alignment_multiplier, heads_alone, ramping
 from mirai_ds.train.session import Session
 
 
@@ -26,6 +27,14 @@ class StepRecord:
     grad_norm: Tensor
     metrics: dict[str, Tensor]
     applied: bool = True  # unless `nonfinite.confirm_step` found out otherwise
+
+
+class Weight(NamedTuple):
+    """What `MiraiObjective.forward` must know of the alignment's part in the loss; see there."""
+
+    multiplier: Tensor | float
+    expected: float
+    detached: bool
 
 
 def train_step(session: Session, step: int, plainly: bool = False) -> StepRecord:
@@ -49,16 +58,17 @@ def train_step(session: Session, step: int, plainly: bool = False) -> StepRecord
     place = step + session.progress.batch_offset
     # The kernel prepares its gradient for one multiplier and corrects it where another comes: a schedule of steps is
     # captured again at each of them, one that changes all the time is corrected.
-    changing = session.device.type == "cuda" and config.foresight.schedule.kind == "cosine"
-    expected = 1.0 if changing else multiplier
+    moves = config.foresight.schedule.kind == "cosine" or ramping(config.foresight, epoch)
+    expected = 1.0 if moves and session.device.type == "cuda" else multiplier
+    detached = heads_alone(config.foresight, epoch)
 
     def body(batches: Iterable[Inputs], multiplier: Tensor | float) -> dict[str, Tensor]:
-        return _step_on_device(session, batches, aligned, multiplier, expected)
+        return _step_on_device(session, batches, aligned, Weight(multiplier, expected, detached))
 
     means = None
     if not plainly:
         means = session.graphs.run(
-            (aligned, expected), step, lambda: list(session.loader.host_batches(place)), multiplier, body
+            (aligned, expected, detached), step, lambda: list(session.loader.host_batches(place)), multiplier, body
         )
     if means is None:
         means = body(session.loader.micro_batches(place), multiplier)
@@ -66,9 +76,7 @@ def train_step(session: Session, step: int, plainly: bool = False) -> StepRecord
     return StepRecord(step + 1, (step + 1) / session.order.steps_per_epoch, lr, multiplier, aligned, norm, means)
 
 
-def _step_on_device(
-    session: Session, batches: Iterable[Inputs], aligned: bool, multiplier: Tensor | float, expected: float
-) -> dict[str, Tensor]:
+def _step_on_device(session: Session, batches: Iterable[Inputs], aligned: bool, weight: Weight) -> dict[str, Tensor]:
     """What the device does in a step, and nothing that asks it: means of the metrics over the micro-batches, and
     `grad_norm`.  A graph repeats exactly this; Python that should run in every step belongs to `train_step`."""
     engine = session.engine
@@ -78,7 +86,7 @@ def _step_on_device(
     grad_norm: Tensor | None = None
     for tokens, labels, keys, images in batches:
         target = session.teacher.features(tokens, labels, images) if aligned else None  # type: ignore[union-attr, arg-type]
-        loss, metrics = engine.forward(tokens, labels, keys, target, multiplier, expected)
+        loss, metrics = engine.forward(tokens, labels, keys, target, *weight)
         engine.backward(propagate_nonfinite_loss(loss))
         grad_norm = engine.step()
         metrics["loss"] = loss.detach()
