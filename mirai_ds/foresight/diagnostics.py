@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _Fork(torch.autograd.Function):
-    """Two views of one tensor whose gradients are measured before they are added, in autograd's own order."""
+class _Keep(torch.autograd.Function):
+    """The same tensor, whose gradient is also left in a list."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.measured = measured
-        return states.view_as(states), states.view_as(states)
+    def forward(ctx: Any, states: Tensor, kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return states.view_as(states)
 
     @staticmethod
-    def backward(ctx: Any, onward: Tensor, aligned: Tensor) -> tuple[Tensor, None]:
-        first, second = onward.float().flatten(), aligned.float().flatten()
-        ctx.measured.add_(torch.stack([first.dot(first), second.dot(second), first.dot(second)]))
-        return onward + aligned, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.kept.append(gradient)
+        return gradient, None
 
 
 class TapGradients:
@@ -38,12 +37,26 @@ class TapGradients:
     def __init__(self) -> None:
         self.sums: Tensor | None = None
 
-    def fork(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> the same for the blocks behind, and for the heads."""
+    def watch(self, states: Tensor, detached: bool) -> Tensor:
+        """States (B, S, D) of a forward pass -> the same for the heads.  Call it when all else that uses them is
+        computed: autograd adds up in reverse, and whatever the order, it must be that of an unwatched pass."""
         if self.sums is None or self.sums.device != states.device:
             self.sums = torch.zeros(3, device=states.device)
-        onward, aligned = _Fork.apply(states, self.sums)
-        return onward, aligned
+        kept: list[Tensor] = []
+        if states.requires_grad:
+            states.register_hook(lambda total: self._measure(total, kept))
+        if detached or not states.requires_grad:
+            return states.detach() if detached else states
+        watched: Tensor = _Keep.apply(states, kept)
+        return watched
+
+    def _measure(self, total: Tensor, kept: list[Tensor]) -> None:
+        """The next-token loss's gradient is what remains of the sum."""
+        assert self.sums is not None
+        aligned = kept[0].float().flatten() if kept else torch.zeros_like(total).float().flatten()
+        onward = total.float().flatten() - aligned
+        self.sums.add_(torch.stack([onward.dot(onward), aligned.dot(aligned), onward.dot(aligned)]))
+        kept.clear()
 
     def clear(self) -> None:
         """Before a step's first forward pass."""

@@ -79,7 +79,11 @@ class MiraiObjective(nn.Module):
             return ntp, metrics
         assert layer is not None
         assert self.method is not None
-        states = hidden[layer].detach() if detached else hidden[layer]
+        states = hidden[layer]
+        if self.diagnostics is not None:
+            states = self.diagnostics.watch(states, detached)
+        elif detached:
+            states = states.detach()
         expected = float(multiplier) if expected is None else expected
         seen: list[Tensor] | None = None if self.diagnostics is None else []
         alignment, per_head = self.align(states, target, expected, seen)
@@ -92,7 +96,6 @@ class MiraiObjective(nn.Module):
         """From now on every aligned forward pass also gives `centred_cosine`, where the method's loss is of cosines,
         and what is returned measures the gradients at the tap.  Losses and gradients stay the same to the last bit."""
         self.diagnostics = TapGradients()
-        self.gpt.fork_tap = self.diagnostics.fork
         return self.diagnostics
 
     def align(

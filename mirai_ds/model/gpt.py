@@ -187,8 +187,6 @@ class GPTTrunk(nn.Module):
             self.register_buffer(name, table, persistent=False)
         # Set by the engine to recompute activations; (index, block, arguments) -> block output.
         self.run_block: BlockCall | None = None
-        # Set to measure gradients where states are tapped: states -> (for the blocks behind, for who taps).
-        self.fork_tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def embed(self, tokens: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
         """tokens (B, T) and labels (B,) int64 -> (B, S, D), S = 1 + T slots and the order's learnable ones."""
@@ -210,7 +208,7 @@ class GPTTrunk(nn.Module):
             given = (x, rope, None if all_keys is None else all_keys[index], None if paths is None else paths[index])
             x = block(*given) if self.run_block is None else self.run_block(index, block, given)
             if index + 1 in tap:
-                x, hidden[index + 1] = (x, x) if self.fork_tap is None else self.fork_tap(x)
+                hidden[index + 1] = x
         return x, hidden
 
     def features(self, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mirai_ds.config import ForesightConfig
-from mirai_ds.foresight import alignment_multiplier
+from mirai_ds.config import ForesightConfig, build
+from mirai_ds.foresight import alignment_active, alignment_multiplier, heads_alone
+from tests.one_line import one_line
 
 
 def config(schedule: dict[str, Any] | None = None, warmup: float = 0.0, method: str = "mirai-e") -> ForesightConfig:
@@ -71,3 +72,25 @@ def test_cosine_may_start_later_and_warm_up_does_not_shift_it() -> None:
         assert alignment_multiplier(c, epoch, 300) == pytest.approx(wanted, abs=1e-12), epoch
     spanning = config({"kind": "cosine"}, warmup=30)
     assert alignment_multiplier(spanning, 30, 60) == pytest.approx(0.5)
+
+
+def test_a_ramp_rises_from_the_end_of_warm_up() -> None:
+    c = ForesightConfig(method="mirai-e", warmup_epochs=10, ramp_epochs=4)
+    assert [alignment_multiplier(c, e, 100) for e in (9.9, 10.0, 11.0, 13.0, 14.0, 50.0)] == [0, 0, 0.25, 0.75, 1, 1]
+    stepped = {"kind": "step", "at_epochs": [12]}
+    c = ForesightConfig(method="mirai-e", warmup_epochs=10, ramp_epochs=4, schedule=stepped)  # type: ignore[arg-type]
+    assert [alignment_multiplier(c, e, 100) for e in (11.0, 12.0, 14.0)] == [0.25, 0.25, 0.5]
+    assert not alignment_active(c, 9.9)
+    assert alignment_active(c, 10.0)
+
+
+def test_heads_learn_alone_at_the_end_of_warm_up() -> None:
+    c = ForesightConfig(method="mirai-e", warmup_epochs=10, head_warmup_epochs=3, ramp_epochs=2)
+    epochs = (6.9, 7.0, 9.9, 10.0, 12.0)
+    assert [alignment_active(c, e) for e in epochs] == [False, True, True, True, True]
+    assert [heads_alone(c, e) for e in epochs] == [False, True, True, False, False]
+    assert [alignment_multiplier(c, e, 100) for e in epochs] == [0.0, 1.0, 1.0, 0.0, 1.0]
+    one_line(
+        lambda: build({"foresight": {"method": "mirai-e", "warmup_epochs": 2, "head_warmup_epochs": 3}}),
+        "foresight.head_warmup_epochs = 3.0: is the end of warm-up, which has 2 epochs",
+    )
