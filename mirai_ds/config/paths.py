@@ -80,4 +80,5 @@ def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
 def named_paths(config: RunConfig) -> list[str]:
     """Every file and folder that the configuration names, the DeepSpeed file too, as they are given."""
     deepspeed = [config.deepspeed] if isinstance(config.deepspeed, str) and os.path.isfile(config.deepspeed) else []
-    return [path for _, path in _given(config)] + deepspeed
+    stage = [config.data.stage] if config.data.stage and "$" not in config.data.stage else []
+    return [path for _, path in _given(config)] + deepspeed + stage
