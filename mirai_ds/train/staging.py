@@ -108,8 +108,11 @@ def _stores(data: DataConfig) -> dict[str, list[Path]]:
     if data.images and images is None:
         LOG.info("data.stage: data.images is a folder of image files and is read where it is")
     named: dict[str, list[str | None]] = {
-        "path": [data.path], "more_views": [*data.more_views], "held_out_path": [data.held_out_path], "images": [images],
-    }  # fmt: skip
+        "path": [data.path],
+        "more_views": [*data.more_views],
+        "held_out_path": [data.held_out_path],
+        "images": [images],
+    }
     return {name: found for name, given in named.items() if (found := [Path(path) for path in given if path])}
 
 
