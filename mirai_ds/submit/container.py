@@ -24,7 +24,7 @@ class Container:
     runtime: Runtime
 
 
-def asked_for(cluster: SlurmCluster, image: str | None, runtime: str | None) -> Container | None:
+def asked_for(cluster: SlurmCluster, image: str | None, runtime: Runtime | None) -> Container | None:
     """The command line's image and runtime, else the cluster file's; None without one.  Raises UserError."""
     image = cluster.container if image is None else image
     if image is None:
@@ -32,7 +32,7 @@ def asked_for(cluster: SlurmCluster, image: str | None, runtime: str | None) -> 
             raise UserError(f"--container-runtime {runtime}: there is no --container; give one, or remove it")
         return None
     one_line(image, "--container")
-    chosen = Runtime.__args__[Runtime.__args__.index(runtime)] if runtime else cluster.container_runtime  # type: ignore[attr-defined]
+    chosen = runtime or cluster.container_runtime
     squashed = image.endswith((".sqsh", ".squashfs"))
     if not image or image.startswith("-"):
         raise UserError(f"--container {image!r}: is no image; give a file or docker://NAME")
@@ -84,5 +84,8 @@ def srun_options(container: Container, seen: list[str], submit_dir: str) -> list
     """Options of srun that start the ranks in the container; of apptainer none."""
     if container.runtime != "pyxis":
         return []
-    image = container.image.removeprefix("docker://")
+    image = container.image
+    if image.startswith("docker://"):  # enroot writes a registry's name before a #
+        first, slash, rest = image.removeprefix("docker://").partition("/")
+        image = f"{first}#{rest}" if slash and ("." in first or ":" in first) else f"{first}{slash}{rest}"
     return [f"--container-image={image}", f"--container-mounts={','.join(seen)}", f"--container-workdir={submit_dir}"]

@@ -56,8 +56,7 @@ def check_sbatch(options: Mapping[str, OptionValue]) -> None:
         field = f"sbatch.{name}"
         if not re.fullmatch(_NAME, name, re.ASCII):
             raise ConfigError(field, value, "is no long option of sbatch; write it without --, such as mail-type")
-        if name in SBATCH_OWNED:
-            raise ConfigError(field, value, f"is set by mirai-ds: {SBATCH_OWNED[name]}")
+        _refuse_owned(field, value, name, SBATCH_OWNED)
         if name == "gres" and re.search(r"(^|,)(gres[:/])?gpu\b", str(value)):
             raise ConfigError(field, value, f"asks for GPUs: {_GPUS}")
         if value is False:
@@ -73,8 +72,15 @@ def check_srun(options: list[str]) -> None:
         match = re.fullmatch(rf"--({_NAME})(=.*)?", option, re.ASCII)
         if match is None:
             raise ConfigError(field, option, "write each option as --NAME or --NAME=VALUE, such as --cpu-bind=none")
-        if match[1] in SRUN_OWNED:
-            raise ConfigError(field, option, f"is set by mirai-ds: {SRUN_OWNED[match[1]]}")
+        _refuse_owned(field, option, match[1], SRUN_OWNED)
+
+
+def _refuse_owned(field: str, value: OptionValue, name: str, owned: Mapping[str, str]) -> None:
+    """Raises ConfigError for what this package sets, also where it is shortened: Slurm takes --part for --partition."""
+    meant = name if name in owned else next((other for other in owned if other.startswith(name)), None)
+    if meant is not None:
+        short = f" (--{name} would be --{meant})" if meant != name else ""
+        raise ConfigError(field, value, f"is set by mirai-ds: {owned[meant]}{short}")
 
 
 def directive(name: str, value: OptionValue) -> str:

@@ -16,7 +16,7 @@ from mirai_ds.config.errors import UserError, from_validation
 from mirai_ds.config.load import load
 from mirai_ds.config.paths import named_paths, refuse_missing
 from mirai_ds.config.run_config import RunConfig
-from mirai_ds.submit.cluster import SlurmCluster
+from mirai_ds.submit.cluster import Runtime, SlurmCluster
 from mirai_ds.submit.container import (
     PYTHON_INSIDE,
     Container,
@@ -58,7 +58,7 @@ class SubmitOptions:
     reference: Path | None = None
     inception: Path | None = None
     container: str | None = None
-    container_runtime: str | None = None
+    container_runtime: Runtime | None = None
     check: bool = True
     arguments: tuple[str, ...] = field(default=())
 

@@ -98,6 +98,7 @@ def on_node(job: SlurmJob, cluster: SlurmCluster) -> str:
 
 def site_options(job: SlurmJob, cluster: SlurmCluster) -> list[str]:
     """Options of `#SBATCH` lines that not every job has; all values have matched their patterns."""
+    passed = dict(cluster.sbatch)
     options = [
         f"--{name}={getattr(job, name)}"
         for name in ("partition", "account", "qos", "constraint")
@@ -106,12 +107,14 @@ def site_options(job: SlurmJob, cluster: SlurmCluster) -> list[str]:
     if job.gpus_per_node:
         what = f"{cluster.gpu_type}:{job.gpus_per_node}" if cluster.gpu_type else str(job.gpus_per_node)
         options.append(f"--gpus-per-node={what}" if cluster.gpu_request == "gpus-per-node" else f"--gres=gpu:{what}")
+        if cluster.gpu_request == "gres" and "gres" in passed:  # of two such lines Slurm takes the last alone
+            options[-1] += f",{passed.pop('gres')}"
     if job.exclusive:
-        options += ["--exclusive"] * ("exclusive" not in cluster.sbatch)
+        options += ["--exclusive"] * ("exclusive" not in passed)
         options.append("--mem=0")  # all of the node's memory
     elif job.memory:
         options.append(f"--mem={job.memory}")
-    return options + [directive(name, value) for name, value in cluster.sbatch.items()]
+    return options + [directive(name, value) for name, value in passed.items()]
 
 
 def setup_lines(cluster: SlurmCluster) -> list[str]:

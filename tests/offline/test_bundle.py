@@ -46,6 +46,7 @@ def test_an_unknown_part_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--parts weights: use some of libraries, torch, kernels" in capsys.readouterr().err
 
 
+@pytest.mark.matrix
 def test_a_bundle_installs_without_a_network(tmp_path: Path) -> None:
     """The project's own wheel and the kernels; the rest is found where PYTHON has its torch."""
     wheels = collect(tmp_path / "wheels", HERE, ["kernels"])

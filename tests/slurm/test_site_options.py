@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from mirai_ds.cli.main import main
 from mirai_ds.submit import SlurmCluster, SubmitOptions, plan, read_cluster, render
+from mirai_ds.submit.container import Container, srun_options
 from mirai_ds.submit.passthrough import SBATCH_OWNED, SRUN_OWNED, directive
 from tests.one_line import one_line
 from tests.slurm.conftest import CLUSTER
@@ -60,6 +61,32 @@ def test_exclusive_is_asked_for_once(field: bool, count: int) -> None:
     assert [line for line in directives(script_of(user)) if "exclusive" in line] == ["--exclusive=user"]
 
 
+def test_one_line_asks_for_gpus_and_other_resources() -> None:
+    """Of two --gres lines Slurm takes the last."""
+    cluster = SlurmCluster(gpus_per_node=4, gpu_request="gres", sbatch={"gres": "nvme:1"}, python=["python"])
+    assert [line for line in directives(script_of(cluster)) if "gres" in line] == ["--gres=gpu:4,nvme:1"]
+    cluster = SlurmCluster(gpus_per_node=4, sbatch={"gres": "nvme:1", "time-min": "1:00:00"}, python=["python"])
+    found = directives(script_of(cluster))
+    assert {"--gpus-per-node=4", "--gres=nvme:1", "--time-min=1:00:00"} < set(found)
+
+
+@pytest.mark.parametrize(
+    ("image", "written"),
+    [
+        ("docker://me/mirai:1", "me/mirai:1"),
+        ("docker://registry.site.org/me/mirai:1", "registry.site.org#me/mirai:1"),
+        ("docker://localhost:5000/mirai", "localhost:5000#mirai"),
+        ("docker://ubuntu", "ubuntu"),
+        ("/shared/mirai.sqsh", "/shared/mirai.sqsh"),
+    ],
+)
+def test_images_as_pyxis_writes_them(image: str, written: str) -> None:
+    options = srun_options(Container(image, "pyxis"), ["/a:/a", "/b:/c"], "/here")
+    assert options == [
+        f"--container-image={written}", "--container-mounts=/a:/a,/b:/c", "--container-workdir=/here",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("value", NASTY)
 def test_a_value_is_one_word_to_sbatch(value: str) -> None:
     plain, text = directives(script_of()), script_of(
@@ -100,6 +127,8 @@ def read(text: str) -> SlurmCluster:
     [
         ("sbatch: {--comment: x}", ["sbatch.--comment", "without --"]),
         ("sbatch: {C: x}", ["sbatch.C", "no long option"]),
+        ("sbatch: {part: x}", ["sbatch.part", "use partition (--part would be --partition)"]),
+        ("srun: [--nod=3]", ["srun[0]", "--nod would be --nodes"]),
         ("sbatch: {hold: false}", ["sbatch.hold", "remove it"]),
         ("sbatch: {gres: 'gpu:8'}", ["sbatch.gres", "gpus_per_node"]),
         ("sbatch: {gres: 'nvme:1,gpu:a100:8'}", ["sbatch.gres", "gpus_per_node"]),

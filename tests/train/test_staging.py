@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from mirai_ds.data.staging import open_any, place_of
 from tests.extract.conftest import codebook, content, photos, store  # noqa: F401  (fixtures)
 from tests.rank_pool import RankPool
-from tests.train.conftest import numbers
+from tests.train.conftest import numbers, small_train
 from tests.train.staging_cases import staging_case
-from tests.train.test_stores import Shop, mirai_i, shop, train, with_image_store  # noqa: F401  (fixtures)
+from tests.train.test_stores import Shop, mirai_i, shop, train  # noqa: F401  (fixtures)
+from tests.warm_start import Done
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -46,15 +48,49 @@ def test_a_node_that_copies_nothing_is_given_up(store: Path, tmp_path: Path, ran
     assert "has copied nothing for 0 minutes (0 of " in found[0]["mistake"]
 
 
-def test_losses_are_those_without_it(shop: Shop, with_image_store: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Codes and pixels from copies: the numbers of the run that reads the stores, to the last digit."""
-    disk = tmp_path / "disk"
-    more = [f"data.images={shop.images}", "data.workers=1", "sampling.at_end=true", f"data.stage={disk}"]
-    done = train(shop, tmp_path / "run", mirai_i(shop), *more)
-    assert done.code == 0, done.err[-3000:]
-    assert f"data.stage: 2 stores read from {disk}" in done.out
-    assert len(list(disk.glob("mirai_ds-*"))) == 2
-    assert numbers(tmp_path / "run") == numbers(with_image_store)
-    for copy in disk.glob("mirai_ds-*"):
+def without_and_with(run: Callable[..., Done], folder: Path) -> Done:
+    """The same run from the stores and from copies of them: the same numbers to the last digit, and the same data to
+    its checkpoints, so that each goes on from the other's."""
+    disk = folder / "disk"
+    plain, staged = run(folder / "plain"), run(folder / "staged", f"data.stage={disk}")
+    assert (plain.code, staged.code) == (0, 0), plain.err[-2000:] + staged.err[-2000:]
+    assert numbers(folder / "staged") == numbers(folder / "plain")
+    more = run(folder / "staged", "train.max_steps=10", f"data.stage={disk}/other", options=("--resume", "auto"))
+    longer = run(folder / "plain", "train.max_steps=10", f"data.stage={disk}", options=("--resume", "auto"))
+    assert (more.code, longer.code) == (0, 0), more.err[-2000:] + longer.err[-2000:]
+    assert [record["step"] for record in numbers(folder / "staged")] == list(range(1, 11))
+    assert numbers(folder / "staged") == numbers(folder / "plain")
+    return staged
+
+
+def test_losses_are_those_without_it(store: Path, tmp_path: Path) -> None:  # noqa: F811
+    model = "{size: custom, dim: 32, n_layer: 3, n_head: 2, vocab_size: 64, num_classes: 2, block_size: 16}"
+    settings = [
+        f"model={model}", f"data={{source: store, path: {store}}}", "foresight={method: none}",
+        "train.global_batch_size=6", "train.max_steps=6", "logging.every_steps=1", "checkpoint.at_end=true",
+        "eval.classifier.enabled=false", "eval.loss.at_end=false", "eval.loss.every_steps=null",
+        "sampling.at_end=false",
+    ]  # fmt: skip
+
+    def run(folder: Path, *more: str, options: tuple[str, ...] = ()) -> Done:
+        return small_train(folder, *options, recipe="digits-baseline", overrides=[*settings, *more])
+
+    staged = without_and_with(run, tmp_path)
+    assert f"data.stage: 1 store read from {tmp_path}/disk" in staged.out
+    (copy,) = (tmp_path / "disk").glob("mirai_ds-*")
+    assert content(copy) == content(store)
+
+
+@pytest.mark.matrix
+def test_losses_are_those_without_it_with_pixels(shop: Shop, tmp_path: Path) -> None:  # noqa: F811
+    """Mirai-I: codes and packed crops from copies."""
+
+    def run(folder: Path, *more: str, options: tuple[str, ...] = ()) -> Done:
+        mine = (f"data.images={shop.images}", "data.workers=1", "checkpoint.at_end=true", *more)
+        return train(shop, folder, mirai_i(shop), *mine, options=options)
+
+    staged = without_and_with(run, tmp_path)
+    assert f"data.stage: 2 stores read from {tmp_path}/disk" in staged.out
+    for copy in (tmp_path / "disk").glob("mirai_ds-*"):
         original = shop.images if open_any(copy).manifest.seal == open_any(shop.images).manifest.seal else shop.codes
         assert content(copy) == content(original)
