@@ -84,10 +84,11 @@ def _copy(store: TokenStore | ImageStore, place: Path, told: Callable[[int, int]
             shutil.rmtree(left, ignore_errors=True)
     sizes = {name: (store.path / name).stat().st_size for name in store.files()}
     total, free = sum(sizes.values()), shutil.disk_usage(place.parent).free
-    if free < total + SPARE:
+    needed = total + SPARE
+    if free < needed:
         raise UserError(
             f"data.stage: {place.parent} on {socket.gethostname()} has {free / 1e9:.2f} GB free, {store.path} needs "
-            f"{total / 1e9:.2f}; make room, or leave data.stage out"
+            f"{needed / 1e9:.2f}; make room, or leave data.stage out"
         )
     temporary.mkdir()
     try:

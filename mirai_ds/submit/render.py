@@ -81,10 +81,8 @@ def _case(number: int, job: SlurmJob, task: SlurmTask) -> str:
 
 def search_path(job: SlurmJob) -> str:
     """Puts the folder of the ranks' Python before others in PATH; nothing where Python is started by other words."""
-    python = job.launcher[0]
-    return (
-        f"export PATH={shlex.quote(str(Path(python).parent))}:$PATH" if job.launcher[1:] == [] and "/" in python else ""
-    )
+    python, *more = job.launcher
+    return "" if more or "/" not in python else f"export PATH={shlex.quote(str(Path(python).parent))}:$PATH"
 
 
 def on_node(job: SlurmJob, cluster: SlurmCluster) -> str:
@@ -106,9 +104,11 @@ def site_options(job: SlurmJob, cluster: SlurmCluster) -> list[str]:
     ]
     if job.gpus_per_node:
         what = f"{cluster.gpu_type}:{job.gpus_per_node}" if cluster.gpu_type else str(job.gpus_per_node)
-        options.append(f"--gpus-per-node={what}" if cluster.gpu_request == "gpus-per-node" else f"--gres=gpu:{what}")
-        if cluster.gpu_request == "gres" and "gres" in passed:  # of two such lines Slurm takes the last alone
-            options[-1] += f",{passed.pop('gres')}"
+        if cluster.gpu_request == "gpus-per-node":
+            options.append(f"--gpus-per-node={what}")
+        else:  # of two such lines Slurm takes the last alone
+            others = f",{passed.pop('gres')}" if "gres" in passed else ""
+            options.append(directive("gres", f"gpu:{what}{others}"))
     if job.exclusive:
         options += ["--exclusive"] * ("exclusive" not in passed)
         options.append("--mem=0")  # all of the node's memory

@@ -65,6 +65,8 @@ def test_one_line_asks_for_gpus_and_other_resources() -> None:
     """Of two --gres lines Slurm takes the last."""
     cluster = SlurmCluster(gpus_per_node=4, gpu_request="gres", sbatch={"gres": "nvme:1"}, python=["python"])
     assert [line for line in directives(script_of(cluster)) if "gres" in line] == ["--gres=gpu:4,nvme:1"]
+    cluster = SlurmCluster(gpus_per_node=4, gpu_request="gres", sbatch={"gres": "x --nodes=9"}, python=["python"])
+    assert '--gres="gpu:4,x --nodes=9"' in directives(script_of(cluster))
     cluster = SlurmCluster(gpus_per_node=4, sbatch={"gres": "nvme:1", "time-min": "1:00:00"}, python=["python"])
     found = directives(script_of(cluster))
     assert {"--gpus-per-node=4", "--gres=nvme:1", "--time-min=1:00:00"} < set(found)
