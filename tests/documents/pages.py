@@ -17,6 +17,7 @@ PAGES = [
 ]
 RUN = "<!-- run -->"  # before a block: its commands are executed by the tests
 PROGRAMS = ("mirai-ds", "make", "python", "python3", "deepspeed", "torchrun", "srun", "mpirun")
+FILTERS = ("tail", "head", "grep", "less", "tee", "wc")  # after a pipe; any other word there is a verb of a synopsis
 _SHELL = ("", "bash", "sh", "console")  # languages of fenced blocks that hold commands
 
 
@@ -86,9 +87,7 @@ def parts(text: str) -> list[str]:
         words = part.split()
         if words and words[0] in PROGRAMS and len(words) > 1:
             found.append(shown(part, quoted))
-        elif (
-            words and found and found[0].startswith("mirai-ds ") and re.fullmatch(r"[a-z]+", words[0]) and " | " in text
-        ):
+        elif words and found and found[0].startswith("mirai-ds ") and " | " in text and words[0] not in FILTERS:
             found.append(f"mirai-ds {shown(part, quoted)}")
     return found
 
