@@ -11,7 +11,7 @@ NUMERIC := tests/eval tests/foresight tests/kernels/test_values.py tests/kernels
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-quick test-cpus test-matrix test-exhaustive test-slurm test-study \
 	test-python test-oldest test-mutations check docs format verify kernels kernels-cuda \
-	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle clean
+	bench bench-kernels bench-data bench-safety bench-sampling bench-memory gpu-rehearse gpu-rehearse-oldest gpu-check gpu-bundle bundle clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ gpu-check: ## on a machine with a GPU, no venv needed: checks in slices; SLICE=1
 
 gpu-bundle: $(STAMP) ## what a bare GPU machine without a network needs, into one tar; ARGS='--python 3.12 --torch 2.11.0'
 	$(BIN)/python -m tests.gpu.check.bundle $(ARGS)
+
+bundle: $(STAMP) ## project, wheels and kernels for a machine without a network, one tar; ARGS='--parts libraries,kernels'
+	$(BIN)/python -m tests.offline.bundle $(ARGS)
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

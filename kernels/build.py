@@ -69,15 +69,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mirai_ds" / "kernels"
 
 
+def prebuilt_folder() -> Path:
+    """Where libraries lie that were compiled ahead; nothing is written there: $MIRAI_DS_PREBUILT, else beside the
+    sources, where a wheel has them."""
+    return Path(os.environ.get("MIRAI_DS_PREBUILT") or HERE / "prebuilt")
+
+
 def library_name(target: str) -> str:
     """File name of a target's library."""
     return f"mirai_{target}.so"
 
 
 def find(target: str) -> Path | None:
-    """The compiled library that fits this machine and these sources: installed with the package, or in the cache."""
+    """The compiled library that fits this machine and these sources: compiled ahead, or in the cache."""
     key = digest(target)
-    places = (HERE / "prebuilt", cache_folder())
+    places = (prebuilt_folder(), cache_folder())
     return next((path for place in places if (path := place / key / library_name(target)).is_file()), None)
 
 
@@ -281,12 +287,16 @@ class _Lock:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m mirai_ds.kernels.build [cpu] [cuda] [--into FOLDER]`: build ahead of the first run."""
+    """`python -m mirai_ds.kernels.build [cpu] [cuda] [--into FOLDER]`: build ahead of the first run.
+
+    $TORCH_CUDA_ARCH_LIST says for which GPUs, $ATEN_CPU_CAPABILITY (default, avx2, avx512) for which vector unit; the
+    machine that uses the libraries needs the same list, and MIRAI_DS_PREBUILT=FOLDER.
+    """
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m mirai_ds.kernels.build", description=__doc__)
     parser.add_argument("targets", nargs="*", help="cpu, cuda; default: both where nvcc is present")
-    parser.add_argument("--into", type=Path, help="folder instead of the cache, e.g. kernels/prebuilt")
+    parser.add_argument("--into", type=Path, help="folder instead of the cache, for MIRAI_DS_PREBUILT")
     args = parser.parse_args(argv)
     chosen = args.targets or [t for t in TARGETS if t == "cpu" or toolchain.nvcc_path()]
     wrong = [t for t in chosen if t not in TARGETS]

@@ -24,3 +24,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 export PYTHONUNBUFFERED=1
 
 {{device_environment}}
+
+# Options of every srun from the cluster file, and what each rank's own shell does before it becomes the rank: the setup
+# lines once more, since those above were heard on the first node only.
+srun_options=({{srun_options}})
+on_node=({{on_node}})

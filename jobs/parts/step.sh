@@ -45,7 +45,7 @@ requeue() { # once; Slurm sends TERM to this script while it takes the job back,
   say "could not be requeued: $1"
 }
 run_step() { # the arguments: the command of a rank
-  srun --kill-on-bad-exit=1 "$@" &
+  srun --kill-on-bad-exit=1 "${srun_options[@]}" "${on_node[@]}" "$@" &
   step=$!
   while :; do # `wait` returns at each trapped signal; a foreground srun would keep the traps waiting till the end
     wait "$step"

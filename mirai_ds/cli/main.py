@@ -16,6 +16,7 @@ from mirai_ds.cli.config import config
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
 from mirai_ds.cli.evaluate import evaluate
 from mirai_ds.cli.extract import extract
+from mirai_ds.cli.fetch import fetch
 from mirai_ds.cli.plan import flops, plan
 from mirai_ds.cli.recipes import recipes, table
 from mirai_ds.cli.reproduce import reproduce
@@ -189,6 +190,7 @@ main.add_command(bench)
 main.add_command(config)
 main.add_command(evaluate)
 main.add_command(extract)
+main.add_command(fetch)
 main.add_command(compare)
 main.add_command(flops)
 main.add_command(inspect)

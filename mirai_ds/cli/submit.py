@@ -43,6 +43,9 @@ TEMPLATES = ["train", "array", "extract", "sample_evaluate", "smoke"]
 @click.option("--at-once", type=click.IntRange(min=1), help="array: tasks that run at the same time.")
 @click.option("--reference", type=click.Path(path_type=Path), help="sample_evaluate: ADM's .npz to compare with.")
 @click.option("--inception", type=click.Path(path_type=Path), help="sample_evaluate: weights of its network.")
+@click.option("--container", metavar="IMAGE", help="Run in an image: a .sif or .sqsh file, or docker://NAME.")
+@click.option("--container-runtime", type=click.Choice(["apptainer", "singularity", "pyxis"]),
+              help="What runs the image; default the cluster file's container_runtime.")  # fmt: skip
 @click.option("--no-check", "check", flag_value=False, default=True,
               help="Do not look for files: only compute nodes see them, or an earlier job makes them.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the script and submit nothing; needs no Slurm.")
@@ -64,14 +67,13 @@ def submit(dry_run: bool, **options: Any) -> None:
       mirai-ds submit codes --template extract --nodes 2 -- --images in/train --tokenizer vq.pt --size 256 --out codes
     """
     from mirai_ds.submit import SubmitOptions, plan, read_cluster, render, send
-    from mirai_ds.submit.plan import interpreter
     from mirai_ds.submit.send import script_path
 
     asked = SubmitOptions(**options)
     cluster = read_cluster(asked.cluster)
     job = plan(asked, cluster)
     script = script_path(job)
-    text = render(job, cluster, interpreter(cluster), script)
+    text = render(job, cluster, script)
     _show(text)
     if dry_run:
         click.echo("mirai-ds: nothing was written or submitted (--dry-run)", err=True)

@@ -47,6 +47,9 @@ class DataConfig(Section):
     more_views: list[str] = Field([], description="store: further stores of the same images; views of all are drawn")
     images: str | None = Field(None, description="store: pixels for mirai-i, an image store or the original folder")
     tokenizer: str | None = Field(None, description="store: the tokenizer's file, to show tokens as pictures")
+    stage: str | None = Field(
+        None, description="store: a folder on each node's own disk, or a variable's such as $TMPDIR, to copy stores to"
+    )
     workers: int | None = Field(None, ge=0, description="reading processes a rank; default 0, with images up to 8")
     prefetch: int = Field(2, ge=1, description="micro-batches each worker reads ahead")
 
@@ -64,6 +67,10 @@ class DataConfig(Section):
         for name in ("images", "tokenizer", "more_views"):
             if getattr(self, name) and traits is not None and not traits.parts:
                 raise ConfigError(f"data.{name}", getattr(self, name), "is for source: store; remove it")
+        if self.stage is not None and (traits is None or not traits.parts):
+            raise ConfigError("data.stage", self.stage, "is for source: store; remove it")
+        if self.stage is not None and not self.stage.startswith(("/", "$")):
+            raise ConfigError("data.stage", self.stage, "give a whole path, such as /local, or a variable's: $TMPDIR")
         if self.held_out_path and self.held_out_fraction:
             problem = f"held-out samples come from data.held_out_path = {self.held_out_path!r}; remove one of them"
             raise ConfigError("data.held_out_fraction", self.held_out_fraction, problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,30 @@ def refuse_missing(config: RunConfig, started: bool) -> None:
         "foresight.": not config.foresight.active, "foresight.encoder.": encoder is not None and is_own(encoder.name),
         "eval.fid.": not config.eval.fid.active,
     }  # fmt: skip
-    left_out, data = tuple(name for name, holds in unread.items() if holds), config.model_dump(mode="json")
+    left_out = tuple(name for name, holds in unread.items() if holds)
+    for name, path in _given(config):
+        if name.startswith(left_out):
+            continue
+        if not os.path.exists(path):  # of a name that cannot be one Path.exists raises
+            raise ConfigError(name, path, "no such file or folder")
+        holds = SOURCES[config.data.source].holds if name in _STORES else ""
+        if holds and not os.path.exists(os.path.join(path, holds)):
+            raise ConfigError(name, path, f"holds no {holds}: it is no store, or not finished")
+
+
+def _given(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(field, path) of every file and folder that the configuration names."""
+    data = config.model_dump(mode="json")
     for name in PATHS:
         value: Any = data
         for part in name.split("."):
             value = (value or {}).get(part)
-        for path in [] if not value or name.startswith(left_out) else value if isinstance(value, list) else [value]:
-            if not os.path.exists(path):  # of a name that cannot be one Path.exists raises
-                raise ConfigError(name, path, "no such file or folder")
-            holds = SOURCES[config.data.source].holds if name in _STORES else ""
-            if holds and not os.path.exists(os.path.join(path, holds)):
-                raise ConfigError(name, path, f"holds no {holds}: it is no store, or not finished")
+        for path in value if isinstance(value, list) else [value] if value else []:
+            yield name, path
+
+
+def named_paths(config: RunConfig) -> list[str]:
+    """Every file and folder that the configuration names, the DeepSpeed file too, as they are given."""
+    deepspeed = [config.deepspeed] if isinstance(config.deepspeed, str) and os.path.isfile(config.deepspeed) else []
+    stage = [config.data.stage] if config.data.stage and "$" not in config.data.stage else []
+    return [path for _, path in _given(config)] + deepspeed + stage

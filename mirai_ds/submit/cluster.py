@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mirai_ds.config.errors import ConfigError, UserError, from_validation
 from mirai_ds.config.model_config import Section
 from mirai_ds.config.yaml_text import parse
+from mirai_ds.submit.passthrough import OptionValue, check_sbatch, check_srun
 from mirai_ds.submit.values import (
     Constraint,
     Interface,
@@ -23,6 +25,8 @@ from mirai_ds.submit.values import (
     VariableName,
     one_line,
 )
+
+Runtime = Literal["apptainer", "singularity", "pyxis"]
 
 
 class SlurmCluster(Section):
@@ -44,15 +48,34 @@ class SlurmCluster(Section):
     qos: SiteName | None = None
     constraint: Constraint | None = None
     network_interface: Interface | None = None
-    python: Plain | None = None
+    python: list[Plain] | None = Field(None, description="the words that start Python; a string is split as in a shell")
+    container: Plain | None = Field(None, description="image that the ranks run in: a file or docker://NAME")
+    container_runtime: Runtime = "apptainer"
+    mounts: list[Plain] = Field([], description="further folders or files that the container sees, as PATH or FROM:TO")
+    sbatch: dict[str, OptionValue] = Field({}, description="any other option of sbatch, a flag as NAME: true")
+    srun: list[Plain] = Field([], description="any other option of srun, each as --NAME or --NAME=VALUE")
     environment: dict[VariableName, Plain] = {}  # noqa: RUF012  (pydantic copies it)
     setup: list[Plain] = []  # noqa: RUF012
+
+    @field_validator("python", mode="before")
+    @classmethod
+    def _words(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        try:
+            return shlex.split(given)
+        except ValueError as error:
+            raise ConfigError("python", given, f"{error}; quote it as in a shell, or give a list of words") from None
 
     @model_validator(mode="after")
     def _check(self) -> SlurmCluster:
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
             problem = f"there is one rank a GPU, and gpus_per_node = {self.gpus_per_node}; remove it"
             raise ConfigError("ranks_per_node", self.ranks_per_node, problem)
+        if self.python == []:
+            raise ConfigError("python", self.python, "holds no word; give the command, or null")
+        check_sbatch(self.sbatch)
+        check_srun(self.srun)
         for number, line in enumerate(self.setup):
             _check_shell(line, f"setup[{number}]")
         return self

@@ -26,12 +26,13 @@ TEMPLATES: tuple[Template, ...] = ("train", "array", "extract", "sample_evaluate
 
 
 class SlurmTask(Section):
-    """What the ranks run: the run's folder and the command of a rank, argument by argument."""
+    """What the ranks run: the run's folder, and the arguments of `python` in each rank, one by one."""
 
     model_config = ConfigDict(str_strip_whitespace=False)
 
     run_dir: Plain = ""
     command: list[Plain] = []  # noqa: RUF012
+    paths: list[Plain] = Field([], description="files and folders that the ranks use, for a container to see")
 
 
 class SlurmJob(Section):
@@ -60,8 +61,15 @@ class SlurmJob(Section):
     submit_dir: Plain = "/"
     cluster_file: Plain = "a100"
     tasks: list[SlurmTask] = []  # noqa: RUF012
+    launcher: list[Plain] = Field(
+        ["python3"], description="the words that start Python, in a container where one is used"
+    )
+    srun: list[Plain] = Field([], description="options of every srun")
+    in_image: bool = Field(
+        False, description="srun itself starts the container: no shell of the node's before the ranks"
+    )
     resumes: bool = Field(False, description="sample_evaluate: many images, gone on with after a requeue")
-    evaluate: list[Plain] = Field([], description="sample_evaluate: what one process runs afterwards")
+    evaluate: list[Plain] = Field([], description="sample_evaluate: what one process's `python` runs afterwards")
 
     @model_validator(mode="after")
     def _check(self) -> SlurmJob:

@@ -7,15 +7,25 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.config.errors import UserError, from_validation
 from mirai_ds.config.load import load
-from mirai_ds.config.paths import refuse_missing
+from mirai_ds.config.paths import named_paths, refuse_missing
 from mirai_ds.config.run_config import RunConfig
-from mirai_ds.submit.cluster import SlurmCluster
+from mirai_ds.submit.cluster import Runtime, SlurmCluster
+from mirai_ds.submit.container import (
+    PYTHON_INSIDE,
+    Container,
+    asked_for,
+    check_image,
+    mounts,
+    prefix,
+    srun_options,
+)
 from mirai_ds.submit.job import SlurmJob, SlurmTask, Template
 from mirai_ds.submit.values import one_line
 
@@ -47,13 +57,20 @@ class SubmitOptions:
     at_once: int | None = None
     reference: Path | None = None
     inception: Path | None = None
+    container: str | None = None
+    container_runtime: Runtime | None = None
     check: bool = True
     arguments: tuple[str, ...] = field(default=())
 
 
-def interpreter(cluster: SlurmCluster) -> str:
-    """The Python of the ranks: the cluster file's, or the one that runs now (links kept: a venv's link is the venv)."""
-    return cluster.python or os.path.abspath(sys.executable)
+# What a rank's Python is given first.
+_PACKAGE = ["-m", "mirai_ds"]
+
+
+def interpreter(cluster: SlurmCluster, container: Container | None) -> list[str]:
+    """The words that start the ranks' Python: the cluster file's, else an image's own, else the one that runs now (with
+    links kept: a venv's link is the venv)."""
+    return cluster.python or [os.path.abspath(sys.executable) if container is None else PYTHON_INSIDE]
 
 
 def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
@@ -71,10 +88,11 @@ def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
     many = _draws_many(options)
     if options.template == "sample_evaluate" and not many:
         ranks, gpus = 1, min(gpus, 1)
-    tasks, name, folder = _tasks(options, interpreter(cluster), options.nodes * ranks)
-    evaluate = _evaluation(options, interpreter(cluster))
+    container = asked_for(cluster, options.container, options.container_runtime)
+    tasks, name, folder = _tasks(options, options.nodes * ranks)
+    evaluate = _evaluation(options)
     _check_named_files(options)
-    request = {
+    request = _start(options, cluster, container, tasks, gpus) | {
         "template": options.template, "name": options.name or name, "nodes": options.nodes, "gpus_per_node": gpus,
         "ranks_per_node": ranks, "cpus_per_rank": cluster.cpus_per_rank, "time": options.time or cluster.time,
         "signal_seconds": cluster.signal_seconds, "partition": options.partition or cluster.partition,
@@ -89,6 +107,25 @@ def plan(options: SubmitOptions, cluster: SlurmCluster) -> SlurmJob:
         return SlurmJob.model_validate(request)
     except ValidationError as error:
         raise from_validation(error, SlurmJob) from None
+
+
+def _start(
+    options: SubmitOptions, cluster: SlurmCluster, container: Container | None, tasks: list[SlurmTask], gpus: int
+) -> dict[str, Any]:
+    """How the ranks are started: the job's `launcher`, `srun` and `in_image`.  Raises UserError."""
+    python = interpreter(cluster, container)
+    if container is None:
+        return {"launcher": python, "srun": cluster.srun}
+    if options.check:
+        check_image(container)
+    judged = [str(path) for path in (options.reference, options.inception) if path is not None]
+    here = os.getcwd()
+    seen = mounts(cluster, here, [path for task in tasks for path in (task.run_dir, *task.paths)] + judged)
+    return {
+        "launcher": [*prefix(container, seen, here, gpus > 0), *python],
+        "srun": [*srun_options(container, seen, here), *cluster.srun],
+        "in_image": container.runtime == "pyxis",
+    }
 
 
 def _check_fit(options: SubmitOptions) -> None:
@@ -158,8 +195,8 @@ def _argument(options: SubmitOptions, option: str) -> str | None:
     return None
 
 
-def _evaluation(options: SubmitOptions, python: str) -> list[str]:
-    """The command that compares what was drawn with a reference; raises UserError where a file's name is missing."""
+def _evaluation(options: SubmitOptions) -> list[str]:
+    """What compares what was drawn with a reference; raises UserError where a file's name is missing."""
     if options.reference is None and options.inception is None:
         return []
     if options.reference is None or options.inception is None:
@@ -167,20 +204,19 @@ def _evaluation(options: SubmitOptions, python: str) -> list[str]:
     drawn = _argument(options, "--out")
     if drawn is None:
         raise UserError("--reference: say where the images go, -- --num N --out FILE.npz, so that they are found")
-    start = [python, "-m", "mirai_ds", "evaluate", drawn, str(options.reference)]
+    start = [*_PACKAGE, "evaluate", drawn, str(options.reference)]
     source, name = Path(options.recipe), Path(drawn).with_suffix("").name
     weights = source.is_file() or source.suffix in (".pt", ".pth", ".safetensors")  # of which there is no run to tell
     scores = Path(drawn).with_suffix(".scores.json") if weights else source / "evaluations" / f"{name}.json"
     return [*start, "--weights", str(options.inception), "--json", str(scores)]
 
 
-def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[SlurmTask], str, Path]:
+def _tasks(options: SubmitOptions, world_size: int) -> tuple[list[SlurmTask], str, Path]:
     """The commands, the job's name, and the folder of its script and log."""
-    start = [python, "-m", "mirai_ds"]
     if options.template == "array":
-        return _array(options, start, world_size)
+        return _array(options, world_size)
     if options.template in ("extract", "sample_evaluate"):
-        return _tool(options, start)
+        return _tool(options)
     smoke = options.template == "smoke"
     overrides = (*SMOKE, *options.overrides) if smoke else options.overrides
     config = load(options.recipe, overrides, options.deepspeed)
@@ -188,11 +224,17 @@ def _tasks(options: SubmitOptions, python: str, world_size: int) -> tuple[list[S
     name = f"smoke-{config.name}" if smoke else config.name
     run = _absolute(options.run_dir or Path(config.output_dir) / name)
     _check_config(options, config, run)
-    command = [*start, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
+    command = [*_PACKAGE, "train", *training(options.recipe, overrides, options.deepspeed), "--resume", "if-present"]
     if not smoke:  # the smoke test trains in two folders below it
         command += ["--run-dir", str(run)]
         refuse_finished(run)
-    return [SlurmTask(run_dir=str(run), command=command)], name, run
+    paths = _paths(options.recipe, config)
+    return [SlurmTask(run_dir=str(run), command=command, paths=paths)], name, run
+
+
+def _paths(recipe: str, config: RunConfig) -> list[str]:
+    """What a training run reads and writes beside its folder."""
+    return [*([recipe] if recipe.endswith((".yaml", ".yml")) else []), *named_paths(config)]
 
 
 def training(recipe: str, overrides: tuple[str, ...], deepspeed: str | None) -> list[str]:
@@ -214,20 +256,32 @@ def refuse_finished(run: Path) -> None:
         )
 
 
-def _tool(options: SubmitOptions, start: list[str]) -> tuple[list[SlurmTask], str, Path]:
+def _tool(options: SubmitOptions) -> tuple[list[SlurmTask], str, Path]:
     if options.template == "extract":
         if options.recipe not in ("codes", "images"):
             raise UserError(f"{options.recipe}: --template extract takes codes or images, then -- and their options")
         if "--out" not in options.arguments and not any(part.startswith("--out=") for part in options.arguments):
             raise UserError("--template extract: give the options of `mirai-ds extract` after --, --out among them")
-        name, command = f"extract-{options.recipe}", [*start, "extract", options.recipe, *options.arguments]
+        paths: list[str] = []
+        name, command = f"extract-{options.recipe}", [*_PACKAGE, "extract", options.recipe, *options.arguments]
     else:
-        name, command = "sample", [*start, "sample", options.recipe, *options.arguments]
+        name, command = "sample", [*_PACKAGE, "sample", options.recipe, *options.arguments]
+        paths = [options.recipe, *_of_run(Path(options.recipe))]
     run = _absolute(options.run_dir or Path("runs") / name)
-    return [SlurmTask(run_dir=str(run), command=command)], name, run
+    # Of words that are no paths (numbers, names) a container sees the working folder, which it does anyway.
+    paths += [word.rpartition("=")[2] for word in options.arguments]
+    return [SlurmTask(run_dir=str(run), command=command, paths=paths)], name, run
 
 
-def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[list[SlurmTask], str, Path]:
+def _of_run(run: Path) -> list[str]:
+    """What a run's own configuration names; nothing where there is none (yet)."""
+    try:
+        return named_paths(load(str(run / "config.yaml"), (), None))
+    except UserError:
+        return []
+
+
+def _array(options: SubmitOptions, world_size: int) -> tuple[list[SlurmTask], str, Path]:
     """One task a line: `RECIPE [--set SECTION.FIELD=VALUE]... [--run-dir DIR]`, quoted as in a shell, # comments."""
     path = Path(options.recipe)
     try:
@@ -257,8 +311,8 @@ def _array(options: SubmitOptions, start: list[str], world_size: int) -> tuple[l
             raise UserError(f"{where}: the run folder of line {seen[run]} ({run}); add --set name=... or --run-dir")
         seen[run] = number
         passed = training(recipe, overrides, options.deepspeed)
-        command = [*start, "train", *passed, "--resume", "if-present", "--run-dir", str(run)]
-        tasks.append(SlurmTask(run_dir=str(run), command=command))
+        command = [*_PACKAGE, "train", *passed, "--resume", "if-present", "--run-dir", str(run)]
+        tasks.append(SlurmTask(run_dir=str(run), command=command, paths=_paths(recipe, config)))
     if not tasks:
         raise UserError(f"{path}: no recipe in it; write one a line")
     name = "array-" + "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem)

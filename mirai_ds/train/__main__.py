@@ -126,9 +126,11 @@ class RankStartup:
     def _session(self, config: RunConfig, folder: Any, device: Any, allowed: tuple[str, ...]) -> Any:
         from mirai_ds.train.build import build_session
         from mirai_ds.train.preflight import preflight
+        from mirai_ds.train.staging import stage_data
 
         resuming = folder.resume is not None
-        session = build_session(config, folder.run, self.world, device, folder.lock, self.stop, resuming)
+        data = stage_data(config, self.world, self.watchdog.beat, self.obey_early)
+        session = build_session(config, folder.run, self.world, device, folder.lock, self.stop, resuming, data)
         session.beat = self.watchdog.beat
         if config.guard.preflight:
             preflight(session)

@@ -15,7 +15,7 @@ from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_heads, check_t
 from mirai_ds.checkpoint.model_folder import weights_file
 from mirai_ds.checkpoint.saver import Saver
 from mirai_ds.checkpoint.weights import checkpoint_of, checkpoint_weights
-from mirai_ds.config import ConfigError, RunConfig, UserError
+from mirai_ds.config import ConfigError, DataConfig, RunConfig, UserError
 from mirai_ds.config.deepspeed_file import resolve
 from mirai_ds.data import BatchLoader, DataOrder, Dataset, load_dataset
 from mirai_ds.data.loader import auto_workers, warm_page_cache
@@ -39,17 +39,18 @@ MAX_SCORED_SIDE = 64  # the judge is a support vector machine on pixels
 
 def build_session(
     config: RunConfig, run: Path, world: World, device: torch.device, run_lock: RunLock, stop: StopRequests,
-    resuming: bool = False,
+    resuming: bool = False, data: DataConfig | None = None,
 ) -> Session:  # fmt: skip
     """Build data, objective, teacher and engine.  The process group must exist.  Raises UserError.
 
-    resuming: a checkpoint will be loaded, so `train.init_from` is not read, and need not exist any more.
+    resuming: a checkpoint will be loaded, so `train.init_from` is not read, and need not exist any more.  data: the
+    configuration's section with this node's copies of its stores, to read from; None: the stores themselves.
     """
     seed_everything(config.seed)
     if config.train.deterministic:
         _be_deterministic()
     ds_config = resolve(config, world.size, cpu=device.type == "cpu")
-    dataset = on_every_rank(lambda: load_dataset(config.data, config.model, str(device)))
+    dataset = on_every_rank(lambda: load_dataset(data or config.data, config.model, str(device)))
     order = DataOrder(len(dataset.train), config.train.global_batch_size, config.seed)
     if order.steps_per_epoch == 0:
         raise UserError(

@@ -22,7 +22,7 @@ RULES: dict[str, Rule] = {
     # Files may have moved; that they hold the same is compared by digest.
     "data.path": "told", "data.more_views": "told", "data.held_out_path": "told", "data.images": "told",
     "data.tokenizer": "told",
-    "data.workers": "free", "data.prefetch": "free",
+    "data.workers": "free", "data.stage": "free", "data.prefetch": "free",
     "foresight.weights": "told", "foresight.schedule": "told", "foresight.warmup_epochs": "told",
     "foresight.ramp_epochs": "told", "foresight.head_warmup_epochs": "told",
     "foresight.heads_in_warmup": "told", "foresight.kernel": "free", "foresight.teacher_weights": "told",

@@ -369,3 +369,22 @@ def test_a_package_can_bring_its_libraries(tmp_path: Path) -> None:
     assert library.read_bytes().startswith(b"\x7fELF")
     for target in build.TARGETS:  # a wheel carries the sources too
         assert all((kernels / name).is_file() for name in build.SOURCES[target] + build.HEADERS[target])
+
+
+def test_compiled_ahead_for_machines_that_cannot(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every vector unit's library in one folder, and found there by each: no compiler, nothing that can be written."""
+    folder = tiny.parent / "ahead"
+    keys = []
+    for unit in ("AVX2", "DEFAULT"):
+        monkeypatch.setattr(toolchain, "vector_unit", lambda unit=unit: unit)
+        assert build.main(["cpu", "--into", str(folder)]) == 0
+        keys.append(build.digest("cpu"))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(keys)
+    assert build.find("cpu") is None  # nobody has said where
+    monkeypatch.setenv("MIRAI_DS_PREBUILT", str(folder))
+    monkeypatch.setenv("MIRAI_DS_CACHE", "/proc/none")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "/none")
+    for unit, key in zip(("AVX2", "DEFAULT"), keys, strict=True):
+        monkeypatch.setattr(toolchain, "vector_unit", lambda unit=unit: unit)
+        assert build.library("cpu") == folder / key / "mirai_cpu.so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def test_finishes(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
                              cluster_file(tmp_path))  # fmt: skip
     assert again.code == 2
     assert "this run is finished" in again.err
+
+
+def test_options_of_the_site_reach_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    """sbatch reads the value as it was given, srun takes its options, and setup lines are done on every node."""
+    value, seen = 'a "b" \'c\' #d \\e $HOME `f` $(g) \\"', tmp_path / "seen"
+    more = "\n".join([
+        "sbatch: " + json.dumps({"comment": value, "nice": 5, "hold": True}), "srun: [--label]",
+        "setup: " + json.dumps([f"echo ${{SLURM_PROCID:-script}} $(hostname) >>{seen}"]), "",
+    ])  # fmt: skip
+    run = tmp_path / "run"
+    arguments = ["digits-mirai-e", *settings("train.max_steps=2"), "--nodes", "2", "--run-dir", str(run)]
+    job_id = slurm.submit(*arguments, "--cluster", cluster_file(tmp_path, more=more))[0]
+    held = slurm("scontrol", "show", "job", job_id)
+    assert re.search(r"Comment=(.*)", held)[1].strip() == value  # type: ignore[index]
+    assert "Reason=JobHeldUser" in held
+    assert "Nice=5" in held
+    slurm("scontrol", "release", job_id)
+    assert slurm.wait(job_id)["JobState"] == "COMPLETED", log_of(run)
+    assert re.search(r"^0: ", log_of(run), re.MULTILINE)  # --label
+    said = [line.split() for line in seen.read_text().splitlines()]
+    assert sorted(who for who, _ in said) == ["0", "0", "1"]  # the script, whose number is 0 too, and both ranks
+    assert len({node for _, node in said}) == 2
 
 
 def test_warned_before_the_time_limit(slurm: Slurm, whole: Path, tmp_path: Path) -> None:

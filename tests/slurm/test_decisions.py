@@ -25,7 +25,7 @@ def script(tmp_path: Path) -> str:
     """train.sbatch with the run folder `tmp_path`/run.  Its Python is none: PATH keeps the stubs first."""
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     job = plan(SubmitOptions("digits-baseline", nodes=2, run_dir=tmp_path / "run"), cluster)
-    return render(job, cluster, "python", tmp_path / "x.sbatch")
+    return render(job, cluster, tmp_path / "x.sbatch")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def array(tmp_path: Path) -> str:
     )
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     job = plan(SubmitOptions(str(table), template="array", nodes=2, at_once=1, run_dir=tmp_path / "table"), cluster)
-    return render(job, cluster, "python", tmp_path / "x.sbatch")
+    return render(job, cluster, tmp_path / "x.sbatch")
 
 
 def test_array_tasks_have_their_own_run(slurm: FakeSlurm, array: str, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_extraction_is_requeued_at_the_warning(slurm: FakeSlurm, tmp_path: Path)
     cluster = read_cluster(cluster_file(tmp_path, more="python: python\n"))
     arguments = ("--images", "my images", "--size", "32", "--out", "o u t")
     job = plan(SubmitOptions("images", template="extract", nodes=2, arguments=arguments, check=False), cluster)
-    text = render(job, cluster, "python", tmp_path / "x.sbatch")
+    text = render(job, cluster, tmp_path / "x.sbatch")
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do /bin/sleep 0.02; done')
     ran = slurm.run(text, send=(signal.SIGUSR1,))
     assert ran.requeued == ["requeue 7"]
@@ -231,12 +231,12 @@ def test_many_images_are_judged_when_they_are_there(
     judged = {"check": False, "reference": Path("ref.npz"), "inception": Path("i.pth")}
     job = plan(SubmitOptions("runs/x", template="sample_evaluate", nodes=2, arguments=arguments, **judged), cluster)
     slurm.set(ranks)
-    ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"))
+    ran = slurm.run(render(job, cluster, tmp_path / "x.sbatch"))
     drawing = ["python", "-m", "mirai_ds", "sample", "runs/x", *arguments]
     judging = ["--ntasks=1", "--nodes=1", "python", "-m", "mirai_ds", "evaluate", "x.npz", "ref.npz"]
     judging += ["--weights", "i.pth", "--json", "runs/x/evaluations/x.json"]
     assert ran.code == code, ran.out
     assert ran.ranks == [drawing, judging][:steps]
     slurm.set(': >"$STUB/running"; until [ -e "$STUB/scontrol.calls" ]; do sleep 1; done')
-    ran = slurm.run(render(job, cluster, "python", tmp_path / "x.sbatch"), send=(signal.SIGUSR1,))
+    ran = slurm.run(render(job, cluster, tmp_path / "x.sbatch"), send=(signal.SIGUSR1,))
     assert ran.requeued == ["requeue 7"], ran.out

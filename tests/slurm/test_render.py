@@ -39,7 +39,7 @@ QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCh
 def script_of(cluster: SlurmCluster | None = None, **options: Any) -> str:
     cluster = cluster or SlurmCluster(gpus_per_node=4, python="python")
     job = plan(SubmitOptions(**{"recipe": "digits-baseline", "nodes": 2, "check": False, **options}), cluster)
-    return render(job, cluster, "python", Path("/runs/x/jobs/x.sbatch"))
+    return render(job, cluster, Path("/runs/x/jobs/x.sbatch"))
 
 
 def directives(script: str) -> list[str]:

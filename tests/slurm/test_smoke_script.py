@@ -24,7 +24,7 @@ case $run in
      for i in $(seq 500); do /bin/sleep 0.02; done ;;
 esac
 """
-RANKS = 'shift; export SLURM_PROCID=1 SLURM_NTASKS=2; {} exec "$@"'
+RANKS = 'while [[ $1 == --* ]]; do shift; done; export SLURM_PROCID=1 SLURM_NTASKS=2; {} exec "$@"'
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_verdict(setting: str, code: int, last: str, tmp_path: Path, monkeypatch
     slurm = FakeSlurm(tmp_path / "stub")
     if setting:
         monkeypatch.setenv(*setting.split("="))
-    text = render(job, cluster, str(trainer), tmp_path / "x.sbatch")
+    text = render(job, cluster, tmp_path / "x.sbatch")
     for _ in range(2):  # what an earlier smoke test has left does not count
         slurm.set(RANKS.format(""))
         ran = slurm.run(text)

@@ -53,14 +53,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(photos, codes, images, weights)
 
 
-def train(shop: Shop, run: Path, foresight: str, *more: str) -> Done:
+def train(shop: Shop, run: Path, foresight: str, *more: str, options: tuple[str, ...] = ()) -> Done:
     settings = [
         "model={size: custom, dim: 32, n_layer: 3, n_head: 2, vocab_size: 64, num_classes: 2, block_size: 64}",
         f"data={{source: store, path: {shop.codes}}}", f"foresight={{{foresight}}}", "train.global_batch_size=16",
         "train.max_steps=8", "logging.every_steps=1", "checkpoint.at_end=false", "eval.classifier.enabled=false",
         "eval.loss.at_end=false", "eval.loss.every_steps=null", *more,
     ]  # fmt: skip
-    return small_train(run, recipe="digits-baseline", overrides=settings)
+    return small_train(run, *options, recipe="digits-baseline", overrides=settings)
 
 
 def mirai_i(shop: Shop) -> str:

@@ -23,6 +23,9 @@ from pydantic import Field
 
 from mirai_ds.config import UserError
 from mirai_ds.data.stores.files import (
+    LABELS,
+    MANIFEST,
+    NAMES,
     PROBLEMS,
     StoreManifest,
     check_digest,
@@ -92,6 +95,11 @@ class ImageStore:
         if pixels.shape != (side, side, 3):
             raise UserError(f"{self.path}: image {image} is {pixels.shape}, not {(side, side, 3)}")
         return pixels
+
+    def files(self) -> list[str]:
+        """Names of all files of the store, the manifest last."""
+        shards = [shard_name(shard) for shard in range(len(self.manifest.shard_bytes))]
+        return [*shards, INDEX, LABELS, NAMES, PROBLEMS, MANIFEST]
 
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the shards read so far."""

@@ -21,6 +21,9 @@ from mirai_ds.config import UserError
 from mirai_ds.config.model_config import Section
 from mirai_ds.data.stores.files import (
     DIGEST,
+    LABELS,
+    MANIFEST,
+    NAMES,
     PROBLEMS,
     StoreManifest,
     check_digest,
@@ -83,6 +86,11 @@ class TokenStore:
         if codebook.digest != facts.digest:
             raise UserError(f"{path}: does not have the digest in the manifest; it is damaged")
         return codebook
+
+    def files(self) -> list[str]:
+        """Names of all files of the store, the manifest last."""
+        own = [TOKENIZER] if self.manifest.codebook_digest is not None else []
+        return [CODES, LABELS, NAMES, PROBLEMS, *own, MANIFEST]
 
     def damages(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Read everything and compare digests: a line for each damage.  progress is told the images read so far."""

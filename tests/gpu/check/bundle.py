@@ -9,17 +9,15 @@ library where one fits the other machine's torch, and a script:
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
-from tests.gpu.check.facts import ROOT, commit
+from tests.gpu.check.facts import commit
+from tests.offline.packing import ROOT, add_project, add_script, build, download, listed, project_files
 
 NAME = "mirai-gpu-bundle"
 LIMIT = 60 * 2**20  # bytes: what may travel to such a machine is 64 MiB
@@ -27,8 +25,6 @@ DEEPSPEED = "deepspeed==0.19.8"
 # DeepSpeed's own needs and this project's that such a machine lacks; torch, numpy, timm and pytest it has.
 PURE = ("pydantic", "annotated-types", "typing-inspection", "typing-extensions", "hjson", "psutil", "einops", "rich",
         "py-cpuinfo", "torch-fidelity", "markdown-it-py", "mdurl", "pygments")  # fmt: skip
-MANYLINUX = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux_2_12", "manylinux_2_5",
-             "manylinux1")  # fmt: skip
 SCRIPT = """#!/usr/bin/env bash
 # run-gpu-check.sh SLICES [FOLDER]: unpacks the wheels, links what an installation would, runs slices of the check.
 # PYTHON names the interpreter (default python3); $OUT or FOLDER is where results go.
@@ -61,20 +57,11 @@ exec "$python" -m tests.gpu.check --slice "${1:-all}"
 """
 
 
-def pip(*words: str) -> None:
-    """Raises CalledProcessError with pip's own words above it."""
-    subprocess.run([sys.executable, "-m", "pip", *words], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
-
-
 def collect_wheels(into: Path, python: str) -> list[Path]:
     """DeepSpeed as a pure wheel, the others as they are published for `python` on Linux."""
-    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(into), DEEPSPEED)
-    platforms = [word for tag in MANYLINUX for word in ("--platform", f"{tag}_x86_64")]
-    get = ("download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
-           *platforms, "-d", str(into))  # fmt: skip
-    for name in PURE:
-        pip(*get, name)
-    pip(*get, f"pydantic-core=={core_version(next(into.glob('pydantic-2*.whl')))}")
+    build(DEEPSPEED, into)
+    download(PURE, into, python)
+    download([f"pydantic-core=={core_version(next(into.glob('pydantic-2*.whl')))}"], into, python)
     return sorted(into.glob("*.whl"))
 
 
@@ -86,15 +73,6 @@ def core_version(wheel: Path) -> str:
     if found is None:
         raise ValueError(f"{wheel.name} does not say which pydantic-core it needs")
     return found[1]
-
-
-def project_files() -> list[str]:
-    """Tracked files, and new ones that git does not ignore."""
-    told = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    return [name for name in told.split("\0") if name and (ROOT / name).is_file() and name != f"{NAME}.tar"]
 
 
 def cuda_library(wanted: str) -> tuple[Path | None, str]:
@@ -116,16 +94,12 @@ def cuda_library(wanted: str) -> tuple[Path | None, str]:
 def pack(out: Path, wheels: list[Path], library: Path | None) -> None:
     """Write the tar."""
     with tarfile.open(out, "w") as archive:
-        for name in project_files():
-            archive.add(ROOT / name, f"{NAME}/project/{name}", recursive=False)
+        add_project(archive, f"{NAME}/project")
         for wheel in wheels:
             archive.add(wheel, f"{NAME}/wheels/{wheel.name}")
         if library is not None:
             archive.add(library, f"{NAME}/project/kernels/prebuilt/{library.name}")
-        text = SCRIPT.replace("@COMMIT@", commit()).encode()
-        entry = tarfile.TarInfo(f"{NAME}/run-gpu-check.sh")
-        entry.size, entry.mode = len(text), 0o755
-        archive.addfile(entry, io.BytesIO(text))
+        add_script(archive, f"{NAME}/run-gpu-check.sh", SCRIPT.replace("@COMMIT@", commit()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         wheels = collect_wheels(Path(folder), args.python)
         pack(args.out, wheels, library)
-        names = [f"  {wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB" for wheel in wheels]
+        names = listed(wheels)
     files = project_files()
     size = args.out.stat().st_size
     source = sum((ROOT / name).stat().st_size for name in files) / 2**20
