@@ -13,7 +13,9 @@ from mirai_ds.cli.output import PATH
 @click.command(context_settings=CONTEXT)
 @click.argument("name")
 @click.option("--images", type=PATH, required=True, help="A folder of images, of class folders, or of idx files.")
-@click.option("--tokenizer", type=PATH, metavar="FILE", help="vq_ds16_c2i.pt or another; default a codebook of patches.")
+@click.option(
+    "--tokenizer", type=PATH, metavar="FILE", help="vq_ds16_c2i.pt or another; default a codebook of patches."
+)
 @click.option("--size", type=click.IntRange(min=1), help="Pixels a side; default by the images and this machine.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="What training may take; default 1.")
 @click.option("--steps", type=click.IntRange(min=1), help="Its length instead.")

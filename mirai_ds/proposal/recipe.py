@@ -65,8 +65,10 @@ class Proposal:
         classes = len(self.facts.classes)
         count = max(2, DRAWN // classes) * classes
         run, samples = f"runs/{self.name}", f"samples/{self.name}.npz"
-        shown = "" if v.codes is not None or self.tokenizer.suffix == ".npz" else " --tokenizer " + quoted(
-            str(self.tokenizer)
+        shown = (
+            ""
+            if v.codes is not None or self.tokenizer.suffix == ".npz"
+            else " --tokenizer " + quoted(str(self.tokenizer))
         )
         # Of a codebook the store shows the images as the tokens can; a VQ network's store holds no network.
         reference = self.store if not shown else quoted(str(self.facts.path))
@@ -80,7 +82,11 @@ class Proposal:
     def text(self) -> str:
         """The recipe as YAML."""
         facts, v, w = self.facts, self.view, self.width
-        head = [f"Mirai-E on {facts.path}: {facts.sentence()}.", "Written by `mirai-ds new`; every value may be edited.", ""]
+        head = [
+            f"Mirai-E on {facts.path}: {facts.sentence()}.",
+            "Written by `mirai-ds new`; every value may be edited.",
+            "",
+        ]
         head += [f"{what + ':':10} {command}" for what, command in self.commands()[:3]]
         head = [" ".join(line.splitlines()) for line in head]  # a folder's name may hold a line break
         comment = "\n".join(f"# {line}".rstrip() for line in head)
@@ -89,8 +95,16 @@ class Proposal:
         held_out, guided = held_out_fraction(facts), len(facts.classes) > 1
         decay = min(0.9999, max(0.9, 1 - 20 / steps))
         own = self.tokenizer.suffix != ".npz"
-        shown = f"\n  tokenizer: {json.dumps(str(self.tokenizer), ensure_ascii=False)}\t# shows tokens as pictures" if own else ""
-        micro = f"\n  micro_batch_size: {self.micro}\t# sequences a rank runs at once: the largest that fits" if self.micro else ""
+        shown = (
+            f"\n  tokenizer: {json.dumps(str(self.tokenizer), ensure_ascii=False)}\t# shows tokens as pictures"
+            if own
+            else ""
+        )
+        micro = (
+            f"\n  micro_batch_size: {self.micro}\t# sequences a rank runs at once: the largest that fits"
+            if self.micro
+            else ""
+        )
         lr = float(f"{w.lr * min(1.0, math.sqrt(self.batch / 32)):.2g}") if w.dim < 768 else w.lr
         return _aligned(f"""{comment}
 name: {self.name}\t# the run's folder is runs/{self.name}
@@ -121,7 +135,7 @@ optimizer:
 train:
   epochs: {self.epochs:g}\t# {steps} steps of {self.batch} images, {self.steps_per_epoch} an epoch
   global_batch_size: {self.batch}{micro}
-  precision: {'bf16-autocast' if self.gpu else 'fp32'}
+  precision: {"bf16-autocast" if self.gpu else "fp32"}
 ema:
   decay: {decay:.4g}\t# averages over about a twentieth of the run
 checkpoint:
@@ -132,13 +146,13 @@ logging:
   every_steps: {max(1, min(50, steps // 50))}
 eval:
   loss:
-    every_steps: {every if held_out else 'null'}
+    every_steps: {every if held_out else "null"}
 sampling:
   cfg_scale: {1.5 if guided else 1.0}\t# guidance; 1 is none
   per_class: 8
   every_steps: {2 * every}\t# a sheet of pictures in runs/{self.name}/samples
   at_end: true
-deepspeed: {'zero2' if self.gpu else 'zero0'}
+deepspeed: {"zero2" if self.gpu else "zero0"}
 """)
 
 

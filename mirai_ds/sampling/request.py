@@ -15,6 +15,8 @@ from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import DataConfig, RunConfig, UserError
 from mirai_ds.config.run_config import Weights
 from mirai_ds.data import load_decoder
+from mirai_ds.data.meaning import Meaning
+from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
 from mirai_ds.model.orders import token_order
@@ -76,6 +78,7 @@ class Drawing:
     out: Path
     protocol: dict[str, Any]
     in_any_company: bool  # whether an image is the same in every batch
+    meaning: Meaning | None = None  # of the labels
 
     @property
     def settings(self) -> dict[str, str]:
@@ -123,7 +126,10 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
         raise UserError(f"--out {out}: must end in .npz")
     dtype = PRECISIONS[precision]
     alone = device.type == "cpu" and precision == "fp32" and not speed.compile
-    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone)
+    meaning = load_meaning(loaded.data)
+    return Drawing(
+        config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone, meaning
+    )
 
 
 def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int | None:

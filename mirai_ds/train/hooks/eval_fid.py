@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mirai_ds.config import ConfigError, FidConfig, UserError
 from mirai_ds.data import TokenSource
+from mirai_ds.data.meaning import class_names
 from mirai_ds.eval.features import (
     FeatureNetwork,
     Features,
@@ -95,13 +96,13 @@ class EvalFidHook(Hook):
         if session.is_main:
             assert self._reference is not None
             values = score(features, self._reference, self._network, config.metrics).values
-            self._show(session, source.decode(tokens[:SHOWN]))
+            self._show(session, source.decode(tokens[:SHOWN]), class_names(source.meaning, labels[:SHOWN]))
         values = session.control.gather({f"quality/{name}": value for name, value in values.items()})[0]
         session.progress.measured |= values
         self.sinks.scalars(values, session)
 
-    def _show(self, session: Session, images: Array) -> None:
-        grid = labelled_grid(images, columns=8)
+    def _show(self, session: Session, images: Array, names: list[str]) -> None:
+        grid = labelled_grid(images, columns=8, captions=names)
         save_png(session.run / "quality" / f"step-{session.step:08d}.png", grid)
         if self.sinks.board is not None:
             self.sinks.board.image("quality/grid", grid, session.step)
