@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_dataset
 from mirai_ds.data.meaning import class_names
 from mirai_ds.data.token_source import TokenDecoder, TokenSource

@@ -15,7 +15,7 @@ from mirai_ds.checkpoint.gpt_file import PROJECTORS, GptFile, read_gpt_file
 from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told, infer_model_config
 from mirai_ds.config import DataConfig, ModelConfig, RunConfig, UserError, load
 from mirai_ds.config.errors import from_validation
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.runs.configuration import read_run_config
 
 BLOCK_SIZE = 256  # tokens an image, where nobody says

@@ -14,7 +14,7 @@ from mirai_ds.cli.analyse import map_, report
 from mirai_ds.cli.bench import bench
 from mirai_ds.cli.config import config
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
-from mirai_ds.cli.evaluate import evaluate
+from mirai_ds.cli.evaluate import evaluate, reference
 from mirai_ds.cli.extract import extract
 from mirai_ds.cli.new import new
 from mirai_ds.cli.plan import flops, plan
@@ -172,6 +172,7 @@ main.add_command(inspect)
 main.add_command(map_)
 main.add_command(new)
 main.add_command(plan)
+main.add_command(reference)
 main.add_command(report)
 main.add_command(sample)
 main.add_command(study)

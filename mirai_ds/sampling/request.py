@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import DataConfig, RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_decoder
 from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.sources import load_meaning

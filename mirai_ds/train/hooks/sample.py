@@ -32,7 +32,7 @@ def draw_samples(session: Session, labels: Tensor, kind: Weights, seed: int, bat
 
 
 class SampleHook(Hook):
-    """A grid of `classes` rows with `per_class` images each, into samples/ and TensorBoard."""
+    """A grid of `classes` rows with `per_class` images each, into samples/ and the trackers."""
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
@@ -69,5 +69,4 @@ class SampleHook(Hook):
         names = class_names(source.meaning, range(config.classes))
         grid = labelled_grid(source.decode(tokens), config.per_class, rows=names)
         save_png(session.run / "samples" / f"step-{session.step:08d}.png", grid)
-        if self.sinks.board is not None:
-            self.sinks.board.image("samples/grid", grid, session.step)
+        self.sinks.image("samples/grid", grid, session)
