@@ -58,7 +58,7 @@ class FolderFacts:
 
 
 def look(path: Path) -> tuple[FolderFacts, ImageSet]:
-    """Read up to `LOOKED_AT` images of a class folder, a flat folder or idx files; with the set, which is turned upright
+    """Read up to `LOOKED_AT` images of class folders, a flat folder or idx files; with the set, which is turned upright
     where one of them has an orientation tag.
 
     Raises UserError where `open_image_set` does, where none of them can be read, and for a single image.

@@ -126,7 +126,7 @@ def _report(made: Proposal, config: RunConfig, machine: Machine, told: str, budg
         f"  images     {facts.sentence()}{few}",
         f"  views      {v.side}x{v.side} pixels; {crops}",
         f"  tokens     {v.grid}x{v.grid} of {tokens}" + (f"; a codebook of patches, which {told}" if told else ""),
-        f"  model      {w.n_layer} blocks of width {w.dim}: the most by the number of tokens, or the least there is",
+        f"  model      {w.n_layer} blocks of width {w.dim}: by the number of tokens",
         f"  batch      {made.batch}, {config.train.micro_batch_size} at a time on each of {machine.ranks} ranks: fits by "
         f"the planner ({machine.sentence()})",
         f"  length     {made.epochs:g} epochs, {made.steps} steps; {budget}",

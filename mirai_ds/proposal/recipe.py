@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -65,98 +64,48 @@ class Proposal:
         classes = len(self.facts.classes)
         count = max(2, DRAWN // classes) * classes
         run, samples = f"runs/{self.name}", f"samples/{self.name}.npz"
-        shown = (
-            ""
-            if v.codes is not None or self.tokenizer.suffix == ".npz"
-            else " --tokenizer " + quoted(str(self.tokenizer))
-        )
         # Of a codebook the store shows the images as the tokens can; a VQ network's store holds no network.
-        reference = self.store if not shown else quoted(str(self.facts.path))
+        reference = quoted(str(self.facts.path)) if self.needs_network else self.store
         return [
             ("tokens", extract),
             ("train", f"mirai-ds train {self.name}.yaml"),
-            ("sample", f"mirai-ds sample {run} --num {count} --policy balanced{shown} --out {samples}"),
+            ("sample", f"mirai-ds sample {run} --num {count} --policy balanced --out {samples}"),
             ("evaluate", f"mirai-ds evaluate {samples} {reference} --weights {INCEPTION}"),
         ]
 
+    @property
+    def needs_network(self) -> bool:
+        """Whether only the user's tokenizer shows tokens: a patch codebook lies in the store itself."""
+        return self.tokenizer.suffix != ".npz"
+
+    @property
+    def rate(self) -> float:
+        """The width's learning rate, less for small batches; LlamaGen's own for its sizes."""
+        small = min(1.0, math.sqrt(self.batch / 32))
+        return self.width.lr if self.width.dim >= 768 else float(f"{self.width.lr * small:.2g}")
+
     def text(self) -> str:
-        """The recipe as YAML."""
-        facts, v, w = self.facts, self.view, self.width
-        head = [
-            f"Mirai-E on {facts.path}: {facts.sentence()}.",
-            "Written by `mirai-ds new`; every value may be edited.",
-            "",
-        ]
-        head += [f"{what + ':':10} {command}" for what, command in self.commands()[:3]]
-        head = [" ".join(line.splitlines()) for line in head]  # a folder's name may hold a line break
-        comment = "\n".join(f"# {line}".rstrip() for line in head)
-        every = max(1, round(self.epochs * self.steps_per_epoch / MEASUREMENTS))
+        """The recipe as YAML; `recipe.yaml.j2` is its template."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
         steps = max(1, round(self.epochs * self.steps_per_epoch))
-        held_out, guided = held_out_fraction(facts), len(facts.classes) > 1
-        decay = min(0.9999, max(0.9, 1 - 20 / steps))
-        own = self.tokenizer.suffix != ".npz"
-        shown = (
-            f"\n  tokenizer: {json.dumps(str(self.tokenizer), ensure_ascii=False)}\t# shows tokens as pictures"
-            if own
-            else ""
-        )
-        micro = (
-            f"\n  micro_batch_size: {self.micro}\t# sequences a rank runs at once: the largest that fits"
-            if self.micro
-            else ""
-        )
-        lr = float(f"{w.lr * min(1.0, math.sqrt(self.batch / 32)):.2g}") if w.dim < 768 else w.lr
-        return _aligned(f"""{comment}
-name: {self.name}\t# the run's folder is runs/{self.name}
-seed: 0
-model:
-  size: custom
-  dim: {w.dim}\t# about {w.parameters / 1e6:.3g} million parameters in the blocks
-  n_layer: {w.n_layer}
-  n_head: {w.n_head}
-  vocab_size: {self.vocabulary}\t# codes of the tokenizer
-  num_classes: {len(facts.classes)}
-  block_size: {v.grid**2}\t# {v.grid} x {v.grid} tokens of {v.patch} x {v.patch} pixels
-  init_std: {w.init_std}
-data:
-  source: store
-  path: {self.store}
-  held_out_fraction: {held_out}\t# of the images: their loss says when training only learns by heart{shown}
-foresight:
-  method: mirai-e\t# none: next-token prediction only
-  convention: official
-  num_heads: 3\t# the current token, the one to the right, the one below
-  projector_dim: {min(2048, 2 * w.dim)}
-  warmup_epochs: {round(0.05 * self.epochs, 4)}\t# 5 % of the run, as the paper's 15 of 300
-optimizer:
-  lr: {lr}
-  schedule: cosine
-  warmup_steps: {min(100, max(1, steps // 20))}
-train:
-  epochs: {self.epochs:g}\t# {steps} steps of {self.batch} images, {self.steps_per_epoch} an epoch
-  global_batch_size: {self.batch}{micro}
-  precision: {"bf16-autocast" if self.gpu else "fp32"}
-ema:
-  decay: {decay:.4g}\t# averages over about a twentieth of the run
-checkpoint:
-  every_steps: {every}
-  keep_last: 1
-  keep_best: {1 if held_out else 0}\t# by best_metric, held_out/ntp_ema; eval.fid judges by drawn images instead
-logging:
-  every_steps: {max(1, min(50, steps // 50))}
-eval:
-  loss:
-    every_steps: {every if held_out else "null"}
-sampling:
-  cfg_scale: {1.5 if guided else 1.0}\t# guidance; 1 is none
-  per_class: 8
-  every_steps: {2 * every}\t# a sheet of pictures in runs/{self.name}/samples
-  at_end: true
-deepspeed: {"zero2" if self.gpu else "zero0"}
-""")
+        head = [
+            f"Mirai-E on {self.facts.path}: {self.facts.sentence()}.", "Written by `mirai-ds new`; edit what you like.",
+            *(f"{what + ':':10} {command}" for what, command in self.commands()[:3]),
+        ]  # fmt: skip
+        environment = Environment(
+            loader=PackageLoader("mirai_ds.proposal", ""), undefined=StrictUndefined, trim_blocks=True,
+            keep_trailing_newline=True,
+        )  # fmt: skip
+        text = environment.get_template("recipe.yaml.j2").render(
+            p=self, v=self.view, w=self.width, steps=steps, every=max(1, steps // MEASUREMENTS),
+            held_out=held_out_fraction(self.facts), decay=round(min(0.9999, max(0.9, 1 - 20 / steps)), 5),
+            head=[" ".join(line.splitlines()) for line in head],  # a folder's name may hold a line break
+        )  # fmt: skip
+        return _aligned(text)
 
 
 def _aligned(text: str) -> str:
     """Comments, which a tab parts from their value, begin in one column."""
     lines = [line.partition("\t") for line in text.splitlines()]
-    return "".join(f"{value:26}{comment}".rstrip() + "\n" for value, _, comment in lines)
+    return "".join((f"{value:25} {comment}" if comment else value) + "\n" for value, _, comment in lines)

@@ -17,7 +17,6 @@ class TensorBoard(Tracker):
         # 0 in a run that begins anew: a start before it may have died before its first checkpoint.
         purge = run.step + 1 if run.step else 0
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
-        self._events: Any = self._writer.file_writer
         self._described: set[str] = set()
         charts = {
             category: {title: ["Multiline", patterns] for title, patterns in titles.items()}
@@ -27,14 +26,21 @@ class TensorBoard(Tracker):
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """See `Tracker.scalars`."""
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-
         for name, value in values.items():
-            one = Summary.Value(tag=name, simple_value=value)
-            if name not in self._described:  # TensorBoard looks at a tag's first event
-                self._described.add(name)
-                one.metadata.CopyFrom(SummaryMetadata(summary_description=meaning(name)))
-            self._events.add_summary(Summary(value=[one]), step)
+            if name not in self._described:
+                self._describe(name, step)
+            self._writer.add_scalar(name, value, step)
+
+    def _describe(self, name: str, step: int) -> None:
+        """TensorBoard takes a tag's description from its first event; its fast loader not from one with a number."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.metadata import create_summary_metadata
+
+        self._described.add(name)
+        if text := meaning(name):
+            about = Summary.Value(tag=name, metadata=create_summary_metadata("", text))
+            events: Any = self._writer.file_writer
+            events.add_summary(Summary(value=[about]), step)
 
     def image(self, name: str, image: Picture, step: int) -> None:
         """See `Tracker.image`."""
