@@ -18,18 +18,20 @@ from mirai_ds.data.stores import IMAGE_FORMAT, TOKEN_FORMAT, open_image_store, o
 from mirai_ds.eval.image_sources import AS_THEY_ARE, FIT, FolderSource, ImageSource, fitted
 
 Array = np.ndarray[Any, Any]
+AS_TOKENS = "middle views as their tokens show them, "
 CENTRE = {"ten": 4, "flip": 0, "one": 0}  # the view of a store that is the middle of its image
 
 
 class MadeSource:
     """Images that a function makes, one by one, brought to `side` pixels a side."""
 
-    def __init__(self, path: Path, count: int, own: int, side: int | None, load: Callable[[int], Array], digest: str):
+    def __init__(self, path: Path, count: int, own: int, side: int | None, load: Callable[[int], Array], digest: str,
+                 what: str = "") -> None:  # fmt: skip
         """own: pixels a side that `load(index)`, uint8 (own, own, 3), has; side: None for the same.  digest: of all
-        that decides the images but their size."""
+        that decides the images but their size.  what: they are, for the protocol."""
         self.path, self.count, self._load = path, count, load
         self.height = self.width = side or own
-        self.fit = AS_THEY_ARE if self.height == own else FIT
+        self.fit = what + (AS_THEY_ARE if self.height == own else FIT)
         self._digest = hashlib.sha256(f"{digest} {self.fit} {self.height}".encode()).hexdigest()
 
     def batches(self, size: int) -> Iterator[Array]:
@@ -85,4 +87,5 @@ def _of_tokens(path: Path, side: int | None) -> ImageSource:
         return book.decode(torch.from_numpy(store.codes[index, view].astype(np.int64))[None])[0]
 
     own = facts.geometry.image_size
-    return MadeSource(path, facts.num_images, own, side, load, f"{facts.codes_digests} {book.digest}")
+    digest = f"{facts.codes_digests} {book.digest}"
+    return MadeSource(path, facts.num_images, own, side, load, digest, AS_TOKENS)

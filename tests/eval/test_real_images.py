@@ -1,4 +1,4 @@
-"""One's own images as a reference: brought to the samples' size by one rule, from folders and stores, kept in a file."""
+"""One's own images as a reference: brought to the samples' size by one rule, from folders and stores, and in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirai_ds.eval.image_sources import AS_THEY_ARE, FIT, ImageSource
 from mirai_ds.eval.make_reference import make_reference
 from mirai_ds.eval.metrics.distances import gaussian_statistics
 from mirai_ds.eval.metrics.inception import InceptionFeatures
-from mirai_ds.eval.real_images import open_real_images
+from mirai_ds.eval.real_images import AS_TOKENS, open_real_images
 from mirai_ds.eval.reference_file import open_reference
 from mirai_ds.eval.report import render
 from mirai_ds.extract import extract_codes, extract_images
@@ -80,10 +80,10 @@ def test_a_token_store_shows_its_middle_views(stores: Path) -> None:
     assert book is not None
     middle = torch.from_numpy(store.codes[:, 4].astype(np.int64))  # of ten crops the fifth
     assert np.array_equal(pixels(source), book.decode(middle))
-    assert source.fit == AS_THEY_ARE
+    assert source.fit == AS_TOKENS + AS_THEY_ARE
     smaller = open_real_images(stores / "codes", 8)
     assert np.array_equal(pixels(smaller)[3], centre_crop(Image.fromarray(book.decode(middle)[3]), 8))
-    assert (smaller.fit, smaller.digest() == source.digest()) == (FIT, False)
+    assert (smaller.fit, smaller.digest() == source.digest()) == (AS_TOKENS + FIT, False)
 
 
 def test_an_image_store_shows_whole_images(stores: Path) -> None:
