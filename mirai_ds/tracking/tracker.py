@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class BackgroundTracker:
     def __init__(self, name: str, make: Callable[[], Tracker], machine_values: bool = True) -> None:
         """name: as in the configuration.  make: opens the tracker, on the thread."""
         self.name, self.machine_values, self._make = name, machine_values, make
-        self._calls: Queue[Callable[[Tracker], None] | None] = Queue(WAITING)
+        self._calls: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self._told = False
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -86,18 +86,18 @@ class BackgroundTracker:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let it write what waits, at most so long."""
-        self._put(None)
+        self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._tell(f"is not done after {seconds:g} s")
 
-    def _put(self, call: Callable[[Tracker], None] | None) -> None:
+    def _put(self, call: Callable[[Tracker], None]) -> None:
         if not self._thread.is_alive():
             return
-        try:
-            self._calls.put_nowait(call)
-        except Full:
-            self._tell(f"is {WAITING} values behind")
+        if self._calls.qsize() >= WAITING:
+            self._tell(f"is {WAITING} values behind, the next are left out")
+            return
+        self._calls.put(call)
 
     def _work(self) -> None:
         try:
