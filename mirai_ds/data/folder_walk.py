@@ -50,10 +50,10 @@ class Walk:
         """The folders directly below the root, sorted; hidden ones, and images beside them, are noted and left out.
         Raises UserError."""
         with _readable(self.root):
-            entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
-        found = [entry.name for entry in entries if entry.is_dir()]
+            entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(self.root))
+        found = [name for name, is_folder in entries if is_folder]
         self.skipped += [name for name in found if is_hidden(name)]
-        files = [entry.name for entry in entries if not entry.is_dir() and not is_hidden(entry.name)]
+        files = [name for name, is_folder in entries if not is_folder and not is_hidden(name)]
         self.loose += [name for name in files if name.lower().endswith(EXTENSIONS)]
         return [name for name in found if not is_hidden(name)]
 

@@ -85,7 +85,7 @@ def training_images(facts: FolderFacts) -> int:
 
 
 def choose_batch(facts: FolderFacts, wide: bool, ranks: int) -> int:
-    """A sixteenth of the training images, up to 64 (256 of LlamaGen's sizes): a power of two times the ranks."""
-    most = min(256 if wide else 64, max(1, training_images(facts) // 16))
+    """An eighth of the training images, up to 64 (256 of LlamaGen's sizes): a power of two times the ranks."""
+    most = min(256 if wide else 64, max(1, training_images(facts) // 8))
     batch = ranks * 2 ** int(math.log2(max(1, most // ranks)))
     return batch if batch <= training_images(facts) else 1

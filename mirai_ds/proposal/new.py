@@ -23,7 +23,7 @@ from mirai_ds.proposal.choices import (
 )
 from mirai_ds.proposal.folder import look
 from mirai_ds.proposal.machine import Machine, largest_micro_batch, seconds_a_step, this_machine
-from mirai_ds.proposal.recipe import Proposal
+from mirai_ds.proposal.recipe import INCEPTION, Proposal
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.tokenizer import PatchCodebook, open_tokenizer
 
@@ -102,7 +102,7 @@ def _fit(
         if epochs > MOST_EPOCHS:
             minutes = MOST_EPOCHS * one.steps_per_epoch * seconds / 60
             return one, f"{how}: about {minutes:.0f} minutes for {MOST_EPOCHS} epochs, the most that is proposed"
-        return replace(one, epochs=_epochs(max(1, int(possible)), one)), f"{how}: {budget:g} hours"
+        return replace(one, epochs=_epochs(max(1, int(possible)), one)), f"{how}; {budget:g} h in all"
     raise UserError(f"{machine.sentence()}: not one image fits beside the smallest model; free memory")
 
 
@@ -112,28 +112,33 @@ def _epochs(steps: int, made: Proposal) -> float:
 
 
 def _report(made: Proposal, config: RunConfig, machine: Machine, told: str, budget: str) -> list[str]:
-    v, w, facts = made.view, made.width, made.facts
+    v, w, facts, micro = made.view, made.width, made.facts, config.train.micro_batch_size
     crops = {
         "one": "the centre: grey images may be signs, which mirrored are others",
         "ten": "ten crops of each, mirrored too: --crops one where mirrored images are others",
         "flip": "the centre and its mirror: --crops one where mirrored images are others",
     }[v.crops]
-    tokens = f"{made.vocabulary} codes for {v.patch}x{v.patch} pixels"
+    book = f"; a codebook of patches, which {told}" if told else ""
     held = round(100 * held_out_fraction(facts))
-    few = "; too few to learn from, hundreds are better" if facts.count < 100 else ""
+    few = "; few to learn from, hundreds are better" if facts.count < 100 else ""
+    seen = facts.count * v.grid**2
+    each = f" on each of {machine.ranks} ranks" if machine.ranks > 1 else ""
     lines = [
         f"{made.name}.yaml: written" + (f", with {made.tokenizer}" if told else ""),
         f"  images     {facts.sentence()}{few}",
-        f"  views      {v.side}x{v.side} pixels; {crops}",
-        f"  tokens     {v.grid}x{v.grid} of {tokens}" + (f"; a codebook of patches, which {told}" if told else ""),
-        f"  model      {w.n_layer} blocks of width {w.dim}: by the number of tokens",
-        f"  batch      {made.batch}, {config.train.micro_batch_size} at a time on each of {machine.ranks} ranks: fits by "
-        f"the planner ({machine.sentence()})",
+        f"  views      {v.side}x{v.side} pixels (--size); {crops}",
+        f"  tokens     {v.grid}x{v.grid} of {v.patch}x{v.patch} pixels, {made.vocabulary} codes{book}",
+        f"  model      {w.n_layer} blocks of width {w.dim}: {w.parameters / 1e6:.3g} million parameters for {seen:,} "
+        "tokens; wider ones want more of them, or more time",
+        f"  batch      {made.batch}, {micro} at a time{each}, which fits by the planner ({machine.sentence()})",
         f"  length     {made.epochs:g} epochs, {made.steps} steps; {budget}",
-        f"  held out   {held} % of the images" if held else "  held out   nothing: too few images",
-    ]
+        f"  held out   {held} % of the images, to see when training only learns by heart" if held
+        else "  held out   nothing: too few images",
+    ]  # fmt: skip
     if facts.turned:
         lines.append(f"  turned     {facts.turned} of {facts.looked_at} photographs, by their tag: --upright")
-    lines += ["", "next:", *(f"  {command}" for _, command in made.commands())]
-    where = "docs/evaluation.md says where its weights are; --features takes another network"
-    return [*lines, "", f"  ({made.commands()[-1][1].split()[-1]}: FID's network, {where})"]
+    return [*lines, "", "next:", *(f"  {command}" for _, command in made.commands()), "", _about_weights()]
+
+
+def _about_weights() -> str:
+    return f"  ({INCEPTION}: FID's network; docs/evaluation.md says where it is, --features takes another one)"

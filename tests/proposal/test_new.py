@@ -68,7 +68,7 @@ def test_a_folder_to_a_sheet_by_the_printed_commands(photos: Path, here: Path) -
         ended = warm_mirai_ds(*shlex.split(line)[1:], cwd=here, env={"OMP_NUM_THREADS": "1"})
         assert ended.code == 0, line + ended.out + ended.err
     config = load(str(here / "mine.yaml"))
-    assert (config.train.global_batch_size, config.model.block_size, config.model.num_classes) == (2, 16, 2)
+    assert (config.train.global_batch_size, config.model.block_size, config.model.num_classes) == (4, 16, 2)
     assert (here / "runs/mine/outcome").read_text() == "finished at step 6\n"
     with np.load(here / "samples/mine.npz") as drawn:
         assert drawn["arr_0"].shape == (1000, 16, 16, 3)
@@ -87,10 +87,10 @@ def test_what_the_recipe_says(photos: Path, here: Path) -> None:
     model = config.model
     assert (model.vocab_size, model.num_classes, model.block_size, model.width, model.depth) == (16, 2, 16, 128, 6)
     assert (config.data.path, config.data.held_out_fraction) == ("stores/mine", 0.1)
-    # 36 training images in batches of 2: 18 steps an epoch, a third of which are 6.
-    assert config.train.epochs == pytest.approx(6 / 18)
-    assert "# 6 steps of 2 images, 18 an epoch" in text
-    assert config.train.micro_batch_size == 2
+    # 36 training images in batches of 4: nine steps an epoch.
+    assert config.train.epochs == pytest.approx(6 / 9)
+    assert "# 6 steps of 4 images, 9 an epoch" in text
+    assert config.train.micro_batch_size == 4
     assert (config.checkpoint.keep_best, config.checkpoint.best_metric) == (1, "held_out/ntp_ema")
     assert config.name == "mine"
     assert "40 in 2 classes of 20" in said
@@ -163,8 +163,8 @@ def test_a_flat_folder_of_all_kinds(here: Path, caplog: pytest.LogCaptureFixture
     assert "1 of 33 looked at cannot be read" in said
     assert "1 of 33 photographs, by their tag" in said
     assert "--upright" in said
-    # 33 names less the broken one, less a tenth held out
-    assert "29 an epoch" in (here / "mine.yaml").read_text()
+    # 33 names less the broken one, less a tenth held out, by twos
+    assert "14 an epoch" in (here / "mine.yaml").read_text()
 
 
 def test_grey_images_and_idx_files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +213,18 @@ def test_widths_and_batches_follow_the_number_of_images() -> None:
     # The first widths have 1.2, 6.5, 26 and 86 million parameters in their blocks.
     for count, wanted in ((400, 128), (100_000, 128), (102_000, 256), (500_000, 512), (1_400_000, 768)):
         assert WIDTHS[choose_width(facts(count, 300), view)].dim == wanted
-    # A sixteenth of nine tenths: 22, 1125 and 56.
-    for count, wide, ranks, wanted in ((400, False, 1, 16), (20_000, False, 1, 64), (20_000, True, 1, 256),
+    # An eighth of nine tenths: 45, 2250, 2250 and 112.
+    for count, wide, ranks, wanted in ((400, False, 1, 32), (20_000, False, 1, 64), (20_000, True, 1, 256),
                                        (1000, False, 3, 48), (2, False, 1, 1)):  # fmt: skip
         assert choose_batch(facts(count, 300), wide, ranks) == wanted
 
 
 def test_the_length_follows_the_budget(photos: Path, here: Path) -> None:
-    """18 steps an epoch: four fifths of an hour at 0.8 s are 3600 steps, or 200 epochs; nobody gets more than 300."""
-    said = new(photos, "a", steps=None, hours=1.0, pace=lambda config, machine: 0.8)
+    """Nine steps an epoch: four fifths of an hour at 1.6 s are 1800 steps, or 200 epochs; nobody gets more than 300."""
+    said = new(photos, "a", steps=None, hours=1.0, pace=lambda config, machine: 1.6)
     assert load("a.yaml").train.epochs == 200
-    assert "0.8 s a step, measured here: 1 hours" in said
-    new(photos, "b", steps=None, hours=10.0, pace=lambda config, machine: 0.8)
+    assert "1.6 s a step, measured here" in said
+    new(photos, "b", steps=None, hours=10.0, pace=lambda config, machine: 1.6)
     assert load("b.yaml").train.epochs == 300
     assert "  warmup_epochs: 15.0 " in (here / "b.yaml").read_text()
 
@@ -235,7 +235,7 @@ def test_less_time_and_less_memory_make_smaller_models(here: Path, monkeypatch: 
     images = cut_photographs(here / "p", each=20)
 
     def seconds(epochs: float) -> Any:
-        return lambda config, machine: 0.8 * 3600 / (18 * epochs) if config.model.width == 256 else 1.0
+        return lambda config, machine: 0.8 * 3600 / (9 * epochs) if config.model.width == 256 else 1.0
 
     new(images, "a", steps=None, hours=1.0, pace=seconds(3.1))
     assert load("a.yaml").model.width == 256
@@ -245,7 +245,7 @@ def test_less_time_and_less_memory_make_smaller_models(here: Path, monkeypatch: 
     room = Machine(1, Device("cpu:1.2", 1.2))
     assert largest_micro_batch(load("a.yaml"), room) is None
     one_line(lambda: new(images, "c", machine=Machine(1, Device("cpu:0.5", 0.5))), "not one image fits")
-    assert largest_micro_batch(small, LAPTOP) == 2
+    assert largest_micro_batch(small, LAPTOP) == 4
     assert not (here / "c.yaml").exists()
 
 
