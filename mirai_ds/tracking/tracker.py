@@ -16,7 +16,7 @@ from mirai_ds.runtime.log import LOG
 Picture = np.ndarray[Any, Any]
 
 WAITING = 2000  # calls that a slow tracker may be behind; further values are left out
-CLOSE_SECONDS = 60.0  # for what is still waiting at the end
+CLOSE_SECONDS = 30.0  # for what is still waiting at the end: a job that is preempted has not much longer
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,13 @@ class BackgroundTracker:
         """See `Tracker.text`."""
         self._put(lambda tracker: tracker.text(name, text, step))
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Let it write what waits, at most so long."""
+    def end(self) -> None:
+        """Nothing more will come: it closes when it has written what waits."""
         self._calls.put(None)
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """`end`, and wait for it, at most so long."""
+        self.end()
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._tell(f"is not done after {seconds:g} s")

@@ -46,7 +46,7 @@ class WandbRun(Tracker):
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "mirai_ds", id=self._id, name=run.name, dir=str(run.folder),
             config=run.config, resume="allow", mode=_mode(run),  # type: ignore[arg-type]
-            settings=wandb.Settings(console="off", silent=True, finish_timeout=CLOSE_SECONDS / 2),
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=CLOSE_SECONDS - 5),
         )  # fmt: skip
         self._sent = self._run.step - 1 if self._run.resumed else known["step"]
         self._newest = self._sent

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from mirai_ds.cli.main import main
 from mirai_ds.data.crops import centre_crop
 from mirai_ds.data.image_sets import IdxImages
 from mirai_ds.data.stores import open_image_store, open_token_store
@@ -155,6 +157,16 @@ def test_a_reference_without_a_network(stores: Path, tmp_path: Path) -> None:
     assert by_file["frechet_distance"] == direct["frechet_distance"]
     assert by_file["protocol"]["reference_made"]["source"] == "codes"
     assert "made from          source codes" in render(by_file)
+
+
+def test_the_command(stores: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ref.npz"
+    done = CliRunner().invoke(main, ["reference", str(stores / "images"), "--out", str(out), "--size", "8"])
+    assert done.exit_code == 0, done.output
+    assert f"{out}: 10 images of 8x8 pixels" in done.output
+    again = CliRunner().invoke(main, ["reference", str(stores / "images"), "--out", str(out)])
+    assert again.exit_code == 2
+    assert "is there already" in again.output
 
 
 def test_mistakes(stores: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mirai_ds.tracking import TrackedRun, Tracker
 from mirai_ds.tracking import tracker as tracker_module
 from mirai_ds.tracking.csv_file import CsvFile
 from mirai_ds.tracking.json_lines import JsonLines
-from mirai_ds.tracking.registry import TRACKERS, find_trackers, open_trackers
+from mirai_ds.tracking.registry import TRACKERS, close_trackers, find_trackers, open_trackers
 from mirai_ds.tracking.tags import CHARTS, MEANINGS, meaning
 from mirai_ds.tracking.tensorboard import TensorBoard
 from mirai_ds.tracking.tracker import BackgroundTracker
@@ -292,8 +292,7 @@ def test_the_same_values_go_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for one in opened:
         for step, values in given.items():
             one.scalars(values, step)
-    for one in opened:
-        one.close()
+    close_trackers(opened)
     import mine  # type: ignore[import-not-found]
 
     flat = [(step, tag, value) for step, values in given.items() for tag, value in values.items()]

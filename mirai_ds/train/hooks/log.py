@@ -13,7 +13,7 @@ from mirai_ds.config import dump
 from mirai_ds.foresight import method_of, offsets
 from mirai_ds.planning.flops import training_flops
 from mirai_ds.tracking.json_lines import JsonLines
-from mirai_ds.tracking.registry import find_trackers, open_trackers
+from mirai_ds.tracking.registry import close_trackers, find_trackers, open_trackers
 from mirai_ds.tracking.tracker import BackgroundTracker, TrackedRun
 from mirai_ds.train.agree import on_every_rank
 from mirai_ds.train.hooks.progress import TrainingProgress
@@ -76,8 +76,7 @@ class Sinks:
         """Close all."""
         if self.jsonl is not None:
             self.jsonl.close()
-        for tracker in self._trackers:
-            tracker.close()
+        close_trackers(self._trackers)
         self._trackers = []
 
 

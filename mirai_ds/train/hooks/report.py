@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,6 @@ def print_table(report: dict[str, Any], run: Path) -> None:
     console = Console(width=None if os.isatty(1) else 100)
     console.print(table)
     console.print(f"pictures and numbers: {run}/", highlight=False, soft_wrap=True)
+    if (run / "tensorboard").is_dir():  # by itself it opens on what comes first in the alphabet
+        losses = f"tensorboard --logdir {shlex.quote(str(run.parent))}, and http://localhost:6006/#custom_scalars"
+        console.print(f"curves: {losses}", highlight=False, soft_wrap=True)
