@@ -74,7 +74,7 @@ def evaluate(
 def reference(source: Path, out: Path, weights: Path | None, size: int | None, most: int, device: str) -> None:
     """Make a reference file in ADM's layout (arr_0, mu, sigma, mu_s, sigma_s) of SOURCE, a store or a folder of images.
 
-    `mirai-ds evaluate` and ADM's own evaluator read it.  Without --weights it holds images only.
+    `mirai-ds evaluate` takes it as REFERENCE.  Without --weights it holds images only, and they are evaluated.
 
     \b
     Example:

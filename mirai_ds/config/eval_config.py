@@ -35,7 +35,9 @@ class FidConfig(Section):
         "inception", pattern=r"^(inception|timm:.+)$", description="what judges: inception, timm:NAME"
     )
     features_weights: str | None = Field(None, description="file with that network's weights")
-    reference: str | None = Field(None, description="an .npz, a folder or a store of real images; default the training images")
+    reference: str | None = Field(
+        None, description="an .npz, a folder or a store of real images; default the training images"
+    )
     reference_images: int = Field(10000, ge=2, description="without a reference: training images, evenly chosen")
     metrics: list[Literal["fid", "sfid", "is", "pr"]] | None = Field(None, description="default all that apply")
     policy: Literal["random", "balanced"] = Field("random", description="labels drawn: random, or each class as often")

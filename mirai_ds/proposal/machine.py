@@ -49,11 +49,12 @@ def this_machine() -> Machine:
 def largest_micro_batch(config: RunConfig, machine: Machine) -> int | None:
     """The largest micro batch of the run, a divisor of a rank's share of its batch, whose step fits into a rank's
     memory by the planner's count; None: not even one image does."""
-    share = config.train.global_batch_size // machine.ranks
+    ranks = min(machine.ranks, config.train.global_batch_size)  # of a single image one rank is started
+    share = config.train.global_batch_size // ranks
     for micro in (n for n in range(share, 0, -1) if share % n == 0):
         one = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
-        peak = predict(one, machine.ranks, device=machine.device.kind).peak.total
-        if fits(peak, machine.device, machine.ranks):
+        peak = predict(one, ranks, device=machine.device.kind).peak.total
+        if fits(peak, machine.device, ranks):
             return micro
     return None
 
@@ -63,7 +64,7 @@ def seconds_a_step(config: RunConfig, machine: Machine) -> float:
     what the method's FLOPs are more.  What compilation gains on a GPU and what ranks lose in talking is left out."""
     device = torch.device(machine.device.kind)
     micro = config.train.micro_batch_size or 1
-    rounds = config.train.global_batch_size // (micro * machine.ranks)
+    rounds = max(1, config.train.global_batch_size // (micro * machine.ranks))
     gpt = GPT(config.model)
     initialise(gpt, 0, config.model.init_std)
     gpt.to(device)

@@ -41,11 +41,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """codes and images: ten crops of 16 pixels from 17."""
+    """codes and images: ten crops of 16 pixels from 24, so that no two are the same window."""
     folder = tmp_path_factory.mktemp("stores")
     learn_codebook(photos, folder / "book.npz", 16, 4, 64, None, 100, 0, None)
-    extract_codes(options(photos, folder / "codes"), ALONE, folder / "book.npz")
-    extract_images(options(photos, folder / "images"), ALONE)
+    extract_codes(options(photos, folder / "codes", crop_range=1.5), ALONE, folder / "book.npz")
+    extract_images(options(photos, folder / "images", crop_range=1.5), ALONE)
     return folder
 
 
@@ -90,9 +90,9 @@ def test_a_token_store_shows_its_middle_views(stores: Path) -> None:
 
 def test_an_image_store_shows_whole_images(stores: Path) -> None:
     source, store = open_real_images(stores / "images"), open_image_store(stores / "images")
-    assert (source.count, source.height, source.fit) == (10, 16, FIT)  # of crops of 17 pixels
+    assert (source.count, source.height, source.fit) == (10, 16, FIT)  # of crops of 24 pixels
     assert np.array_equal(pixels(source)[7], centre_crop(Image.fromarray(store.crop(7)), 16))
-    assert open_real_images(stores / "images", 17).fit == AS_THEY_ARE
+    assert open_real_images(stores / "images", 24).fit == AS_THEY_ARE
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")

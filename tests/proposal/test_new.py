@@ -267,6 +267,8 @@ def test_the_micro_batch_is_the_planners(photos: Path, here: Path) -> None:
     tight = (needs(16) * 1.05 + GIB) / 0.95 / GIB + 0.01  # the allowances of a GPU with others, and its margin
     assert largest_micro_batch(config, Machine(8, Device("A card", tight))) == 16
     assert largest_micro_batch(config, SERVER) == 64
+    few = load("mine.yaml", ["train.global_batch_size=1", "train.micro_batch_size=null"])
+    assert largest_micro_batch(few, SERVER) == 1
 
 
 def test_a_step_is_timed(photos: Path, here: Path) -> None:

@@ -95,7 +95,7 @@ class LogHook(Hook):
 
     def check(self, session: Session) -> None:
         """Whether the trackers can be had: a package may be missing."""
-        on_every_rank(lambda: find_trackers(session.config.tracking))
+        on_every_rank(lambda: find_trackers(session.config.tracking if session.is_main else []))
 
     def on_start(self, session: Session) -> None:
         """Open the sinks, describe the run."""
