@@ -54,11 +54,13 @@ def new_run(
     )  # fmt: skip
     made, budget = _fit(made, widest, machine, hours, steps, pace)
     config = made.config()
+    if book is not None:
+        book.save(book_file)
     try:
-        if book is not None:
-            book.save(book_file)
         write_whole(recipe, made.text())
     except OSError as error:
+        if book is not None:
+            book_file.unlink(missing_ok=True)  # it was written just now
         raise UserError(f"{recipe}: cannot be written ({error.strerror or error})") from None
     return "\n".join(_report(made, config, machine, told, budget))
 
