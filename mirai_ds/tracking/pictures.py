@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 Array = np.ndarray[Any, Any]
 
@@ -23,16 +22,18 @@ def labelled_grid(
 
     rows: a name for each row, left of it.  captions: one for each image, below it.  Names that are too long are cut.
     """
-    from torchvision.utils import make_grid
-
     scale = max(1, -(-min_side // images.shape[1]))
     big = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
     height, width = big.shape[1:3]
     if captions:
         strips = [_text_strip(text, width, TEXT + 5, centred=True) for text in captions]
         big = np.concatenate([big, np.stack(strips)], axis=1)
-    tensor = torch.from_numpy(np.ascontiguousarray(big.transpose(0, 3, 1, 2)))
-    grid = make_grid(tensor, nrow=columns, padding=GAP, pad_value=GREY).permute(1, 2, 0).numpy()
+    columns = min(columns, len(big))
+    high, wide = big.shape[1] + GAP, width + GAP
+    grid = np.full((GAP + -(-len(big) // columns) * high, GAP + columns * wide, 3), GREY, np.uint8)
+    for n, image in enumerate(big):
+        top, start = GAP + n // columns * high, GAP + n % columns * wide
+        grid[top : top + high - GAP, start : start + width] = image
     if not rows:
         return grid
     gutter = min(MOST_GUTTER, 2 * GAP + max(int(_font().getlength(text)) + 1 for text in rows))

@@ -30,6 +30,17 @@ def test_names_of_rows_stand_left_of_them() -> None:
     assert labelled_grid(IMAGES, 3, rows=["x" * 100, "y"]).shape[1] - plain.shape[1] == MOST_GUTTER
 
 
+def test_few_images() -> None:
+    """One alone has its frame and its name, and a last row that is not full is filled up."""
+    one = labelled_grid(IMAGES[:1], 8, rows=["a"])
+    assert one.shape[0] == SIDE + 2 * GAP
+    assert np.array_equal(at(one, 0, 0, one.shape[1] - SIDE - 2 * GAP), IMAGES[0])
+    four = labelled_grid(IMAGES[:4], 3)
+    assert four.shape == (2 * (SIDE + GAP) + GAP, 3 * (SIDE + GAP) + GAP, 3)
+    assert np.array_equal(at(four, 1, 0), IMAGES[3])
+    assert (at(four, 1, 1) == GREY).all()
+
+
 def test_captions_stand_below_their_images() -> None:
     grid = labelled_grid(IMAGES, 3, captions=["a", "b", "a", "b", "c" * 50, ""])
     below = (grid.shape[0] - GAP) // 2 - SIDE - GAP
