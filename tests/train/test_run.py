@@ -119,6 +119,7 @@ def test_the_report_says_what_the_table_shows(finished: Path) -> None:
     out = (finished / "stdout.txt").read_text()
     assert report["steps"] == 66
     assert report["accuracy"]["real"] > 0.95
+    assert f"curves: tensorboard --logdir {finished.parent}, and http://localhost:6006/#custom_scalars" in out
     assert f"{report['accuracy']['real']:.3f}" in out
     assert f"{report['held_out/ntp_ema']['last']:.4f}" in out
     last = [r for r in records(finished) if "held_out/ntp_ema" in r][-1]
