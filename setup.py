@@ -59,6 +59,7 @@ setup(
     package_data={
         "mirai_ds": ["py.typed"],
         "mirai_ds.analysis": ["*.j2"],
+        "mirai_ds.proposal": ["*.j2"],
         "mirai_ds.config.recipes": ["*.yaml", "*/*.yaml"],
         "mirai_ds.ds_configs": ["*.json"],
         "mirai_ds.library": ["*.j2"],

@@ -13,7 +13,7 @@ Effect = Literal["curve", "code", "rounding", "none"]
 
 # What is written and how it is fed, never what is learned.
 _NO_EFFECT = (
-    "name", "output_dir", "checkpoint.", "logging.", "eval.", "sampling.", "launch.", "data.workers",
+    "name", "output_dir", "checkpoint.", "logging.", "tracking", "eval.", "sampling.", "launch.", "data.workers",
     "data.prefetch", "data.tokenizer", "guard.nonfinite_states", "guard.hang_seconds", "guard.first_step_seconds",
     "guard.stop_deadline_seconds", "guard.max_restarts", "guard.preflight", "guard.max_clock_skew_seconds",
     "train.cuda_graph",  # a replay is the plain step to the last bit

@@ -150,7 +150,18 @@ def _state(report: RunReport, one: Checkpoint) -> str:
         state = "left behind"
     else:
         state = "whole" if report.digests_read else "sizes fit"
-    return f"{state}, latest" if one.path.name == report.latest else state
+    state += ", latest" * (one.path.name == report.latest)
+    return state + ", best" * (one.step == best_step(report))
+
+
+def best_step(report: RunReport) -> int | None:
+    """The step of the whole checkpoint with the lowest `checkpoint.best_metric`, where the run keeps the best."""
+    rules = report.config.checkpoint if report.config else None
+    if rules is None or not rules.keep_best:
+        return None
+    whole = [one for one in report.checkpoints if not one.damage and not one.abandoned]
+    scores = [(rules.score(one.info.get("metrics", {})), one.step) for one in whole]
+    return min(((score, step) for score, step in scores if score is not None), default=(0.0, None))[1]
 
 
 def _outlook(report: RunReport) -> list[Line]:
@@ -199,5 +210,5 @@ def _checkpoint_json(report: RunReport, one: Checkpoint) -> Json:
     return {
         "step": one.step, "path": one.path, "bytes": one.size, "written": one.written, "info": one.info,
         "whole": not one.damage, "damage": one.damage, "abandoned": one.abandoned,
-        "latest": one.path.name == report.latest,
+        "latest": one.path.name == report.latest, "best": one.step == best_step(report),
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import ConfigError, RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_dataset
+from mirai_ds.data.meaning import class_names
 from mirai_ds.data.token_source import TokenDecoder, TokenSource
 from mirai_ds.model import gpt_from_weights, token_features
 from mirai_ds.model.features import Slots
@@ -31,6 +33,7 @@ Method = Literal["tsne", "pca"]
 FOLDER = "maps"
 Z95 = 1.959964  # of the normal distribution
 _EDGE = 2.0  # percent of the values at each end that share a colour
+SHOWN = 4  # images, where none are asked for
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ def _pca(points: Array) -> Array:
 def find_images(
     loaded: LoadedWeights, wanted: Sequence[str], tokenizer: Path | None, label: int | None, measured: int
 ) -> tuple[Images, Images]:
-    """(shown, measured).  wanted: numbers of held-out samples, .npz files of tokens, or picture files; default the
-    first four held-out samples.  What is measured are the first held-out samples, else what is shown.
+    """(shown, measured).  wanted: numbers of held-out samples, .npz files of tokens, or picture files; default four
+    held-out samples of different classes.  What is measured are the first held-out samples, else what is shown.
 
     Raises UserError when there are none, and for what is not theirs.
     """
@@ -146,7 +149,7 @@ def find_images(
     held, decoder = _held_out(loaded, tokenizer, needed=not files)
     parts = [_from_file(path, loaded.config, decoder, label) for path in files]
     if held is not None and (numbers or not files):
-        chosen = numbers or list(range(min(4, len(held))))
+        chosen = numbers or of_different_classes(held.labels, SHOWN)
         beyond = [n for n in chosen if n >= len(held)]
         if beyond:
             raise UserError(f"--image {beyond[0]}: there are {len(held)} held-out samples, 0 to {len(held) - 1}")
@@ -155,6 +158,16 @@ def find_images(
         raise UserError(f"--image {numbers[0]}: {_NO_HELD_OUT}")
     shown = _joined(parts)
     return shown, shown if held is None else _pick(held, decoder, list(range(min(measured, len(held)))))
+
+
+def of_different_classes(labels: Array, count: int) -> list[int]:
+    """Up to `count` numbers of samples, ascending: the first of each class, then the second of each, and so on."""
+    seen = Counter[int]()
+    turns = []
+    for n, label in enumerate(labels.tolist()):
+        seen[label] += 1
+        turns.append((seen[label], n))
+    return sorted(n for _, n in sorted(turns)[:count])
 
 
 _NO_HELD_OUT = "there are no held-out samples at hand; give --image FILE.npz with an array `tokens` (n, N)"
@@ -188,7 +201,8 @@ def _pick(source: TokenSource, decoder: TokenDecoder | None, chosen: list[int]) 
     tokens = source.first_view(indices)
     labels = torch.from_numpy(source.labels[indices].astype(np.int64))
     pixels = decoder.decode(tokens) if decoder is not None else None
-    return Images(tokens, labels, pixels, [f"held out {n}, class {c}" for n, c in zip(chosen, labels, strict=True)])
+    classes = class_names(source.meaning, labels.tolist())
+    return Images(tokens, labels, pixels, [f"held out {n}, class {c}" for n, c in zip(chosen, classes, strict=True)])
 
 
 def _from_file(path: Path, config: RunConfig, decoder: TokenDecoder | None, label: int | None) -> Images:

@@ -8,7 +8,7 @@ from typing import Literal
 from mirai_ds.checkpoint.llamagen import write_llamagen
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 
 
 def export_weights(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mirai_ds.config import ModelConfig, UserError
 from mirai_ds.config.errors import shown
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.runtime.weight_files import SAFETENSORS, read_safetensors_file, read_safetensors_notes, read_torch_file
 
 # Where the raw weights lie, in the order LlamaGen's samplers look: DDP script, DeepSpeed, others, else a bare dict.

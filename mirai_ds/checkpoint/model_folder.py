@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mirai_ds.checkpoint.gpt_file import GptFile, read_gpt_file
 from mirai_ds.config import RunConfig, UserError, build
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 
 CONFIG, WEIGHTS, CODEBOOK, CARD = "config.json", "model.safetensors", "codebook.npz", "README.md"
 MODEL_TYPE = "mirai_ds"

@@ -204,9 +204,7 @@ def superseded(run: Path, config: CheckpointConfig) -> list[int]:
     keep = {*sorted(alive)[-config.keep_last :], *config.keep_steps}
     if config.keep_every_steps:
         keep |= {step for step in alive if step % config.keep_every_steps == 0}
-    scored = [
-        (info.metrics[config.best_metric], step) for step, info in alive.items() if config.best_metric in info.metrics
-    ]
+    scored = [(score, step) for step, info in alive.items() if (score := config.score(info.metrics)) is not None]
     keep |= {step for _, step in sorted(scored)[: config.keep_best]}
     newest = max(alive, default=-1)
     return [step for step in infos if step not in keep and step <= newest]

@@ -16,7 +16,7 @@ from mirai_ds.checkpoint.llamagen import check_gpt_weights, check_told, infer_mo
 from mirai_ds.checkpoint.model_folder import is_model_folder, read_model_folder
 from mirai_ds.config import DataConfig, ModelConfig, RunConfig, UserError, load
 from mirai_ds.config.errors import from_validation
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.runs.configuration import read_run_config
 
 BLOCK_SIZE = 256  # tokens an image, where nobody says

@@ -38,13 +38,14 @@ def evaluate(
     """FID, sFID, Inception Score, precision and recall of SAMPLES against REFERENCE, as ADM's evaluator has them.
 
     SAMPLES is an .npz with arr_0 (uint8, n x height x width x 3) or a folder of images.  REFERENCE is ADM's reference
-    .npz (its stored statistics are used), or anything SAMPLES can be.  The whole protocol is printed with the scores,
-    and what makes them differ from published ones.
+    .npz (its stored statistics are used), one of `mirai-ds reference`, or anything SAMPLES can be; a folder or a store
+    of your images is brought to the samples' size.  The whole protocol is printed with the scores, and what makes them
+    differ from published ones.
 
     \b
     Example:
       mirai-ds evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth
-      mirai-ds evaluate samples/ test-images/ --features timm:resnet18.a1_in1k:resnet18.safetensors
+      mirai-ds evaluate samples.npz stores/mine --features timm:resnet18.a1_in1k:resnet18.safetensors
     """
     from mirai_ds.eval.evaluation import EvaluationRequest, all_metrics, evaluate_files
     from mirai_ds.eval.report import render, write_json
@@ -59,6 +60,33 @@ def evaluate(
     if write is not None:
         write(row)
         click.echo(f"\n{json_file}: written")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("source", type=FILE)
+@click.option("--out", type=FILE, required=True, metavar="FILE.npz", help="File to write; never overwritten.")
+@click.option("--weights", type=FILE, metavar="FILE", help="The FID Inception network's, for mu and sigma.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels a side; default the store's, or what all images have.")
+@click.option("--images", "most", type=click.IntRange(min=2), default=10_000, show_default=True,
+              help="Images to keep for precision and recall; statistics are of all.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@mistakes_in_one_line
+def reference(source: Path, out: Path, weights: Path | None, size: int | None, most: int, device: str) -> None:
+    """Make a reference file in ADM's layout (arr_0, mu, sigma, mu_s, sigma_s) of SOURCE, a store or a folder of images.
+
+    `mirai-ds evaluate` takes it as REFERENCE.  Without --weights it holds images only, and they are evaluated.
+
+    \b
+    Example:
+      mirai-ds reference stores/mine --out ref.npz --weights pt_inception-2015-12-05-6726825d.pth
+    """
+    from mirai_ds.eval.make_reference import make_reference
+    from mirai_ds.eval.metrics.inception import InceptionFeatures
+    from mirai_ds.runtime.log import start_log
+
+    start_log()
+    network = None if weights is None else InceptionFeatures(weights, _device(device))
+    click.echo(make_reference(source, out, size, network, most, _progress))
 
 
 def _network(weights: Path | None, features: str | None, device: torch.device, tf32: bool) -> FeatureNetwork:

@@ -14,9 +14,10 @@ from mirai_ds.cli.analyse import map_, report
 from mirai_ds.cli.bench import bench
 from mirai_ds.cli.config import config
 from mirai_ds.cli.errors import CONTEXT, mistakes_in_one_line
-from mirai_ds.cli.evaluate import evaluate
+from mirai_ds.cli.evaluate import evaluate, reference
 from mirai_ds.cli.extract import extract
 from mirai_ds.cli.fetch import fetch
+from mirai_ds.cli.new import new
 from mirai_ds.cli.plan import flops, plan
 from mirai_ds.cli.recipes import recipes, table
 from mirai_ds.cli.reproduce import reproduce
@@ -34,6 +35,7 @@ def main() -> None:
     """Train autoregressive image models with Mirai foresight alignment on DeepSpeed.
 
     \b
+    mirai-ds new NAME --images DIR        a recipe for your own images
     mirai-ds extract codes --help         from images to tokens
     mirai-ds recipes list                 what can be trained
     mirai-ds train digits-mirai-e         train it here, on all devices
@@ -195,7 +197,9 @@ main.add_command(compare)
 main.add_command(flops)
 main.add_command(inspect)
 main.add_command(map_)
+main.add_command(new)
 main.add_command(plan)
+main.add_command(reference)
 main.add_command(report)
 main.add_command(reproduce)
 main.add_command(sample)

@@ -75,5 +75,7 @@ def plan(recipe: str, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(planning.plan_json(predicted))
     else:
-        print_parts(planning.render(predicted))
+        from mirai_ds.planning.plan_report import render
+
+        print_parts(render(predicted))
     sys.exit(0 if predicted.fits else 1)

@@ -2,13 +2,13 @@
 
 from mirai_ds.config.encoder_config import EncoderConfig
 from mirai_ds.config.errors import ConfigError, UserError
+from mirai_ds.config.eval_config import FidConfig, Weights
 from mirai_ds.config.foresight_config import ForesightConfig, LambdaSchedule
 from mirai_ds.config.load import build, dump, load, recipe_names, recipe_text
 from mirai_ds.config.model_config import SIZES, ModelConfig
 from mirai_ds.config.run_config import (
     CheckpointConfig,
     DataConfig,
-    FidConfig,
     GuardConfig,
     OptimizerConfig,
     RecomputeConfig,
@@ -16,7 +16,6 @@ from mirai_ds.config.run_config import (
     SamplingConfig,
     SpikeConfig,
     TrainConfig,
-    Weights,
 )
 
 __all__ = [

@@ -10,6 +10,7 @@ from typing import Any
 from mirai_ds.config.errors import OLD_HOOKS, OLD_SECTIONS, UserError
 
 _LOG = logging.getLogger("mirai_ds")
+OLD_SWITCH = "tensorboard"  # of the logging section
 _SAID: set[str] = set()
 
 
@@ -31,9 +32,22 @@ def current_names(data: Any, where: str = "") -> Any:
         if OLD_HOOKS[old] in out["hooks"]:
             raise _both(f"hooks: `{old}` and `{OLD_HOOKS[old]}`", where)
         out["hooks"] = [OLD_HOOKS[old] if hook == old else hook for hook in out["hooks"]]
+    _move_tensorboard(out, where)
     if _is_older_run(out.get("foresight")):
         out["foresight"] = {**out["foresight"], "heads_in_warmup": "sleep"}
     return out
+
+
+def _move_tensorboard(out: dict[str, Any], where: str) -> None:
+    """`logging.tensorboard: false` was what `tracking: []` is; true is the default."""
+    logging = out.get("logging")
+    if not isinstance(logging, dict) or not isinstance(logging.get(OLD_SWITCH), bool):
+        return
+    out["logging"] = {key: value for key, value in logging.items() if key != OLD_SWITCH}
+    if "tracking" not in out:
+        out["tracking"] = ["tensorboard"] if logging[OLD_SWITCH] else []
+    elif ("tensorboard" in (out["tracking"] or [])) != logging[OLD_SWITCH]:
+        raise _both("`logging.tensorboard` and `tracking`", where)
 
 
 # Nobody gives all of these by hand: a section with them has been written by a run.
@@ -49,6 +63,8 @@ def mention_old_names(data: dict[str, Any]) -> None:
     """Tell the user of the old names in a raw configuration, of each once a process."""
     for old in _old_sections(data):
         _say(f"config: `{old}` is now `{OLD_SECTIONS[old]}`; the old name still works")
+    if isinstance(data.get("logging"), dict) and OLD_SWITCH in data["logging"]:
+        _say("config: `logging.tensorboard` is now `tracking`, a list; the old name still works")
     for old in _old_hooks(data):
         _say(f"config: hook `{old}` is now `{OLD_HOOKS[old]}`; the old name still works")
 

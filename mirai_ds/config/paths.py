@@ -53,7 +53,7 @@ def refuse_missing(config: RunConfig, started: bool) -> None:
     unread = {
         "output_dir": True, "data.": is_own(config.data.source), "train.init_from": started,
         "foresight.": not config.foresight.active, "foresight.encoder.": encoder is not None and is_own(encoder.name),
-        "eval.fid.": not config.eval.fid.active,
+        "eval.fid.": not (config.eval.fid.active or config.checkpoint.judged_by_fid),
     }  # fmt: skip
     left_out = tuple(name for name, holds in unread.items() if holds)
     for name, path in _given(config):

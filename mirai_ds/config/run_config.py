@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mirai_ds.config.data_config import SOURCES, DataConfig
 from mirai_ds.config.errors import OLD_HOOKS, ConfigError, nearest
+from mirai_ds.config.eval_config import EvalConfig, Weights
 from mirai_ds.config.foresight_config import ForesightConfig
 from mirai_ds.config.model_config import ModelConfig, Section
 from mirai_ds.config.own import check_name
 from mirai_ds.config.yaml_text import number_in
-
-Weights = Literal["raw", "ema"]
 
 
 class OptimizerConfig(Section):
@@ -135,6 +136,10 @@ class EmaConfig(Section):
     decay: float = Field(0.9999, ge=0, lt=1, description="of the weights' average, a step")
 
 
+FID = "eval.fid"  # as best_metric
+FID_NAMES = ("quality/fid", "quality/frechet_distance")  # the latter with another network than Inception
+
+
 class CheckpointConfig(Section):
     """When to save, how, and what to keep.  A checkpoint stays when any of the `keep_` rules wants it."""
 
@@ -146,11 +151,26 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(None, ge=1, description="keep those of every so many steps for good")
     keep_steps: list[int] = Field([], description="save at these steps too, and keep those for good")
     keep_best: int = Field(0, ge=0, description="keep the ones with the lowest best_metric")
-    best_metric: str = Field("held_out/ntp_ema", description="measured at the step of the checkpoint")
+    best_metric: str = Field(
+        "held_out/ntp_ema",
+        description="held_out/ntp_ema or held_out/ntp_raw; eval.fid: its distance, then measured at every checkpoint",
+    )
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step, the last one apart."""
         return step in self.keep_steps or (self.every_steps is not None and step % self.every_steps == 0)
+
+    @property
+    def judged_by_fid(self) -> bool:
+        """Whether every checkpoint is judged by `eval.fid`."""
+        return self.keep_best > 0 and self.best_metric == FID
+
+    def score(self, measured: Mapping[str, float]) -> float | None:
+        """What `best_metric` is at a checkpoint, given all that was measured at its step; None: not there, or not
+        finite."""
+        names = FID_NAMES if self.best_metric == FID else (self.best_metric,)
+        value = next((measured[name] for name in names if name in measured), None)
+        return value if value is not None and math.isfinite(value) else None
 
     @field_validator("keep_steps")
     @classmethod
@@ -191,7 +211,6 @@ class LoggingConfig(Section):
     """Metrics leave the device only every `every_steps` steps."""
 
     every_steps: int = Field(100, ge=1, description="steps between two logged ones")
-    tensorboard: bool = Field(True, description="write TensorBoard's event files beside metrics.jsonl")
     progress: bool = Field(True, description="show a progress line on the terminal")
 
 
@@ -212,64 +231,6 @@ class SamplingConfig(Section):
     at_end: bool = Field(False, description="draw a grid after the last step")
 
 
-class LossEvalConfig(Section):
-    """Held-out next-token loss during training."""
-
-    every_steps: int | None = Field(None, ge=1, description="measure at every multiple; default at the end only")
-    at_end: bool = Field(True, description="measure after the last step")
-    batch_size: int = Field(64, ge=1, description="images a rank evaluates at once")
-    max_samples: int | None = Field(None, ge=1, description="held-out images at most; default all")
-    weights: list[Weights] = Field(["raw", "ema"], description="which weights are measured")
-    patience: int | None = Field(
-        None, ge=1, description="finish early after so many measurements in a row above the lowest; default never"
-    )
-
-
-class FidConfig(Section):
-    """During training, images from the weights (by `sampling`'s rules) are compared with real ones."""
-
-    every_epochs: float | None = Field(None, gt=0, description="measure every so many epochs; default never")
-    at_end: bool = Field(False, description="measure after the last step")
-    num_samples: int = Field(5000, ge=2, description="images drawn for a measurement")
-    features: str = Field(
-        "inception", pattern=r"^(inception|timm:.+)$", description="what judges: inception, timm:NAME"
-    )
-    features_weights: str | None = Field(None, description="file with that network's weights")
-    reference: str | None = Field(None, description="an .npz or folder of real images; default the training images")
-    reference_images: int = Field(10000, ge=2, description="without a reference: training images, evenly chosen")
-    metrics: list[Literal["fid", "sfid", "is", "pr"]] | None = Field(None, description="default all that apply")
-    policy: Literal["random", "balanced"] = Field("random", description="labels drawn: random, or each class as often")
-    weights: Weights = Field("ema", description="which weights draw")
-    seed: int = Field(0, ge=0, lt=2**31, description="of labels and draws, the same at every measurement")
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is measured."""
-        return self.at_end or self.every_epochs is not None
-
-    @model_validator(mode="after")
-    def _check(self) -> FidConfig:
-        if self.active and self.features_weights is None:
-            problem = f"give the file with the weights of eval.fid.features = {self.features!r}"
-            raise ConfigError("eval.fid.features_weights", None, problem)
-        return self
-
-
-class ClassifierConfig(Section):
-    """At the end, let a classifier trained on real training images judge generated ones (small images only)."""
-
-    enabled: bool = Field(False, description="train a small classifier on real images, and let it judge generated ones")
-    per_class: int = Field(50, ge=1, description="images drawn of each class")
-
-
-class EvalConfig(Section):
-    """What is measured beside the training loss.  Nothing of it changes what is learned."""
-
-    loss: LossEvalConfig = LossEvalConfig()
-    fid: FidConfig = FidConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
-
-
 class LaunchConfig(Section):
     """How `mirai-ds train` starts ranks on this machine: one a GPU, or `cpu_ranks` without any."""
 
@@ -278,6 +239,7 @@ class LaunchConfig(Section):
 
 
 HOOK_NAMES = ("log", "spike", "eval-loss", "sample", "eval-fid", "checkpoint", "stop", "report")
+TRACKERS = ("tensorboard", "wandb", "csv")
 
 
 class RunConfig(Section):
@@ -304,6 +266,10 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     hooks: list[str] = Field(
         list(HOOK_NAMES), description="what runs around a step, in this order; `package.module:Class` is your own"
+    )
+    tracking: list[str] = Field(
+        ["tensorboard"],
+        description="where values go beside metrics.jsonl: tensorboard, wandb, csv; `package.module:Class` is your own",
     )
     deepspeed: str | dict[str, Any] = Field(
         "zero2", description="a DeepSpeed file, the name of a shipped one, or its content as a section"
@@ -335,6 +301,15 @@ class RunConfig(Section):
             raise ConfigError("hooks", value, "names a hook twice; keep one")
         if value[:1] != ["log"] or "stop" not in value:
             raise ConfigError("hooks", value, "must begin with log, which opens the files, and hold stop")
+        return value
+
+    @field_validator("tracking")
+    @classmethod
+    def _known_trackers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            check_name(name, TRACKERS, "tracking")
+        if len(set(value)) < len(value):
+            raise ConfigError("tracking", value, "names a tracker twice; keep one")
         return value
 
     @model_validator(mode="after")
@@ -369,15 +344,27 @@ class RunConfig(Section):
         if self.guard.spike.action == "rollback" and c.every_steps is None:
             problem = "'rollback' goes back to a checkpoint; give checkpoint.every_steps"
             raise ConfigError("guard.spike.action", "rollback", problem)
-        if c.keep_best and (c.every_steps is None or not e.every_steps or c.every_steps % e.every_steps):
-            problem = (
-                f"needs a measurement at each checkpoint: checkpoint.every_steps = {c.every_steps} must be a multiple "
-                f"of eval.loss.every_steps = {e.every_steps}"
-            )
-            raise ConfigError("checkpoint.keep_best", c.keep_best, problem)
-        measured = [f"held_out/ntp_{kind}" for kind in e.weights]
-        if c.keep_best and c.best_metric not in measured:
-            raise ConfigError("checkpoint.best_metric", c.best_metric, nearest(c.best_metric, measured))
+        if c.judged_by_fid:
+            self._check_judged_by_fid()
+        elif c.keep_best:
+            if c.every_steps is None or not e.every_steps or c.every_steps % e.every_steps:
+                problem = (
+                    f"needs a measurement at each checkpoint: checkpoint.every_steps = {c.every_steps} must be a "
+                    f"multiple of eval.loss.every_steps = {e.every_steps}"
+                )
+                raise ConfigError("checkpoint.keep_best", c.keep_best, problem)
+            measured = [f"held_out/ntp_{kind}" for kind in e.weights]
+            if c.best_metric not in measured:
+                raise ConfigError("checkpoint.best_metric", c.best_metric, nearest(c.best_metric, [*measured, FID]))
+
+    def _check_judged_by_fid(self) -> None:
+        fid, place = self.eval.fid, {name: at for at, name in enumerate(self.hooks)}
+        fid.check_network()
+        if fid.metrics is not None and "fid" not in fid.metrics:
+            raise ConfigError("eval.fid.metrics", fid.metrics, "checkpoint.best_metric = 'eval.fid' needs fid in it")
+        if place.get("checkpoint", -1) < place.get("eval-fid", len(place)):
+            problem = "checkpoint.best_metric = 'eval.fid' needs eval-fid, and checkpoint after it"
+            raise ConfigError("hooks", self.hooks, problem)
 
     def _give_up_classes(self) -> None:
         if "classes" in self.sampling.model_fields_set:

@@ -36,20 +36,25 @@ class Walk:
     """What was found below `root`, by paths relative to it.
 
     skipped: hidden and system names.  endings: how many files of each other ending.  again: folders that links bring
-    in a second time.
+    in a second time.  loose: images beside class folders.
     """
 
     root: Path
     skipped: list[str] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
     again: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
     _seen: dict[str, str] = field(default_factory=dict)
 
     def classes(self) -> list[str]:
-        """The folders directly below the root, sorted; hidden ones are noted and left out.  Raises UserError."""
+        """The folders directly below the root, sorted; hidden ones, and images beside them, are noted and left out.
+        Raises UserError."""
         with _readable(self.root):
-            found = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+            entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(self.root))
+        found = [name for name, is_folder in entries if is_folder]
         self.skipped += [name for name in found if is_hidden(name)]
+        files = [name for name, is_folder in entries if not is_folder and not is_hidden(name)]
+        self.loose += [name for name in files if name.lower().endswith(EXTENSIONS)]
         return [name for name in found if not is_hidden(name)]
 
     def images(self, inside: str = "") -> list[str]:
@@ -101,6 +106,8 @@ class Walk:
             counts = [f"{count} {ending}" for ending, count in self.endings.most_common()]
             total = self.endings.total()
             notes.append(f"left out {total} files with endings that ImageFolder does not read: {_some(counts)}")
+        if self.loose:
+            notes.append(f"left out {len(self.loose)} images that lie beside the class folders: {_some(self.loose)}")
         if self.again:
             notes.append(f"links bring in {len(self.again)} folders once more: {_some(self.again)}")
         return notes

@@ -22,6 +22,7 @@ IDX_SPLITS = ("train", "t10k")
 # Nothing is lost silently below this: enlarging fewer pixels gives a blur, which its owner may not have meant.
 SMALL_SIDE = 32
 SHOWN_CLASSES = 12
+EVERYTHING = "all"  # the class of images that lie in no class folder
 ORIENTATION, TAG = 0x0112, "its orientation tag"
 
 
@@ -48,15 +49,20 @@ class ImageSet(Protocol):
 class FolderImages:
     """ImageFolder's order: sorted class folders, files sorted within each folder below them, links followed.
 
-    Hidden and system folders and files are left out; what was left out is logged.
+    A folder without class folders, but with images, is one class, `EVERYTHING`.  Hidden and system folders and files
+    are left out; what was left out is logged.
     """
 
     def __init__(self, root: Path, upright: bool = False) -> None:
         """upright: as in `read_image`.  Raises UserError for folders without images, links that lead back and splits in
         place of classes."""
         self.root, self.upright, walk = root, upright, Walk(root)
-        self.classes = walk.classes()
-        images = {name: walk.images(name) for name in self.classes}
+        images = {name: walk.images(name) for name in walk.classes()}
+        if not images:
+            walk = Walk(root)
+            flat = walk.images()
+            images = {EVERYTHING: flat} if flat else {}
+        self.classes = list(images)
         walk.tell()
         _refuse_splits(root, images)
         empty = next((name for name in self.classes if not images[name]), None)
@@ -152,7 +158,8 @@ def open_image_set(path: Path, split: str | None = None, upright: bool = False) 
     else:
         images = FolderImages(path, upright)
     if not images.names:
-        raise UserError(f"{path}: has no class folders; put the images into one folder for each class")
+        problem = f"has no class folders and no images ({', '.join(EXTENSIONS)})"
+        raise UserError(f"{path}: {problem}; put the images into one folder for each class")
     bad = next((name for name in images.names if "\n" in name or "\r" in name or not _is_text(name)), None)
     if bad is not None:
         raise UserError(f"{path}: the file name {bad!r} holds a line break or is not UTF-8; rename it")

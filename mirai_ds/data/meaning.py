@@ -5,7 +5,7 @@ Labels and codes are plain integers: those of other classes or of another tokeni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -60,3 +60,9 @@ class Meaning:
             turned, not_turned = ("its", "those") if other.upright else ("those", "its")
             return f"{turned} photographs were turned by their orientation tag, {not_turned} were not"
         return None
+
+
+def class_names(meaning: Meaning | None, labels: Iterable[int]) -> list[str]:
+    """A name for each label: its class's where that is known, else its number."""
+    known = [] if meaning is None or meaning.classes is None else meaning.classes
+    return [known[label] if label < len(known) else str(label) for label in map(int, labels)]

@@ -15,8 +15,9 @@ import numpy as np
 from mirai_ds.config import ConfigError, DataConfig, ModelConfig
 from mirai_ds.config.own import import_own
 from mirai_ds.data.digits import digits
+from mirai_ds.data.meaning import Meaning
 from mirai_ds.data.npz_file import from_npz
-from mirai_ds.data.store_source import check_store, from_store, store_decoder
+from mirai_ds.data.store_source import check_store, from_store, store_decoder, store_meaning
 from mirai_ds.data.token_source import Dataset, TokenDecoder, TokenSource
 from mirai_ds.runtime.log import LOG
 
@@ -29,17 +30,19 @@ class DataSource:
 
     open: the `data` section and the device of a decoder -> its samples.  decoder: what shows its tokens, opening no
     more than that needs (None: what `open` gives).  check: reads all of `data.path` and raises UserError for damage.
+    meaning: what labels stand for, where that can be said without opening all.
     """
 
     open: Callable[[DataConfig, str], TokenSource]
     decoder: Callable[[DataConfig, str], TokenDecoder | None] | None = None
     check: Callable[[str], None] | None = None
+    meaning: Callable[[DataConfig], Meaning | None] = lambda data: None
 
 
 SOURCES = {
     "digits": DataSource(lambda data, device: digits()),
     "npz": DataSource(lambda data, device: from_npz(data.path or "")),
-    "store": DataSource(from_store, store_decoder, check_store),
+    "store": DataSource(from_store, store_decoder, check_store, store_meaning),
 }
 
 
@@ -130,6 +133,11 @@ def split(labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
         np.arange(len(labels)), test_size=held, random_state=seed, stratify=labels if possible else None
     )
     return np.sort(train), np.sort(held_out)
+
+
+def load_meaning(data: DataConfig | None) -> Meaning | None:
+    """What the configured data's labels stand for; None where that is not known without opening all of it."""
+    return None if data is None else source_of(data).meaning(data)
 
 
 def load_decoder(data: DataConfig, device: str = "cpu") -> TokenDecoder | None:

@@ -152,6 +152,14 @@ def store_decoder(data: DataConfig, device: str = "cpu") -> TokenDecoder | None:
     return _decoder(data, store, device)
 
 
+def store_meaning(data: DataConfig) -> Meaning | None:
+    """What the store's labels and codes stand for, by its manifest alone; None where it is gone."""
+    try:
+        return _meaning(open_token_store(Path(data.path or "")))
+    except UserError:
+        return None
+
+
 def check_store(path: str) -> None:
     """Whether the codes are those that were extracted: every digest.  Raises UserError at the first that is not."""
     for damage in open_token_store(Path(path)).damages():

@@ -96,7 +96,8 @@ def evaluate_files(
     """
     if request.metrics is not None:
         check_metrics(request.metrics, network)
-    samples, reference = open_images(request.samples), open_reference(request.reference)
+    samples = open_images(request.samples)
+    reference = open_reference(request.reference, (samples.height, samples.width))
     record = sidecar(request.samples)
     digests = samples.digest(), reference.digest()
     kept = Kept(network, request, progress)
@@ -108,6 +109,8 @@ def evaluate_files(
         "samples_resolution": [samples.height, samples.width],
         "reference_resolution": None if reference.images is None else [reference.images.height, reference.images.width],
         "reference_images": None if reference.images is None else reference.images.count,
+        "reference_sizes": None if reference.images is None else reference.images.fit,
+        "reference_made": reference.made,
         "reference_own_fid": own,
         "sampling": record,
     }

@@ -11,22 +11,30 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mirai_ds.config import UserError
-from mirai_ds.data.crops import BadImageError
+from mirai_ds.data.crops import BadImageError, centre_crop
 from mirai_ds.data.folder_walk import EXTENSIONS, Walk, splits_among
 from mirai_ds.data.image_sets import Loaded, read_image
 from mirai_ds.runtime.disk import digest_of_file
 from mirai_ds.runtime.log import LOG
 from mirai_ds.runtime.weight_files import first_line
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Array = np.ndarray[Any, Any]
 
 # ADM's name, and that of `mirai-ds sample`'s tokens.npz.
 KEYS = ("arr_0", "images")
+AS_THEY_ARE = "as they are"
+FIT = (
+    "each image's centre square at the samples' size: ADM's centre crop, halved by a box filter while twice too large, "
+    "then bicubic"
+)
 
 
 class ImageSource(Protocol):
@@ -36,6 +44,7 @@ class ImageSource(Protocol):
     count: int
     height: int
     width: int
+    fit: str  # how they came to be of one size
 
     def batches(self, size: int) -> Iterator[Array]:
         """uint8 (size, height, width, 3) each, the last one shorter; grey images are repeated.  Raises UserError."""
@@ -61,6 +70,8 @@ class Member(NamedTuple):
 
 class NpzSource:
     """uint8 (n, H, W, 3 or 1) in `arr_0`, read in order; compressed or not."""
+
+    fit = AS_THEY_ARE
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,10 +138,12 @@ def _read_header(file: IO[bytes]) -> Member:
 
 
 class FolderSource:
-    """All image files below a folder, by their path's order; every one must be of the same size, by its header."""
+    """All image files below a folder, by their path's order; every one must be of the same size, by its header, or is
+    brought to it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, walk = path, Walk(path)
+    def __init__(self, path: Path, side: int | None = None) -> None:
+        """side: pixels a side that they are to have (`FIT`); None: they must be of one size, whatever it is."""
+        self.path, walk, self.fit, self._side = path, Walk(path), AS_THEY_ARE, None
         self.names = sorted(walk.images())
         walk.tell()
         if not self.names:
@@ -145,8 +158,13 @@ class FolderSource:
         self.count = len(self.names)
         self.width, self.height = self._read(self.names[0]).image.size
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for name, size in zip(self.names, pool.map(self._size, self.names), strict=True):
-                self._check_size(name, size)
+            sizes = [*pool.map(self._size, self.names)]
+        if side is not None and set(sizes) != {(side, side)}:
+            self.width = self.height = self._side = side
+            self.fit = FIT
+            return
+        for name, size in zip(self.names, sizes, strict=True):
+            self._check_size(name, size)
 
     def _size(self, name: str) -> tuple[int, int]:
         """(width, height), and nothing else read of a file that is whole."""
@@ -165,7 +183,8 @@ class FolderSource:
 
     def _read(self, name: str) -> Loaded:
         try:
-            return read_image(self.path / name)
+            loaded = read_image(self.path / name)
+            return loaded if self._side is None else Loaded(fitted(loaded.image, self._side), loaded.note)
         except BadImageError as error:
             raise UserError(f"{self.path / name}: {error}; remove it or make it again") from None
 
@@ -190,4 +209,16 @@ class FolderSource:
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(f"{name}\0{digest_of_file(self.path / name)}\n".encode(errors="surrogateescape"))
+        if self._side is not None:
+            digest.update(f"{self.fit} {self._side}".encode())
         return digest.hexdigest()
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The image as `FIT` says, an RGB one of `side` pixels a side; itself where it has that size.  Raises
+    BadImageError."""
+    if image.size == (side, side):
+        return image
+    from PIL import Image as Pillow
+
+    return Pillow.fromarray(centre_crop(image, side))

@@ -1,7 +1,8 @@
-"""Reference sets on disk: ADM's .npz with stored statistics, any .npz of images, a folder."""
+"""Reference sets on disk: ADM's .npz with stored statistics, any .npz of images, a folder or store."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from mirai_ds.config import UserError
 from mirai_ds.eval.image_sources import KEYS, ImageSource, npz_members, open_images
 from mirai_ds.eval.metrics.distances import GaussianStatistics
 from mirai_ds.eval.metrics.inception import POOLED, SPATIAL
+from mirai_ds.eval.real_images import open_real_images
 from mirai_ds.runtime.disk import digest_of_file
 from mirai_ds.runtime.weight_files import first_line
 
 # The published reference of ImageNet at 256 pixels: statistics of the whole training set, and images for P and R only.
 STANDARD_NAME = "VIRTUAL_imagenet256_labeled.npz"
 STANDARD_IMAGES, STANDARD_SIDE = 10_000, 256
+PROTOCOL = "protocol"  # the member in which `mirai-ds reference` says, as JSON, what it did
 VALIDATION_IMAGES = 50_000  # of ImageNet's validation set
 
 
@@ -29,6 +32,7 @@ class ReferenceFile:
     images: ImageSource | None
     pooled: GaussianStatistics | None
     spatial: GaussianStatistics | None
+    made: dict[str, Any] | None = None  # of one that `mirai-ds reference` made: how
 
     def digest(self) -> str:
         """sha256 of the file, or of a folder's names and files."""
@@ -57,10 +61,12 @@ class ReferenceFile:
         return reasons
 
 
-def open_reference(path: Path) -> ReferenceFile:
-    """The reference at `path`; statistics are read, images are not yet.  Raises UserError."""
+def open_reference(path: Path, size: tuple[int, int] | None = None) -> ReferenceFile:
+    """The reference at `path`; statistics are read, images are not yet.  size: (height, width) of the samples, to which
+    the images of a folder or store are brought (`FIT`).  Raises UserError."""
     if path.is_dir():
-        return ReferenceFile(path, open_images(path), None, None)
+        square = size is not None and size[0] == size[1]
+        return ReferenceFile(path, open_real_images(path, size[0] if size and square else None), None, None)
     members = npz_members(path)
     pooled = _stored(path, members, "mu", "sigma", POOLED)
     spatial = _stored(path, members, "mu_s", "sigma_s", SPATIAL)
@@ -68,7 +74,18 @@ def open_reference(path: Path) -> ReferenceFile:
     if images is None and pooled is None and spatial is None:
         held = ", ".join(sorted(members)[:8]) or "nothing"
         raise UserError(f"{path}: has neither images (arr_0) nor statistics (mu, sigma); it holds {held}")
-    return ReferenceFile(path, images, pooled, spatial)
+    return ReferenceFile(path, images, pooled, spatial, _made(path, members))
+
+
+def _made(path: Path, members: dict[str, Any]) -> dict[str, Any] | None:
+    if PROTOCOL not in members:
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            made = json.loads(str(data[PROTOCOL][()]))
+    except Exception as error:  # bytes from anywhere: NumPy raises nearly any type on them
+        raise UserError(f"{path}: {PROTOCOL} cannot be read ({first_line(error)}); make it again") from None
+    return made if isinstance(made, dict) else None
 
 
 def _stored(path: Path, members: dict[str, Any], mean: str, covariance: str, width: int) -> GaussianStatistics | None:

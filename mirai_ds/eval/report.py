@@ -49,6 +49,10 @@ def _protocol(row: dict[str, Any]) -> Iterator[str]:
     standard = "has the published reference's properties" if reference["standard"] else "NOT the published reference"
     yield _line("reference", reference["name"], images, _size(protocol["reference_resolution"]), standard)
     yield _line("", f"sha256 {reference['sha256']}", protocol["origin"].get("reference", "no features needed"))
+    if protocol["reference_sizes"] is not None:
+        yield _line("sizes", protocol["reference_sizes"])
+    if protocol["reference_made"] is not None:
+        yield _line("made from", *(f"{key} {value}" for key, value in protocol["reference_made"].items()))
     for key, origin in protocol["statistics"].items():
         yield _line("statistics", f"{NAMES[key]} {origin}")
     own = protocol["reference_own_fid"]

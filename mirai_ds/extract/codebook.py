@@ -11,7 +11,7 @@ import numpy as np
 from mirai_ds.config import UserError
 from mirai_ds.data.crops import BadImageError, centre_crop
 from mirai_ds.data.image_sets import ImageSet, open_image_set
-from mirai_ds.tokenizer import PatchCodebook, reconstruction_error
+from mirai_ds.tokenizer import PatchCodebook, ReconstructionError, reconstruction_error
 
 Array = np.ndarray[Any, Any]
 
@@ -28,22 +28,31 @@ def learn_codebook(
         raise UserError(f"--out {out}: a codebook file ends in .npz")
     if size % patch:
         raise UserError(f"--patch {patch}: does not divide --size {size}")
-    image_set = open_image_set(images, split, upright)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(image_set.names))[:max_images])
-    crops = read_crops(image_set, chosen, size)
+    codebook, error, (count, lost) = codebook_of(
+        open_image_set(images, split, upright), size, patch, codes, channels, max_images, seed
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    codebook.save(out)
+    more = f" ({lost} more could not be read)" if lost else ""
+    return (
+        f"{out}: {codebook.vocab_size} patches of {patch}x{patch}x{codebook.channels} from {count} images{more}, "
+        f"reconstruction {error.rms:.2f} grey levels rms, {error.psnr:.1f} dB"
+    )
+
+
+def codebook_of(
+    images: ImageSet, size: int, patch: int, codes: int, channels: int | None, max_images: int = 5000, seed: int = 0
+) -> tuple[PatchCodebook, ReconstructionError, tuple[int, int]]:
+    """The codebook that `learn_codebook` writes, its error on the crops, and of the images how many it was learned from
+    and how many could not be read.  Raises UserError."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images.names))[:max_images])
+    crops = read_crops(images, chosen, size)
     grey = bool((crops == crops[..., :1]).all())
     crops = crops[..., :1] if channels == 1 or (channels is None and grey) else crops
     if channels == 1 and not grey:
         raise UserError("--channels 1: some images have colours; use 3")
     codebook = PatchCodebook.learn(crops, patch, codes, seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    codebook.save(out)
-    error = reconstruction_error(codebook, crops)
-    lost = f" ({len(chosen) - len(crops)} more could not be read)" if len(crops) < len(chosen) else ""
-    return (
-        f"{out}: {codebook.vocab_size} patches of {patch}x{patch}x{codebook.channels} from {len(crops)} images{lost}, "
-        f"reconstruction {error.rms:.2f} grey levels rms, {error.psnr:.1f} dB"
-    )
+    return codebook, reconstruction_error(codebook, crops), (len(crops), len(chosen) - len(crops))
 
 
 def read_crops(image_set: ImageSet, chosen: Array, size: int) -> Array:

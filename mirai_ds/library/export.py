@@ -11,7 +11,7 @@ from mirai_ds.checkpoint.llamagen import write_llamagen
 from mirai_ds.checkpoint.model_folder import CARD, CODEBOOK, CONFIG, MODEL_TYPE, WEIGHTS
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.library.model_card import model_card

@@ -15,7 +15,7 @@ from torch import Tensor
 from mirai_ds.checkpoint.gpt_file import PROJECTORS
 from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import DataConfig, RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.foresight import index_table, method_of, slot_counts

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from mirai_ds.resumable.parts import missing_blocks
 from mirai_ds.resumable.plan import WorkPlan
 from mirai_ds.runtime.log import LOG
+from mirai_ds.runtime.time_left import TimeLeft
 
 LINE_SECONDS, LOOK_SECONDS = 30.0, 1.0
 
@@ -23,10 +24,11 @@ class WorkProgress:
         self.plan, self.folder, self.speaks = plan, folder, speaks
         self._began = self._looked = self._spoke = time.monotonic()
         self._first = self._done()
+        self._left = TimeLeft(self._first)
         self._bar: Bar | None = None
         console = Console(stderr=True)
         if speaks and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), self._left)
             self._bar = Bar(*columns, TextColumn("{task.fields[rate]}"), console=console)
             self._task = self._bar.add_task("images", total=plan.num_images, completed=self._first, rate="")
             self._bar.start()
@@ -46,12 +48,12 @@ class WorkProgress:
             return
         self._looked, done = now, self._done()
         rate = (done - self._first) / (now - self._began)
+        self._left.report(done, self.plan.num_images)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=f"{rate:.1f}/s")
         elif now - self._spoke >= LINE_SECONDS:
             self._spoke = now
-            left = (self.plan.num_images - done) / rate / 60 if rate else float("inf")
-            LOG.info("%d of %d images, %.1f/s, %.0f minutes left", done, self.plan.num_images, rate, left)
+            LOG.info("%d of %d images, %.1f/s, %s", done, self.plan.num_images, rate, self._left.text())
 
     def close(self) -> None:
         """Takes the bar off the terminal."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
+from mirai_ds.data.meaning import class_names
+from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
 from mirai_ds.model.rules import rules_of
@@ -47,7 +49,8 @@ def sample_to_folder(
     arrays = {"tokens": tokens.numpy().astype(np.uint16), "labels": labels.numpy()}
     if decoder is not None:
         arrays["images"] = decoder.decode(tokens)
-        save_png(folder / "grid.png", labelled_grid(arrays["images"], columns=columns))
+        names = class_names(load_meaning(loaded.data), labels[::columns].tolist())
+        save_png(folder / "grid.png", labelled_grid(arrays["images"], columns, rows=names))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
     written = f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {folder}/tokens.npz"
     return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"

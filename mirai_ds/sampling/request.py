@@ -14,8 +14,10 @@ from torch import Tensor
 from mirai_ds.checkpoint.model_folder import is_model_folder
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
-from mirai_ds.config.run_config import Weights
+from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_decoder
+from mirai_ds.data.meaning import Meaning
+from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
 from mirai_ds.model.orders import token_order
@@ -77,6 +79,7 @@ class Drawing:
     out: Path
     protocol: dict[str, Any]
     in_any_company: bool  # whether an image is the same in every batch
+    meaning: Meaning | None = None  # of the labels
 
     @property
     def settings(self) -> dict[str, str]:
@@ -124,7 +127,10 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
         raise UserError(f"--out {out}: must end in .npz")
     dtype = PRECISIONS[precision]
     alone = device.type == "cpu" and precision == "fp32" and not speed.compile
-    return Drawing(config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone)
+    meaning = load_meaning(loaded.data)
+    return Drawing(
+        config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone, meaning
+    )
 
 
 def _tokens_an_image(request: SamplingRequest, tokenizer: TokenDecoder | None) -> int | None:

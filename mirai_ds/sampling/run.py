@@ -19,6 +19,7 @@ import numpy as np
 
 from mirai_ds.config import UserError
 from mirai_ds.config.errors import shown
+from mirai_ds.data.meaning import Meaning, class_names
 from mirai_ds.resumable.parts import heartbeat, load_or_redo_shard, run_blocks, wait_for_parts
 from mirai_ds.resumable.plan import PARTS, PLAN, WorkPlan, read_plan
 from mirai_ds.resumable.progress import WorkProgress
@@ -152,19 +153,21 @@ def _assemble(job: DrawJob, files: Files, plan: WorkPlan) -> None:
 
     size = job.drawing.size
     digest = write_sample_archive(files.archive, batches(), (plan.num_images, size, size, 3))
-    _write(files, np.concatenate(labels), np.concatenate(tokens), np.concatenate(first)[:SHEET])
+    images = np.concatenate(first)[:SHEET]
+    _write(files, np.concatenate(labels), np.concatenate(tokens), images, job.drawing.meaning)
     record = {**record_of(plan), "samples_sha256": digest}
     write_whole(files.record, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _write(files: Files, labels: Array, tokens: Array, first: Array) -> None:
+def _write(files: Files, labels: Array, tokens: Array, first: Array, meaning: Meaning | None) -> None:
     from PIL import Image
 
     data = io.BytesIO()
     np.savez(data, labels=labels, tokens=tokens)
     write_whole(files.tokens, data.getvalue())
     picture = io.BytesIO()
-    Image.fromarray(labelled_grid(first, columns=10)).save(picture, format="PNG")
+    sheet = labelled_grid(first, columns=10, captions=class_names(meaning, labels[: len(first)]))
+    Image.fromarray(sheet).save(picture, format="PNG")
     write_whole(files.sheet, picture.getvalue())
 
 

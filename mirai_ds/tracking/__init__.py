@@ -1,1 +1,5 @@
-"""Where a run's metrics and pictures are written: JSON lines, TensorBoard."""
+"""Where a run's values and pictures are written: metrics.jsonl, and the trackers that a run names."""
+
+from mirai_ds.tracking.tracker import TrackedRun, Tracker
+
+__all__ = ["TrackedRun", "Tracker"]

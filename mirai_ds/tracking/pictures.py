@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 Array = np.ndarray[Any, Any]
 
+GAP, GREY, TEXT = 2, 64, 12  # pixels between images, their colour, height of letters
+MOST_GUTTER = 160  # pixels for the names of rows
 
-def labelled_grid(images: Array, columns: int, min_side: int = 32) -> Array:
-    """uint8 images (n, H, W, 3) in raster order -> one uint8 picture; small images are enlarged without smoothing."""
-    from torchvision.utils import make_grid
 
+def labelled_grid(
+    images: Array, columns: int, rows: Sequence[str] = (), captions: Sequence[str] = (), min_side: int = 64
+) -> Array:
+    """uint8 images (n, H, W, 3) in raster order -> one uint8 picture; small images are enlarged without smoothing.
+
+    rows: a name for each row, left of it.  captions: one for each image, below it.  Names that are too long are cut.
+    """
     scale = max(1, -(-min_side // images.shape[1]))
     big = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
-    tensor = torch.from_numpy(np.ascontiguousarray(big.transpose(0, 3, 1, 2)))
-    return make_grid(tensor, nrow=columns, padding=2, pad_value=64).permute(1, 2, 0).numpy()
+    height, width = big.shape[1:3]
+    if captions:
+        strips = [_text_strip(text, width, TEXT + 5, centred=True) for text in captions]
+        big = np.concatenate([big, np.stack(strips)], axis=1)
+    columns = min(columns, len(big))
+    high, wide = big.shape[1] + GAP, width + GAP
+    grid = np.full((GAP + -(-len(big) // columns) * high, GAP + columns * wide, 3), GREY, np.uint8)
+    for n, image in enumerate(big):
+        top, start = GAP + n // columns * high, GAP + n % columns * wide
+        grid[top : top + high - GAP, start : start + width] = image
+    if not rows:
+        return grid
+    gutter = min(MOST_GUTTER, 2 * GAP + max(int(_font().getlength(text)) + 1 for text in rows))
+    strips = [_text_strip(text, gutter, height, centred=False) for text in rows]
+    edge = np.full((GAP, gutter, 3), GREY, np.uint8)
+    left = np.concatenate([edge, *(part for strip in strips for part in (strip, edge))])
+    return np.concatenate([left, grid], axis=1)
+
+
+def _text_strip(text: str, width: int, height: int, centred: bool) -> Array:
+    """uint8 (height, width, 3) with one line of text, centred or at the right, cut where it is too long."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, height), (GREY,) * 3)
+    font, room = _font(), width - 2 * GAP
+    if font.getlength(text) > room:
+        while text and font.getlength(text + "…") > room:
+            text = text[:-1]
+        text += "…"
+    x = (width - font.getlength(text)) / 2 if centred else width - GAP - font.getlength(text)
+    ImageDraw.Draw(strip).text((x, height / 2), text, (240,) * 3, font, anchor="lm")
+    return np.asarray(strip)
+
+
+@cache
+def _font() -> Any:
+    """The font that comes with matplotlib: Latin, Greek and Cyrillic letters."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", TEXT)
 
 
 def save_png(path: Path, picture: Array) -> None:
@@ -30,15 +76,13 @@ def save_png(path: Path, picture: Array) -> None:
 
 
 def side_by_side(path: Path, left: Array, right: Array, titles: tuple[str, str]) -> None:
-    """Two pictures beside each other with titles."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    for axis, picture, title in zip(figure.subplots(1, 2), (left, right), titles, strict=True):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_title(title, fontsize=11)
-        axis.axis("off")
-    figure.savefig(path, dpi=120)
+    """Two pictures beside each other, uint8 (H, W, 3) of the same height, each below its title; no margins."""
+    parts = []
+    for picture, title in zip((left, right), titles, strict=True):
+        strip = _text_strip(title, picture.shape[1], 2 * TEXT, centred=True)
+        parts.append(np.concatenate([strip, picture]))
+    gap = np.full((parts[0].shape[0], 4 * GAP, 3), GREY, np.uint8)
+    save_png(path, np.concatenate([parts[0], gap, parts[1]], axis=1))
 
 
 def loss_curves(path: Path, records: list[dict[str, Any]], title: str) -> None:

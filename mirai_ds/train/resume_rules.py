@@ -17,7 +17,7 @@ Rule = Literal["free", "told", "kept"]
 #   kept: changes what the numbers before and after mean; refused without --allow-change
 RULES: dict[str, Rule] = {
     "name": "free", "output_dir": "free", "launch": "free", "guard": "free", "logging": "free", "checkpoint": "free",
-    "hooks": "free", "eval": "free", "sampling": "free",
+    "hooks": "free", "tracking": "free", "eval": "free", "sampling": "free",
     "seed": "kept", "model": "kept", "data": "kept", "foresight": "kept",
     # Files may have moved; that they hold the same is compared by digest.
     "data.path": "told", "data.more_views": "told", "data.held_out_path": "told", "data.images": "told",

@@ -244,6 +244,19 @@ def test_json_has_stable_keys(tmp_path: Path) -> None:
     assert found["bytes_used"] == sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
 
 
+def test_the_best_checkpoint_is_marked(tmp_path: Path) -> None:
+    """By the run's own metric, among whole ones; where nothing is kept for being the best none is."""
+    rules = {"checkpoint__keep_best": 1, "checkpoint__every_steps": 20, "eval__loss__every_steps": 20}
+    for name, changes, wanted in (("best", rules, [40]), ("plain", {}, [])):
+        run = write_run(tmp_path / name, **changes)
+        for step, loss in ((20, 1.5), (40, 1.25), (60, 1.0), (80, 1.75)):
+            write_checkpoint(run, step, metrics={"held_out/ntp_ema": loss, "held_out/ntp_raw": -loss})
+        (run / "checkpoints" / "step-00000060" / "info.json").write_text("{}")  # damaged
+        found = json.loads(cli("inspect", run, "--json").stdout)["checkpoints"]
+        assert [one["step"] for one in found if one["best"]] == wanted
+    assert "fit, best" in cli("inspect", tmp_path / "best").stdout
+
+
 def test_needs_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
     write_checkpoint(run, 80)

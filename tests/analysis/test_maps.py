@@ -12,9 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mirai_ds.analysis.maps import colours, half_width, smoothness
+from mirai_ds.analysis.maps import colours, half_width, of_different_classes, smoothness
 from mirai_ds.cli.main import main
-from mirai_ds.config import ModelConfig
+from mirai_ds.config import ModelConfig, load
+from mirai_ds.data import load_dataset
 from mirai_ds.model import GPT, gpt_from_weights, token_features
 from tests.train.conftest import small_train
 
@@ -195,6 +196,16 @@ def test_mistakes(files: Path, arguments: list[str], words: list[str]) -> None:
     assert len(done.output.strip().splitlines()) == 1
     assert all(word in done.output for word in words), done.output
     assert not (files / "x.png").exists()
+
+
+def test_different_classes_are_shown() -> None:
+    """The first of each class, in the order of the samples; with fewer classes the second of each too."""
+    assert of_different_classes(np.array([0, 0, 0, 2, 1, 2, 3, 4]), 4) == [0, 3, 4, 6]
+    assert of_different_classes(np.array([1, 1, 1, 0, 0]), 4) == [0, 1, 3, 4]
+    assert of_different_classes(np.array([5, 5]), 4) == [0, 1]
+    data = load_dataset(load("digits-baseline").data, load("digits-baseline").model).held_out
+    classes = data.labels[of_different_classes(data.labels, 10)]
+    assert sorted(classes.tolist()) == list(range(10))
 
 
 @pytest.mark.matrix

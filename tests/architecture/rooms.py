@@ -19,7 +19,7 @@ FLOORS = (
     ("foresight", "checkpoint", "data"),
     ("engine", "eval", "resumable"),
     ("extract", "planning", "sampling"),
-    ("train",),
+    ("train", "proposal"),
     ("benchmarks", "paper"),
     ("selfcheck", "analysis", "library"),
     ("study",),

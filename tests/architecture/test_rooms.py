@@ -30,6 +30,7 @@ OWNED = {
     "deepspeed": {"engine"},
     "tensorboard": {"tracking"},
     "torch.utils.tensorboard": {"tracking"},
+    "wandb": {"tracking"},
     "torch.utils.cpp_extension": {"kernels"},
 }
 MODULES = modules()

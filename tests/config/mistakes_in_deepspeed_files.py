@@ -53,7 +53,7 @@ ELSEWHERE = {
     "fp16": _file({"fp16": {"enabled": True}}, "deepspeed.fp16 = {'enabled': True}", "use train.precision: bf16"),
     "elasticity": _file({"elasticity": {}}, "deepspeed.elasticity = {}", "0.19.8 removed it", "any number of ranks"),
     "amp": _file({"amp": {"enabled": True}}, "deepspeed.amp = ", "use train.precision: bf16-autocast"),
-    "tensorboard": _file({"tensorboard": {"enabled": True}}, "deepspeed.tensorboard", "see logging.tensorboard"),
+    "tensorboard": _file({"tensorboard": {"enabled": True}}, "deepspeed.tensorboard", "see tracking"),
     "bfloat16": _file({"bfloat16": {"enabled": True}}, "deepspeed.bfloat16", "DeepSpeed's old name; write bf16"),
     "cpu-offload": _zero({"cpu_offload": True}, "cpu_offload = true", "use offload_optimizer"),
     "mics": _zero({"mics_shard_size": 8}, "mics_shard_size = 8", "removed MiCS; use zero_hpz_partition_size"),

@@ -44,6 +44,20 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize(("old", "wanted"), [("false", []), ("true", ["tensorboard"])])
+def test_the_switch_of_tensorboard(
+    old: str, wanted: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert load(recipe(tmp_path, f"logging: {{tensorboard: {old}, every_steps: 7}}")).tracking == wanted
+    assert load("digits-baseline", [f"logging.tensorboard={old}"]).tracking == wanted
+    assert load(recipe(tmp_path, f"logging: {{tensorboard: {old}}}")).logging.every_steps == 100
+    note = "`logging.tensorboard` is now `tracking`, a list; the old name still works"
+    assert capfd.readouterr().err.count(note) == 1
+    other = "[csv]" if old == "true" else "[tensorboard]"
+    both = recipe(tmp_path, f"logging: {{tensorboard: {old}}}\ntracking: {other}")
+    one_line(lambda: load(both), "`logging.tensorboard` and `tracking` are given")
+
+
 def recipe(folder: Path, text: str, name: str = "recipe.yaml") -> str:
     path = folder / name
     path.write_text(text, encoding="utf-8")

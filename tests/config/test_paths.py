@@ -16,7 +16,7 @@ from mirai_ds.config.paths import PATHS, absolute_paths
 # Text that names no file.  A new field of text belongs here or into PATHS.
 NAMES = {
     "name", "model.size", "data.source", "foresight.method", "foresight.layout", "foresight.encoder.name",
-    "checkpoint.best_metric", "eval.fid.features", "deepspeed", "hooks", "data.stage",
+    "checkpoint.best_metric", "eval.fid.features", "deepspeed", "hooks", "data.stage", "tracking",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import struct
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def fails(path: Path, *parts: str, split: str | None = None) -> None:
 
 def test_folders_that_are_no_image_sets(tmp_path: Path) -> None:
     fails(tmp_path / "none", "no such folder")
-    fails(tmp_path, "no class folders")
+    fails(tmp_path, "no class folders and no images")
     save(tmp_path / "a" / "1.png")
     fails(tmp_path, "split = 'train'", "is for idx files", split="train")
     (tmp_path / "empty").mkdir()
@@ -74,6 +75,23 @@ def test_folders_that_are_no_image_sets(tmp_path: Path) -> None:
     (tmp_path / "empty").rmdir()
     save(tmp_path / "a" / "line\nbreak.png")
     fails(tmp_path, "holds a line break or is not UTF-8", "rename it")
+
+
+def test_a_folder_without_class_folders_is_one_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mirai_ds"), "propagate", True)
+    for name in ("b.png", "a.png"):
+        save(tmp_path / name)
+    (tmp_path / ".thumbnails").mkdir()
+    save(tmp_path / ".thumbnails" / "a.png")
+    flat = open_image_set(tmp_path)
+    assert (flat.names, flat.classes, flat.labels.tolist()) == (["a.png", "b.png"], ["all"], [0, 0])
+    assert caplog.text.count("left out 1 hidden or system names: .thumbnails") == 1
+    assert np.array_equal(np.asarray(flat.load(1).image), noise(40, 50))
+    save(tmp_path / "cats" / "c.png")  # now that there is a class, they belong to none
+    assert open_image_set(tmp_path).names == ["cats/c.png"]
+    assert "left out 2 images that lie beside the class folders: a.png, b.png" in caplog.text
 
 
 def copies(root: Path, *names: str) -> None:

@@ -272,7 +272,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_really_full_disk(small_disk: Path) -> None:
     run = small_disk / "run"
-    ended = run_ranks(run, settings=["guard.preflight=false", "logging.tensorboard=false"])
+    ended = run_ranks(run, settings=["guard.preflight=false", "tracking=[]"])
     assert ended.codes == [2, 2], ended.out[-3000:]
     assert "could not be written" in ended.out
     assert "No space left on device" in ended.out
@@ -283,7 +283,7 @@ def test_a_really_full_disk(small_disk: Path) -> None:
     assert store.find(run, "auto")[1].step == steps[-1]
     # Room is made: the run goes on where it was.
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    finish(run, settings=["logging.tensorboard=false"])
+    finish(run, settings=["tracking=[]"])
 
 
 def test_a_disk_that_fills_up_between_checkpoints(small_disk: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_between_checkpoints(small_disk: Path) -> None:
                 file.flush()
 
     ended = run_ranks(run, settings=["guard.preflight=false", "checkpoint.every_steps=1000", "train.max_steps=2000",
-                                     "train.epochs=100", "logging.tensorboard=false"], during=fill)  # fmt: skip
+                                     "train.epochs=100", "tracking=[]"], during=fill)  # fmt: skip
     assert 2 in ended.codes, ended.out[-3000:]
     assert "No space left on device" in ended.out
     assert "Traceback" not in ended.out

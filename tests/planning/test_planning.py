@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from click.testing import CliRunner, Result
 from mirai_ds.cli.main import main
 from mirai_ds.config import UserError
 from mirai_ds.planning.devices import DEVICES, GIB, Allowance, find_device, fits, needed
-from mirai_ds.planning.plan import Choice, PlanRequest, TrainingPlan, make_plan, suggest
+from mirai_ds.planning.plan import (
+    Choice,
+    PlanRequest,
+    TrainingPlan,
+    day_jobs,
+    device_hours,
+    make_plan,
+    plan_json,
+    suggest,
+)
+from mirai_ds.planning.plan_report import render
 
 P_B, P_HEADS = 110_888_448, 3 * 7_344_896
 
@@ -162,6 +173,17 @@ def test_days(tmp_path: Path) -> None:
     assert seconds[0] == pytest.approx(found.steps * fast.overlapped)
     aligned = plan(tmp_path).run_seconds()
     assert aligned is not None
+    hours, jobs = device_hours(found), day_jobs(found)
+    assert hours == pytest.approx((8 * seconds[0] / 3600, 8 * seconds[1] / 3600))
+    # 1.5 million steps of about 30 and 45 ms: half a day and three quarters, one job; at a tenth of the MFU several.
+    assert jobs == (math.ceil(seconds[0] / 86400), math.ceil(seconds[1] / 86400)) == (1, 1)
+    slower = plan(tmp_path, sections={"foresight": {"method": "none"}}, mfu=0.045)
+    assert day_jobs(slower)[0] > day_jobs(found)[1]
+    told = "\n".join(str(part) for part in render(slower))
+    low, high = day_jobs(slower)
+    assert f"GPU-hours: {device_hours(slower)[0]:,.1f} to " in told
+    assert f"on 8 ranks; {low} to {high} jobs of 24 h" in told
+    assert plan_json(slower)["jobs_of_24_h"] == [low, high]
     # 15 of 300 epochs run without the 41.0 % that heads and teacher add
     assert aligned[0] / seconds[0] == pytest.approx(1 + 0.41 * 0.95, rel=2e-3)
 

@@ -65,7 +65,8 @@ def test_pictures_show_the_same(drawn: Path) -> None:
     for i in (0, 20):
         assert np.array_equal(np.asarray(Image.open(drawn.with_name("x") / names[i])), images[i])
     sheet = np.asarray(Image.open(drawn.with_name("x.sheet.png")))
-    assert np.array_equal(sheet[2:34:4, 2:34:4], images[0])  # enlarged to 32 pixels, in a frame of 2
+    assert np.array_equal(sheet[2:66:8, 2:66:8], images[0])  # enlarged to 64 pixels, in a frame of 2
+    assert np.array_equal(sheet[2:66:8, 68:132:8], images[1])
 
 
 def test_the_record_says_the_protocol(tiny: Path, drawn: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import timm
 import torch
 from PIL import Image
 
-from mirai_ds.checkpoint.store import list_steps
+from mirai_ds.checkpoint.store import folder_of, list_steps, read_info
 from mirai_ds.checkpoint.weights import load_weights
+from mirai_ds.config import CheckpointConfig, load
 from mirai_ds.data import load_dataset
 from mirai_ds.eval.features import evaluate_features, extract_features, reference_of
 from mirai_ds.eval.timm_features import PooledFeatures
 from mirai_ds.model import gpt_from_weights, sample_tokens
 from mirai_ds.model.rules import image_labels, rules_of
 from tests.fault.faulty_ranks import curve, run_ranks, tensors
+from tests.one_line import one_line
 
 SETTINGS = ["train.max_steps=8", "eval.loss.every_steps=null", "eval.loss.at_end=false", "sampling.every_steps=null",
             "sampling.at_end=false"]  # fmt: skip
@@ -55,7 +58,7 @@ def test_values_are_the_tools_and_training_does_not_notice(network: Path, tmp_pa
     assert set(found[0]) == {"step", "epoch", "quality/frechet_distance", "quality/precision", "quality/recall"}
     assert found[0]["quality/frechet_distance"] != found[1]["quality/frechet_distance"]
     with Image.open(tmp_path / "run" / "quality" / "step-00000008.png") as grid:
-        assert grid.size == (8 * 34 + 2, 8 * 34 + 2)  # 64 digits of 32 pixels with their frames
+        assert grid.size == (8 * 66 + 2, 8 * (66 + 17) + 2)  # 64 digits of 64 pixels with frames and names
     for name, value in by_the_tools(tmp_path / "run", network).items():
         assert found[1][f"quality/{name}"] == pytest.approx(value, rel=1e-9)
 
@@ -93,6 +96,43 @@ def test_a_reference_of_ones_own_and_fewer_images_than_ranks(network: Path, tmp_
         noise = extract_features(real["arr_0"], judge)
     assert values[0] > 10 * evaluate_features(rng.integers(0, 256, (66, 8, 8, 3), dtype=np.uint8),
                                               reference_of(noise), judge, ["fid"])["frechet_distance"]  # fmt: skip
+
+
+def test_the_distance_chooses_the_checkpoint_that_stays(network: Path, tmp_path: Path) -> None:
+    """It is measured at every checkpoint, the last one too, without an interval of its own; a start that goes on knows
+    the best one of before.  The learning rate is so high that images get worse."""
+    rules = [*SETTINGS, *fid(network, at_end="false", num_samples=20, reference_images=20, metrics="[fid]"),
+             "checkpoint.every_steps=2", "checkpoint.keep_last=1", "checkpoint.keep_best=1", "ema.decay=0.5",
+             "checkpoint.best_metric=eval.fid", "optimizer.lr=0.2"]  # fmt: skip
+    for steps, *more in (["5"], ["7", "--resume", "auto"]):
+        ended = run_ranks(tmp_path / "run", *more, settings=[*rules, f"train.max_steps={steps}"])
+        assert ended.codes == [0, 0], ended.out[-3000:]
+    name = "quality/frechet_distance"
+    measured = {r["step"]: r[name] for r in curve(tmp_path / "run") if name in r}
+    assert sorted(measured) == [2, 4, 5, 6, 7]
+    best = min(measured, key=measured.__getitem__)
+    assert best < 7
+    assert list_steps(tmp_path / "run") == [best, 7]
+    assert read_info(folder_of(tmp_path / "run", best)).metrics == {name: measured[best]}
+
+
+def test_rules_that_cannot_choose() -> None:
+    """A distance that nothing measures, or that is measured after the save."""
+    given = ["checkpoint.every_steps=2", "checkpoint.keep_best=1", "checkpoint.best_metric=eval.fid"]
+    hooks = "hooks=[log, checkpoint, eval-fid, stop]"
+    weights = "eval.fid.features_weights=net.pth"
+    for settings, said in (
+        (given, "eval.fid.features_weights = null: give the file"),
+        ([*given, weights, "eval.fid.metrics=[pr]"], "eval.fid.metrics = ['pr']: checkpoint.best_metric"),
+        ([*given, weights, hooks], "needs eval-fid, and checkpoint after it"),
+        ([*given[:2], "checkpoint.best_metric=eval.fit", "eval.loss.every_steps=2"], "did you mean 'eval.fid'?"),
+    ):
+        one_line(lambda settings=settings: load("digits-baseline", settings), said)
+    assert load("digits-baseline", [*given, weights]).checkpoint.judged_by_fid
+    scored = CheckpointConfig(best_metric="eval.fid")
+    assert scored.score({"quality/frechet_distance": 2.0, "held_out/ntp_ema": 1.0}) == 2.0
+    assert scored.score({"quality/fid": math.nan}) is None
+    assert CheckpointConfig().score({"quality/fid": 2.0}) is None
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,18 @@ def test_an_encoder(folder: Path) -> None:
     assert out[0].tolist() == [[0.0, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.5], [1.0, 0.0, 0.0]]
 
 
+def test_a_tracker(folder: Path) -> None:
+    done = run(folder, f"{command('latest:Latest')} --set logging.every_steps=1")
+    assert done.code == 0, done.out + done.err
+    told = [line.split() for line in (folder / "runs/latest/latest.txt").read_text().splitlines()]
+    newest: dict[str, tuple[int, float]] = {}
+    for line in [json.loads(line) for line in (folder / "runs/latest/metrics.jsonl").read_text().splitlines()]:
+        newest |= {tag: (line["step"], value) for tag, value in line.items() if tag not in ("step", "epoch")}
+    assert {tag: (int(step), float(value)) for tag, step, value in told} == newest
+    assert newest["loss/ntp"][0] == 2
+    assert (folder / "runs/latest/tensorboard").is_dir()
+
+
 def test_a_source(folder: Path) -> None:
     done = run(folder, command("stripes:stripes"))
     assert done.code == 0, done.out + done.err

@@ -18,6 +18,7 @@ from mirai_ds.config import dump, load
 from mirai_ds.kernels.build import find
 from mirai_ds.kernels.toolchain import vector_unit
 from mirai_ds.runs.configuration import read_run_config
+from mirai_ds.tracking.tags import meaning
 from mirai_ds.train.hooks.log import Sinks
 from mirai_ds.train.hooks.report import ReportHook, print_table
 from tests.train.conftest import SMALL, numbers, records, small_train
@@ -88,7 +89,10 @@ def test_tensorboard_has_every_name(finished: Path) -> None:
     tags = events.Tags()
     assert set(tags["scalars"]) == SCALARS
     assert tags["images"] == ["samples/grid"]
-    assert {name.removesuffix("/text_summary") for name in tags["tensors"]} == {"config/run", "config/deepspeed"}
+    assert {name.removesuffix("/text_summary") for name in tags["tensors"]} == {
+        "config/run", "config/deepspeed", "custom_scalars__config__",
+    }  # fmt: skip
+    assert all(meaning(tag) for tag in SCALARS)  # a name without a meaning would stand in TensorBoard unexplained
     written = {e.step: e.value for e in events.Scalars("loss/ntp")}
     for r in records(finished):
         if "loss/ntp" in r:
@@ -97,9 +101,15 @@ def test_tensorboard_has_every_name(finished: Path) -> None:
 
 def test_pictures(finished: Path) -> None:
     grid = np.asarray(Image.open(finished / "samples" / "step-00000066.png"))
-    assert grid.shape == (10 * 34 + 2, 2 * 34 + 2, 3)  # 10 classes x 2 images of 8 px at 4x, 2 px between
+    assert grid.shape[0] == 10 * 66 + 2  # 10 classes of 8 px at 8x, 2 px between
+    names = grid.shape[1] - (2 * 66 + 2)  # two images each, after the digits' names
+    assert 8 < names < 20
+    assert (grid[2:66, :names].max(), grid[2:66, :names].min()) == (240, 64)
     assert len(np.unique(grid)) > 8
-    assert Image.open(finished / "samples.png").size[0] > 800
+    beside = np.asarray(Image.open(finished / "samples.png"))
+    assert beside.shape[0] == grid.shape[0] + 24  # a line of text above
+    assert beside.shape[1] == grid.shape[1] + 8 + (2 * 66 + 2)
+    assert np.array_equal(beside[24:, : grid.shape[1]], grid)
     curve = np.asarray(Image.open(finished / "loss.png").convert("L"))
     assert (curve < 128).mean() > 0.001
 
@@ -109,6 +119,7 @@ def test_the_report_says_what_the_table_shows(finished: Path) -> None:
     out = (finished / "stdout.txt").read_text()
     assert report["steps"] == 66
     assert report["accuracy"]["real"] > 0.95
+    assert f"curves: tensorboard --logdir {finished.parent}, and http://localhost:6006/#custom_scalars" in out
     assert f"{report['accuracy']['real']:.3f}" in out
     assert f"{report['held_out/ntp_ema']['last']:.4f}" in out
     last = [r for r in records(finished) if "held_out/ntp_ema" in r][-1]

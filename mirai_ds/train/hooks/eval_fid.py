@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mirai_ds.config import ConfigError, FidConfig, UserError
 from mirai_ds.data import TokenSource
+from mirai_ds.data.meaning import class_names
 from mirai_ds.eval.features import (
     FeatureNetwork,
     Features,
@@ -42,7 +43,7 @@ SHOWN = 64  # images of the picture
 
 
 class EvalFidHook(Hook):
-    """`eval-fid`: quality/fid and the other metrics in TensorBoard and metrics.jsonl, a grid of the first images.
+    """`eval-fid`: quality/fid and the other metrics in metrics.jsonl and the trackers, a grid of the first images.
 
     Labels and random numbers are those of `mirai-ds sample --num` with the same seed and policy.  The ranks share the
     images, and training is not touched: no random number is drawn, no weight changed, no precision switch left turned.
@@ -57,7 +58,7 @@ class EvalFidHook(Hook):
     def check(self, session: Session) -> None:
         """Load the network and see the real images once, so that a mistake is heard of before hours of training."""
         config = session.config.eval.fid
-        if not config.active:
+        if not config.active and not session.config.checkpoint.judged_by_fid:
             return
         network = on_every_rank(lambda: _network(config, session.device))
         reference = _reference(config, session, network)
@@ -65,8 +66,11 @@ class EvalFidHook(Hook):
         self._network, self._reference = network, reference
 
     def needs_sync(self, session: Session) -> bool:
-        """At the interval."""
-        epochs = session.config.eval.fid.every_epochs
+        """At the interval; where it judges checkpoints, whenever one is saved too."""
+        epochs, saves = session.config.eval.fid.every_epochs, session.config.checkpoint
+        last = session.step == session.total_steps
+        if saves.judged_by_fid and (saves.due(session.step) or (last and saves.at_end)):
+            return True
         return epochs is not None and session.step % max(1, round(epochs * session.order.steps_per_epoch)) == 0
 
     def after_step(self, session: Session, record: StepRecord) -> None:
@@ -95,16 +99,15 @@ class EvalFidHook(Hook):
         if session.is_main:
             assert self._reference is not None
             values = score(features, self._reference, self._network, config.metrics).values
-            self._show(session, source.decode(tokens[:SHOWN]))
+            self._show(session, source.decode(tokens[:SHOWN]), class_names(source.meaning, labels[:SHOWN]))
         values = session.control.gather({f"quality/{name}": value for name, value in values.items()})[0]
         session.progress.measured |= values
         self.sinks.scalars(values, session)
 
-    def _show(self, session: Session, images: Array) -> None:
-        grid = labelled_grid(images, columns=8)
+    def _show(self, session: Session, images: Array, names: list[str]) -> None:
+        grid = labelled_grid(images, columns=8, captions=names)
         save_png(session.run / "quality" / f"step-{session.step:08d}.png", grid)
-        if self.sinks.board is not None:
-            self.sinks.board.image("quality/grid", grid, session.step)
+        self.sinks.image("quality/grid", grid, session)
 
 
 def shared_features(
@@ -160,7 +163,8 @@ def _reference(config: FidConfig, session: Session, network: FeatureNetwork) -> 
         raise ConfigError("eval.fid.every_epochs", config.every_epochs, problem)
     if config.reference is None:
         return reference_of(_training_features(config, session, source, network))
-    file = on_every_rank(lambda: open_reference(Path(config.reference or "")))
+    side = source.decoder.downsampling * session.config.model.grid
+    file = on_every_rank(lambda: open_reference(Path(config.reference or ""), (side, side)))
     images = None if file.images is None else _file_features(session, file.images, network)
     computed = Reference(None, None, None) if images is None else reference_of(images)
     if not isinstance(network, InceptionFeatures):

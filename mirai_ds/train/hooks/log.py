@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, metrics.jsonl and the terminal, every `logging.every_steps` steps."""
+"""Metrics to metrics.jsonl, the trackers and the terminal, every `logging.every_steps` steps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import resource
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from mirai_ds.config import dump
 from mirai_ds.foresight import method_of, offsets
 from mirai_ds.planning.flops import training_flops
-from mirai_ds.tracking.sinks import JsonLines, TensorBoard
+from mirai_ds.tracking.json_lines import JsonLines
+from mirai_ds.tracking.registry import close_trackers, find_trackers, open_trackers
+from mirai_ds.tracking.tracker import BackgroundTracker, TrackedRun
+from mirai_ds.train.agree import on_every_rank
 from mirai_ds.train.hooks.progress import TrainingProgress
 from mirai_ds.train.loop import Hook
 from mirai_ds.train.session import Session
@@ -19,11 +23,11 @@ from mirai_ds.train.step import StepRecord, mean_over_ranks
 
 
 class Sinks:
-    """The main rank's TensorBoard and JSONL; on other ranks writing does nothing."""
+    """The main rank's metrics.jsonl and trackers; on other ranks writing does nothing."""
 
     def __init__(self) -> None:
         self.jsonl: JsonLines | None = None
-        self.board: TensorBoard | None = None
+        self._trackers: list[BackgroundTracker] = []
 
     def open(self, session: Session) -> None:
         """Open for appending after `session.step`."""
@@ -31,19 +35,23 @@ class Sinks:
             return
         self.jsonl = JsonLines(session.run / "metrics.jsonl", session.step, session.progress.log_bytes)
         session.checkpoints.log_position = self.jsonl.position
-        if session.config.logging.tensorboard:
-            self.board = TensorBoard(session.run / "tensorboard", session.step)
+        config = session.config
+        run = TrackedRun(
+            config.name, session.run, session.step, self.jsonl.position(), config.model_dump(mode="json")
+        )  # fmt: skip
+        self._trackers = open_trackers(find_trackers(config.tracking), run)
 
     def rewind(self, session: Session) -> None:
         """Take back what came after the checkpoint that was returned to."""
         self.close()
-        self.jsonl, self.board = None, None
+        self.jsonl = None
         self.open(session)
 
     def machine(self, values: dict[str, float], session: Session) -> None:
         """Write scalars that tell of the machine; they are no part of the curve that a resume repeats."""
-        if self.board is not None:
-            self.board.scalars(values, session.step)
+        for tracker in self._trackers:
+            if tracker.machine_values:
+                tracker.scalars(values, session.step)
 
     def scalars(self, values: dict[str, float], session: Session) -> None:
         """Write named scalars of the current step.  Raises RunTakenOverError when another start holds the run."""
@@ -51,14 +59,25 @@ class Sinks:
             session.run_lock.check()
             epoch = session.step / session.order.steps_per_epoch
             self.jsonl.write({"step": session.step, "epoch": round(epoch, 6), **values})
-        if self.board is not None:
-            self.board.scalars(values, session.step)
+        for tracker in self._trackers:
+            tracker.scalars(values, session.step)
+
+    def image(self, name: str, image: np.ndarray[Any, Any], session: Session) -> None:
+        """Show a uint8 (H, W, 3) picture of the current step."""
+        for tracker in self._trackers:
+            tracker.image(name, image, session.step)
+
+    def text(self, name: str, text: str, session: Session) -> None:
+        """Show preformatted text."""
+        for tracker in self._trackers:
+            tracker.text(name, text, session.step)
 
     def close(self) -> None:
-        """Close both."""
-        for sink in (self.jsonl, self.board):
-            if sink is not None:
-                sink.close()
+        """Close all."""
+        if self.jsonl is not None:
+            self.jsonl.close()
+        close_trackers(self._trackers)
+        self._trackers = []
 
 
 class LogHook(Hook):
@@ -74,12 +93,16 @@ class LogHook(Hook):
         self._flops_done = 0.0
         self.progress: TrainingProgress | None = None
 
+    def check(self, session: Session) -> None:
+        """Whether the trackers can be had: a package may be missing."""
+        on_every_rank(lambda: find_trackers(session.config.tracking if session.is_main else []))
+
     def on_start(self, session: Session) -> None:
         """Open the sinks, describe the run."""
         self.sinks.open(session)
-        if self.sinks.board is not None and session.step == 0:
-            self.sinks.board.text("config/run", dump(session.config))
-            self.sinks.board.text("config/deepspeed", (session.run / "deepspeed.json").read_text(encoding="utf-8"))
+        if session.is_main and session.step == 0:
+            self.sinks.text("config/run", dump(session.config), session)
+            self.sinks.text("config/deepspeed", (session.run / "deepspeed.json").read_text(encoding="utf-8"), session)
         self._step, self._since = session.step, time.perf_counter()
         if session.is_main:
             self.progress = TrainingProgress(

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from mirai_ds.runtime.time_left import TimeLeft
 
 
 class TrainingProgress:
     """Step, loss, learning rate, images/s and time left."""
 
     def __init__(self, name: str, step: int, total: int, enabled: bool) -> None:
-        self._name, self._total, self._first, self._began = name, total, step, time.monotonic()
+        self._name, self._total, self._left = name, total, TimeLeft(step)
         self._bar: RichProgress | None = None
         if enabled and sys.stdout.isatty():
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(), console=Console(),
+                self._left, console=Console(),
             )  # fmt: skip
             self._task = self._bar.add_task(name, total=total, completed=step, line="")
             self._bar.start()
@@ -31,21 +32,14 @@ class TrainingProgress:
             f"loss {values['loss/total']:.4f}  ntp {values['loss/ntp']:.4f}  lr {values['optimizer/lr']:.2e}  "
             f"{values['speed/images_per_s']:.0f} images/s"
         )
+        self._left.report(step, self._total)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
         elif self._plain:
-            left = (time.monotonic() - self._began) / max(1, step - self._first) * (self._total - step)
-            print(
-                f"{self._name}  step {step}/{self._total}  epoch {epoch:.2f}  {line}  {_clock(left)} left", flush=True
-            )
+            where = f"step {step}/{self._total}  epoch {epoch:.2f}"
+            print(f"{self._name}  {where}  {line}  {self._left.text()}", flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.table import Table
 from mirai_ds.data import TokenSource
 from mirai_ds.eval.classifier import ClassifierScore, classifier_score
 from mirai_ds.runtime.disk import write_whole
-from mirai_ds.tracking.pictures import labelled_grid, loss_curves, side_by_side
+from mirai_ds.tracking.pictures import GREY, labelled_grid, loss_curves, side_by_side
 from mirai_ds.train.hooks.log import Sinks, last_values
 from mirai_ds.train.hooks.sample import draw_samples
 from mirai_ds.train.loop import Hook
@@ -77,8 +78,7 @@ class ReportHook(Hook):
         from PIL import Image
 
         generated = np.asarray(Image.open(path).convert("RGB"))
-        rows = [np.flatnonzero(source.labels == label)[: config.per_class] for label in range(config.classes)]
-        real = labelled_grid(pixels(source, np.concatenate(rows)), columns=config.per_class)
+        real = labelled_grid(_rows_of_classes(source, config.classes, config.per_class), columns=config.per_class)
         title = f"generated (cfg {config.cfg_scale:g}, {config.weights} weights)"
         side_by_side(session.run / "samples.png", generated, real, (title, "real training images"))
 
@@ -118,6 +118,16 @@ def pixels(source: TokenSource, indices: np.ndarray[Any, Any] | None = None) -> 
     return source.decode(source.first_view(indices))
 
 
+def _rows_of_classes(source: TokenSource, classes: int, columns: int) -> np.ndarray[Any, Any]:
+    """uint8 (classes * columns, H, W, 3): the first images of each class; dark where a class has fewer."""
+    chosen = [np.flatnonzero(source.labels == label)[:columns] for label in range(classes)]
+    images = pixels(source, np.concatenate(chosen))
+    rows = np.full((classes, columns, *images.shape[1:]), GREY, np.uint8)
+    for row, part in enumerate(np.split(images, np.cumsum([len(one) for one in chosen])[:-1])):
+        rows[row, : len(part)] = part
+    return rows.reshape(-1, *images.shape[1:])
+
+
 def print_table(report: dict[str, Any], run: Path) -> None:
     """The short table at the end of a run."""
     table = Table(title=f"{report['recipe']}: {report['method']}, ZeRO-{report['zero_stage']}, {report['ranks']} ranks")
@@ -146,3 +156,6 @@ def print_table(report: dict[str, Any], run: Path) -> None:
     console = Console(width=None if os.isatty(1) else 100)
     console.print(table)
     console.print(f"pictures and numbers: {run}/", highlight=False, soft_wrap=True)
+    if (run / "tensorboard").is_dir():  # by itself it opens on what comes first in the alphabet
+        losses = f"tensorboard --logdir {shlex.quote(str(run.parent))}, and http://localhost:6006/#custom_scalars"
+        console.print(f"curves: {losses}", highlight=False, soft_wrap=True)

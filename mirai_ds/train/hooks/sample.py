@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mirai_ds.config import Weights
+from mirai_ds.data.meaning import class_names
 from mirai_ds.model import sample_tokens
 from mirai_ds.model.rules import rules_of
 from mirai_ds.tracking.pictures import labelled_grid, save_png
@@ -31,7 +32,7 @@ def draw_samples(session: Session, labels: Tensor, kind: Weights, seed: int, bat
 
 
 class SampleHook(Hook):
-    """A grid of `classes` rows with `per_class` images each, into samples/ and TensorBoard."""
+    """A grid of `classes` rows with `per_class` images each, into samples/ and the trackers."""
 
     def __init__(self, sinks: Sinks) -> None:
         self.sinks = sinks
@@ -65,7 +66,7 @@ class SampleHook(Hook):
         tokens = draw_samples(session, labels, config.weights, session.config.seed)
         if not session.is_main:
             return
-        grid = labelled_grid(source.decode(tokens), columns=config.per_class)
+        names = class_names(source.meaning, range(config.classes))
+        grid = labelled_grid(source.decode(tokens), config.per_class, rows=names)
         save_png(session.run / "samples" / f"step-{session.step:08d}.png", grid)
-        if self.sinks.board is not None:
-            self.sinks.board.image("samples/grid", grid, session.step)
+        self.sinks.image("samples/grid", grid, session)

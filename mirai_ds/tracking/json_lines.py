@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard and `metrics.jsonl`; a resume takes back what came after the resumed step."""
+"""`metrics.jsonl`, the record of a run's values; a resume takes back what came after the resumed step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import math
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mirai_ds.runtime.disk import write_whole
 
@@ -54,31 +52,3 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-class TensorBoard:
-    """Grouped scalars, images and text.  `purge_step` hides events after a resumed step, so curves do not zig-zag."""
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # 0 in a run that begins anew: a start before it may have died before its first checkpoint.
-        purge = resume_step + 1 if resume_step else 0
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write named scalars."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def image(self, name: str, image: np.ndarray[Any, Any], step: int) -> None:
-        """Write a uint8 (H, W, 3) image."""
-        self._writer.add_image(name, image, step, dataformats="HWC")
-
-    def text(self, name: str, text: str, step: int = 0) -> None:
-        """Write preformatted text."""
-        self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()

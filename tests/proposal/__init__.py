@@ -1,0 +1,1 @@
+"""A recipe for a folder of images."""

@@ -1,0 +1,1 @@
+"""Where values and pictures of a run go."""
