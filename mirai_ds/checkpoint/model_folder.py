@@ -19,11 +19,12 @@ MODEL_TYPE = "mirai_ds"
 
 
 class ModelFolder(NamedTuple):
-    """What is in one.  codebook: the file, None where there is none."""
+    """What is in one.  codebook: the file, classes: names in label order; None where there are none."""
 
     file: GptFile
     config: RunConfig
     codebook: Path | None
+    classes: tuple[str, ...] | None
 
 
 def is_model_folder(path: Path) -> bool:
@@ -47,4 +48,6 @@ def read_model_folder(path: Path, kind: Weights | None) -> ModelFolder:
     config = build(told["recipe"], str(path / CONFIG))
     file = read_gpt_file(path / WEIGHTS, kind or "ema", or_other=kind is None)
     codebook = path / CODEBOOK
-    return ModelFolder(file, config, codebook if codebook.is_file() else None)
+    names = told.get("classes")
+    classes = tuple(map(str, names)) if isinstance(names, list) else None
+    return ModelFolder(file, config, codebook if codebook.is_file() else None, classes)

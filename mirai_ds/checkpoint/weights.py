@@ -28,7 +28,7 @@ class LoadedWeights:
 
     gpt: with `projectors.*` where those were asked for.  kind: which of those `held` at the source they are.  data:
     what they were trained on; None: of a file nobody says.  model: the fields of `config.model` that are known.
-    codebook: the file that shows their tokens, where it lies beside them.
+    codebook: the file that shows their tokens, and classes: the names of their labels, where those lie beside them.
     """
 
     gpt: dict[str, Tensor]
@@ -40,6 +40,7 @@ class LoadedWeights:
     data: DataConfig | None
     model: dict[str, Any]
     codebook: Path | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def checkpoint_of(run: Path, step: int | str | None) -> tuple[Path, int, RunConfig]:
@@ -106,11 +107,11 @@ def _of_model_folder(source: Path, kind: Weights | None, given: dict[str, Any], 
     for option, value in given.items():
         if value is not None:
             raise UserError(f"{option} {value}: {source} says itself what it holds; leave it out")
-    file, config, codebook = read_model_folder(source, kind)
+    file, config, codebook, classes = read_model_folder(source, kind)
     check_gpt_weights(file.weights, config.model, source)
     return LoadedWeights(
         _without_heads(file.weights, heads), config, f"{source} ({file.kind} weights)", file.steps, file.kind,
-        file.held, None, config.model.model_dump(mode="json"), codebook,
+        file.held, None, config.model.model_dump(mode="json"), codebook, classes,
     )  # fmt: skip
 
 

@@ -12,11 +12,10 @@ from mirai_ds.checkpoint.model_folder import CARD, CODEBOOK, CONFIG, MODEL_TYPE,
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.config.eval_config import Weights
-from mirai_ds.data import load_dataset
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.library.model_card import model_card
 from mirai_ds.runtime.disk import sync, temporary_name, write_whole
-from mirai_ds.sampling.grid import open_decoder
+from mirai_ds.sampling.grid import meaning_of, open_decoder
 from mirai_ds.tokenizer import PatchCodebook
 from mirai_ds.version import __version__
 
@@ -81,16 +80,12 @@ def _what_shows_it(loaded: LoadedWeights) -> tuple[TokenDecoder | None, str, lis
     decoder, _ = open_decoder(loaded, None, torch.device("cpu"))
     classes: list[str] | None = None
     tokenizer = "the tokenizer it was trained on"
-    if loaded.data is not None:
-        try:
-            meaning = load_dataset(loaded.data, loaded.config.model).train.meaning
-        except UserError:  # data that has moved
-            meaning = None
-        if meaning is not None and meaning.classes is not None:
-            classes = list(meaning.classes)
-        if meaning is not None and meaning.tokenizer is not None:
-            name, digest = meaning.tokenizer
-            tokenizer = f"{name} (digest {digest[:12]})"
+    meaning = meaning_of(loaded)
+    if meaning is not None and meaning.classes is not None:
+        classes = list(meaning.classes)
+    if meaning is not None and meaning.tokenizer is not None:
+        name, digest = meaning.tokenizer
+        tokenizer = f"{name} (digest {digest[:12]})"
     if decoder is not None:
         tokenizer = f"{getattr(decoder, 'name', type(decoder).__name__)} (digest {decoder.digest[:12]})"
     return decoder, tokenizer, classes

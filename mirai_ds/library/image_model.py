@@ -17,6 +17,7 @@ from mirai_ds.checkpoint.weights import load_weights
 from mirai_ds.config import DataConfig, RunConfig, UserError
 from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_dataset
+from mirai_ds.data.meaning import Meaning, class_names
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.foresight import index_table, method_of, slot_counts
 from mirai_ds.foresight.heads import heads
@@ -25,7 +26,7 @@ from mirai_ds.model import GPT, gpt_from_weights, next_token_loss, token_feature
 from mirai_ds.model.features import Slots
 from mirai_ds.model.rules import rules_of
 from mirai_ds.runtime.disk import write_whole
-from mirai_ds.sampling.grid import check_rules, draw_in_batches, open_decoder
+from mirai_ds.sampling.grid import check_rules, draw_in_batches, meaning_of, open_decoder
 from mirai_ds.tracking.pictures import labelled_grid
 
 if TYPE_CHECKING:
@@ -35,20 +36,26 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, repr=False)
 class Samples:
     """Drawn images.  tokens (n, N) int64 in raster order, labels (n,) int64, both on CPU; images uint8 (n, H, W, 3),
-    None where nothing decodes the tokens.  A notebook shows them as a sheet of `columns` images a row."""
+    None where nothing decodes the tokens; names: each image's class.  A notebook shows them as a sheet of `columns`
+    images a row."""
 
     tokens: Tensor
     labels: Tensor
     images: np.ndarray[Any, Any] | None
     columns: int
+    names: Sequence[str] = ()
 
     def sheet(self) -> Image:
-        """All images on one picture.  Raises UserError where there are only tokens."""
+        """All images on one picture, their classes named left of the rows, or below each image.  Raises UserError
+        where there are only tokens."""
         from PIL import Image
 
         if self.images is None:
             raise UserError("nothing decodes these tokens: give ImageModel.from_pretrained a tokenizer")
-        return Image.fromarray(labelled_grid(self.images, columns=self.columns))
+        labels = self.labels.tolist()
+        of_rows = all(len(set(labels[i : i + self.columns])) == 1 for i in range(0, len(labels), self.columns))
+        rows, captions = (self.names[:: self.columns], ()) if of_rows else ((), self.names)
+        return Image.fromarray(labelled_grid(self.images, self.columns, rows, captions))
 
     def save(self, path: str | Path) -> None:
         """Write the sheet as a PNG, whole or not at all.  Raises UserError."""
@@ -73,17 +80,18 @@ class ImageModel:
     gpt: the network.  config: model, method, sampling rules.  projectors: alignment heads, None where the source has
     none.  decoder: what shows tokens as pictures, None where nothing does, for the `reason` given.  origin: where the
     weights came from; step: of the training, 0 if unknown; weights: raw or ema.  data: what it was trained on, None
-    where nobody says.
+    where nobody says.  meaning: what its classes are called, None where nobody says.
     """
 
     def __init__(
         self, gpt: GPT, config: RunConfig, projectors: torch.nn.ModuleList | None = None,
         decoder: TokenDecoder | None = None, reason: str = "", origin: str = "", step: int = 0,
-        weights: Weights = "raw", data: DataConfig | None = None,
+        weights: Weights = "raw", data: DataConfig | None = None, meaning: Meaning | None = None,
     ) -> None:  # fmt: skip
         self.gpt, self.config, self.projectors = gpt, config, projectors
         self.decoder, self.reason = decoder, reason
-        self.origin, self.step, self.weights, self.data = origin, step, weights, data
+        self.origin, self.step, self.weights = origin, step, weights
+        self.data, self.meaning = data, meaning
 
     @classmethod
     def from_pretrained(
@@ -105,8 +113,9 @@ class ImageModel:
         gpt = gpt_from_weights(loaded.config.model, mine)
         projectors = _heads_from_weights(loaded.config, of_heads) if of_heads else None
         return cls(
-            gpt, loaded.config, projectors, decoder, reason, loaded.origin, loaded.step, loaded.kind, loaded.data
-        )
+            gpt, loaded.config, projectors, decoder, reason, loaded.origin, loaded.step, loaded.kind, loaded.data,
+            meaning_of(loaded),
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +152,7 @@ class ImageModel:
         tokens = draw_in_batches(self.gpt, labels, asked, seed, self.device, batch)
         images = None if self.decoder is None else self.decoder.decode(tokens)
         columns = per_class if per_class > 1 else min(len(chosen), 8)
-        return Samples(tokens, labels, images, columns)
+        return Samples(tokens, labels, images, columns, class_names(self.meaning, labels.tolist()))
 
     def examples(self, count: int, held_out: bool = True) -> tuple[Tensor, Tensor]:
         """The first `count` images, or all there are, of the data that it was trained on: tokens (n, N) of their first

@@ -12,7 +12,7 @@ from torch import Tensor
 from mirai_ds.checkpoint.weights import LoadedWeights, load_weights
 from mirai_ds.config import RunConfig, UserError
 from mirai_ds.data import load_decoder
-from mirai_ds.data.meaning import class_names
+from mirai_ds.data.meaning import Meaning, class_names
 from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
@@ -49,11 +49,16 @@ def sample_to_folder(
     arrays = {"tokens": tokens.numpy().astype(np.uint16), "labels": labels.numpy()}
     if decoder is not None:
         arrays["images"] = decoder.decode(tokens)
-        names = class_names(load_meaning(loaded.data), labels[::columns].tolist())
+        names = class_names(meaning_of(loaded), labels[::columns].tolist())
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns, rows=names))
     np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
     written = f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {folder}/tokens.npz"
     return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"
+
+
+def meaning_of(loaded: LoadedWeights) -> Meaning | None:
+    """What the labels stand for, by what lies beside the weights, else by the data; None where nobody says."""
+    return load_meaning(loaded.data) if loaded.classes is None else Meaning(classes=loaded.classes)
 
 
 def open_decoder(

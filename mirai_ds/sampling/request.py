@@ -17,13 +17,12 @@ from mirai_ds.config import RunConfig, UserError
 from mirai_ds.config.eval_config import Weights
 from mirai_ds.data import load_decoder
 from mirai_ds.data.meaning import Meaning
-from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import SamplingRules, Speed
 from mirai_ds.model.orders import token_order
 from mirai_ds.model.rules import Policy, rules_of
 from mirai_ds.runtime.environment import cpu_name
-from mirai_ds.sampling.grid import NO_DATA, check_rules, check_vocabulary, chosen_classes
+from mirai_ds.sampling.grid import NO_DATA, check_rules, check_vocabulary, chosen_classes, meaning_of
 from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tokenizer.vq import weights_digest
 from mirai_ds.version import __version__
@@ -127,7 +126,7 @@ def prepare(request: SamplingRequest, device: torch.device) -> Drawing:
         raise UserError(f"--out {out}: must end in .npz")
     dtype = PRECISIONS[precision]
     alone = device.type == "cpu" and precision == "fp32" and not speed.compile
-    meaning = load_meaning(loaded.data)
+    meaning = meaning_of(loaded)
     return Drawing(
         config, loaded.gpt, decoder, rules, speed, dtype, classes, batch, size, out, protocol, alone, meaning
     )
