@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from rich.progress import ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 
@@ -20,7 +21,7 @@ class TimeLeft(ProgressColumn):
 
     def __init__(self, done: int, clock: Callable[[], float] = time.monotonic) -> None:
         """done: of the work, before this start."""
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._clock, self._first, self._began = clock, done, clock()
         self._seen: float = done
         self._left: float | None = None
