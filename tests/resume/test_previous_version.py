@@ -24,8 +24,11 @@ from tests.warm_start import warm_mirai_ds
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
 RENAMED = (
-    ("evaluate", "eval.loss"), ("quality", "eval.fid"), ("score", "eval.classifier"), ("logging.tensorboard", "tracking"),
-)  # fmt: skip
+    ("evaluate", "eval.loss"),
+    ("quality", "eval.fid"),
+    ("score", "eval.classifier"),
+    ("logging.tensorboard", "tracking"),
+)
 
 
 def curve(run: Path) -> dict[int, dict[str, Any]]:
