@@ -51,9 +51,11 @@ def read_checkpoints(run: Path, digests: bool, valid: dict[int, float]) -> list[
     if not digests:
         return _present([_read(step, folder, sizes[step], False, valid) for step, folder in folders.items()])
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    from mirai_ds.runtime.time_left import TimeLeft
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft(0))
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=sum(sizes.values()))
         checkpoints = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mirai_ds.config import UserError
 from mirai_ds.data.stores import (
@@ -22,6 +22,7 @@ from mirai_ds.data.stores import (
 from mirai_ds.data.stores.files import read_manifest
 from mirai_ds.data.stores.tokens import TokenManifest
 from mirai_ds.runs.records import size_text as size_text  # where no torch is needed
+from mirai_ds.runtime.time_left import TimeLeft
 
 
 def inspect_store(path: Path, verify: bool) -> tuple[list[str], list[str]]:
@@ -61,7 +62,8 @@ def _verified(store: TokenStore | ImageStore) -> list[str]:
         what, total = "images", len(store.labels)
     else:
         what, total = "shards", len(store.manifest.shard_digests)
-    with Progress(console=Console(stderr=True), transient=True) as bar:  # stdout may be JSON
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft(0))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:  # stdout may be JSON
         task = bar.add_task(what, total=total)
         return store.damages(lambda done: bar.update(task, completed=done))
 

@@ -64,7 +64,7 @@ def mention_old_names(data: dict[str, Any]) -> None:
     for old in _old_sections(data):
         _say(f"config: `{old}` is now `{OLD_SECTIONS[old]}`; the old name still works")
     if isinstance(data.get("logging"), dict) and OLD_SWITCH in data["logging"]:
-        _say("config: `logging.tensorboard` is now `tracking`, a list; the old name still works")
+        _say("config: `logging.tensorboard` is now `tracking`; the old name still works")
     for old in _old_hooks(data):
         _say(f"config: hook `{old}` is now `{OLD_HOOKS[old]}`; the old name still works")
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from rich.progress import ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 
@@ -20,14 +21,15 @@ class TimeLeft(ProgressColumn):
 
     def __init__(self, done: int, clock: Callable[[], float] = time.monotonic) -> None:
         """done: of the work, before this start."""
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._clock, self._first, self._began = clock, done, clock()
+        self._seen: float = done
         self._left: float | None = None
         self._reported = self._began
 
     def report(self, done: int, total: int) -> None:
         """So much of the work is done now."""
-        self._reported = self._clock()
+        self._reported, self._seen = self._clock(), done
         if done > self._first:
             self._left = (self._reported - self._began) / (done - self._first) * (total - done)
 
@@ -41,7 +43,9 @@ class TimeLeft(ProgressColumn):
         return f"{_clock(self._clock() - self._began)} so far" if left is None else f"{_clock(left)} left"
 
     def render(self, task: Task) -> Text:
-        """See `ProgressColumn`."""
+        """See `ProgressColumn`.  What the bar has been told since counts as a report."""
+        if task.completed != self._seen and task.total:
+            self.report(int(task.completed), int(task.total))
         return Text(self.text(), style="progress.remaining")
 
 

@@ -51,7 +51,7 @@ def test_the_switch_of_tensorboard(
     assert load(recipe(tmp_path, f"logging: {{tensorboard: {old}, every_steps: 7}}")).tracking == wanted
     assert load("digits-baseline", [f"logging.tensorboard={old}"]).tracking == wanted
     assert load(recipe(tmp_path, f"logging: {{tensorboard: {old}}}")).logging.every_steps == 100
-    note = "`logging.tensorboard` is now `tracking`, a list; the old name still works"
+    note = "`logging.tensorboard` is now `tracking`; the old name still works"
     assert capfd.readouterr().err.count(note) == 1
     other = "[csv]" if old == "true" else "[tensorboard]"
     both = recipe(tmp_path, f"logging: {{tensorboard: {old}}}\ntracking: {other}")

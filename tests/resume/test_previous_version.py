@@ -23,7 +23,12 @@ from mirai_ds.runs.records import read_run
 from tests.warm_start import warm_mirai_ds
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms"
-RENAMED = (("evaluate", "eval.loss"), ("quality", "eval.fid"), ("score", "eval.classifier"))
+RENAMED = (
+    ("evaluate", "eval.loss"),
+    ("quality", "eval.fid"),
+    ("score", "eval.classifier"),
+    ("logging.tensorboard", "tracking"),
+)
 
 
 def curve(run: Path) -> dict[int, dict[str, Any]]:
