@@ -212,6 +212,11 @@ class LoggingConfig(Section):
 
     every_steps: int = Field(100, ge=1, description="steps between two logged ones")
     progress: bool = Field(True, description="show a progress line on the terminal")
+    diagnostics: bool = Field(
+        False,
+        description="beyond the paper: also log the gradients of both losses where they meet, the clipping factor and "
+        "cosines less what all features share; changes no number of the training",
+    )
 
 
 class SamplingConfig(Section):

@@ -64,6 +64,8 @@ class TrainEngine:
         objective.gpt.run_block = block_runner(config.train.recompute)
         objective.recompute_heads = config.train.recompute.policy != "none"
         objective.chunked_loss = config.train.cross_entropy == "chunked"
+        measured = config.logging.diagnostics and config.foresight.active
+        self.tap_gradients = objective.measure() if measured else None
         recompute_halves(objective.gpt.layers, config.train.recompute)
         self.compiled = wanted(config.train, device)
         if self.compiled:

@@ -84,6 +84,8 @@ def _step_on_device(session: Session, batches: Iterable[Inputs], aligned: bool, 
         session.refresh_teacher()
     sums: dict[str, Tensor] = {}
     grad_norm: Tensor | None = None
+    if engine.tap_gradients is not None:
+        engine.tap_gradients.clear()
     for tokens, labels, keys, images in batches:
         target = session.teacher.features(tokens, labels, images) if aligned else None  # type: ignore[union-attr, arg-type]
         loss, metrics = engine.forward(tokens, labels, keys, target, *weight)
@@ -93,6 +95,9 @@ def _step_on_device(session: Session, batches: Iterable[Inputs], aligned: bool, 
         for name, value in metrics.items():
             sums[name] = sums[name] + value if name in sums else value
     assert grad_norm is not None
+    if aligned and engine.tap_gradients is not None and engine.tap_gradients.sums is not None:
+        # The engine has divided each loss by the number of micro-batches, and a square twice.
+        sums["tap_gradients"] = engine.tap_gradients.sums * session.loader.accumulation**2
     return {name: value / session.loader.accumulation for name, value in sums.items()} | {"grad_norm": grad_norm}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import Any
@@ -153,11 +154,13 @@ class LogHook(Hook):
             method = method_of(foresight)
             assert method is not None
             values |= {f"{method.metric}/{head}": means[method.metric][k] for k, head in enumerate(heads)}
+            values |= _diagnostics(means, heads)
         values |= {
             "foresight/schedule": record.multiplier,  # loss/total = loss/ntp + this * loss/alignment
             **{f"foresight/lambda/{head}": record.multiplier * weights[k] for k, head in enumerate(heads)},
             "optimizer/lr": record.lr,
             "optimizer/grad_norm": float(record.grad_norm),
+            **_clipping(session, float(record.grad_norm)),
             "optimizer/skipped_steps": float(session.step - session.progress.applied_steps),
             "speed/images_per_s": images / seconds,
             "speed/tokens_per_s": images * session.config.model.block_size / seconds,
@@ -165,6 +168,27 @@ class LogHook(Hook):
             "memory/peak_gib": peak_memory(session.device) / 2**30,
         }
         return values
+
+
+def _diagnostics(means: dict[str, list[float]], heads: list[str]) -> dict[str, float]:
+    """What `logging.diagnostics` measures: nothing without it."""
+    values = {}
+    if "tap_gradients" in means:
+        ntp, alignment, product = means["tap_gradients"]
+        lengths = math.sqrt(max(ntp, 0.0)), math.sqrt(max(alignment, 0.0))
+        values = {"foresight/gradient_ntp": lengths[0], "foresight/gradient_alignment": lengths[1]}
+        if min(lengths) > 0:
+            values["foresight/gradient_cosine"] = product / (lengths[0] * lengths[1])
+    centred = means.get("centred_cosine", [])
+    return values | {f"centred_cosine/{head}": value for head, value in zip(heads, centred, strict=False)}
+
+
+def _clipping(session: Session, norm: float) -> dict[str, float]:
+    """What clipping multiplied the gradients by, as torch has it; nothing without diagnostics or clipping."""
+    limit = session.config.optimizer.grad_clip
+    if not session.config.logging.diagnostics or not limit:
+        return {}
+    return {"optimizer/clip_factor": min(1.0, limit / (norm + 1e-6))}
 
 
 def peak_memory(device: torch.device) -> int:
