@@ -26,6 +26,7 @@ from mirai_ds.model import gpt_from_weights, token_features
 from mirai_ds.model.features import Slots
 from mirai_ds.runtime.disk import write_whole
 from mirai_ds.tokenizer import open_tokenizer
+from mirai_ds.tracking.pictures import save_figure
 
 Array = np.ndarray[Any, Any]
 Method = Literal["tsne", "pca"]
@@ -367,7 +368,7 @@ def draw(path: Path, maps: Sequence[RunMap], shown: Images) -> None:
         spread = f" ± {s.ci95:.3f}" if math.isfinite(s.ci95) else ""
         title = f"{_plain(one.name)}\nlayer {one.layer}, smoothness {s.difference:.3f}{spread}"
         axes[0, offset + k].set_title(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(path, figure, dpi=130)
 
 
 def _plain(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +24,8 @@ from mirai_ds.foresight.methods import Heads
 from mirai_ds.model import GPT, gpt_from_weights, next_token_loss, token_features
 from mirai_ds.model.features import Slots
 from mirai_ds.model.rules import rules_of
-from mirai_ds.runtime.disk import write_whole
 from mirai_ds.sampling.grid import check_rules, draw_in_batches, meaning_of, open_decoder
-from mirai_ds.tracking.pictures import labelled_grid
+from mirai_ds.tracking.pictures import labelled_grid, png_of, save_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,19 +57,14 @@ class Samples:
 
     def save(self, path: str | Path) -> None:
         """Write the sheet as a PNG, whole or not at all.  Raises UserError."""
-        write_whole(Path(path), self._png())
-
-    def _png(self) -> bytes:
-        content = io.BytesIO()
-        self.sheet().save(content, "PNG")
-        return content.getvalue()
+        save_png(Path(path), np.asarray(self.sheet()))
 
     def __repr__(self) -> str:
         pictures = "tokens alone" if self.images is None else f"{self.images.shape[2]}x{self.images.shape[1]} pixels"
         return f"Samples({len(self.tokens)} images, {pictures})"
 
     def _repr_png_(self) -> bytes | None:
-        return None if self.images is None else self._png()
+        return None if self.images is None else png_of(np.asarray(self.sheet()))
 
 
 class ImageModel:

@@ -11,6 +11,7 @@ import torch
 from mirai_ds.study.arms import ARMS, BASELINE, Planned, Study, StudyArm
 from mirai_ds.study.costs import compute_spent
 from mirai_ds.study.results import Results, estimate
+from mirai_ds.tracking.pictures import save_figure
 
 Array = np.ndarray[Any, Any]
 SHOWN_CLASSES, SHOWN_EACH = 10, 4
@@ -55,7 +56,7 @@ def draw_curves(results: Results, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    save_figure(path, figure, dpi=90, metadata={"Software": None})
 
 
 def draw_samples(study: Study, folder: Path, arms: list[StudyArm], path: Path) -> None:
@@ -85,7 +86,7 @@ def draw_samples(study: Study, folder: Path, arms: list[StudyArm], path: Path) -
         axis.imshow(labelled_grid(images, columns=SHOWN_EACH, min_side=28), interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.savefig(path, dpi=80, bbox_inches="tight")
+    save_figure(path, figure, dpi=80, bbox_inches="tight")
 
 
 def draw_maps(folder: Path, arms: list[StudyArm], path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mirai_ds.runtime.disk import write_whole
 
 Array = np.ndarray[Any, Any]
 
@@ -68,11 +71,25 @@ def _font() -> Any:
 
 
 def save_png(path: Path, picture: Array) -> None:
-    """Write a uint8 (H, W, 3) picture, making the folder."""
+    """Write a uint8 (H, W, 3) picture, whole or not at all, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, png_of(picture))
+
+
+def save_figure(path: Path, figure: Any, **options: Any) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all.  options: of its `savefig`."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", **options)
+    write_whole(path, content.getvalue())
+
+
+def png_of(picture: Array) -> bytes:
+    """A uint8 (H, W, 3) picture as a PNG file's content."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG")
+    return content.getvalue()
 
 
 def side_by_side(path: Path, left: Array, right: Array, titles: tuple[str, str]) -> None:
@@ -109,7 +126,7 @@ def loss_curves(path: Path, records: list[dict[str, Any]], title: str) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure, dpi=120)
 
 
 def _curve(axis: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
