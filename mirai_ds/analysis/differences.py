@@ -62,9 +62,9 @@ def _between(a: Json, b: Json) -> list[Difference]:
 
 
 def _differ(left: Any, right: Any) -> bool:
-    """A field that an older version does not have and its empty value are the same."""
+    """A field that an older version does not have and its empty value, or off, are the same."""
     new = right if left is ABSENT else left if right is ABSENT else ABSENT
-    return bool(left != right and new not in (None, [], {}))
+    return bool(left != right and new not in (None, [], {}, 0))  # False and 0.0 are 0
 
 
 def of_configurations(a: RunRecords, b: RunRecords) -> list[Difference] | None:
