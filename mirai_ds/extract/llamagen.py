@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,9 +285,17 @@ def _listing(request: Import, labels: Array, drop: list[int]) -> tuple[Listing, 
     return Listing(image_set.names, image_set.labels), image_set.classes
 
 
+# NumPy parses a file's header as Python, and parsers of two threads count their depth in one place (CPython issue
+# 106905): now and then a file that is whole would be "AST constructor recursion depth mismatch".
+_ONE_HEADER = threading.Lock()
+
+
 def _load(path: Path) -> Array | str:
     try:
-        array = np.load(path, allow_pickle=False)
+        with _ONE_HEADER:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            array = np.array(array)  # read here, several files at once
     except Exception as error:  # bytes from anywhere: NumPy's header parser raises nearly any type on them
         return f"{path}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
     return array if isinstance(array, np.ndarray) else f"{path}: is not one array"

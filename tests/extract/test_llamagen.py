@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,24 @@ def test_codes_and_labels_are_theirs(folder: Path, store: Path, tmp_path: Path) 
     assert found.labels.tolist() == wanted.labels.tolist()
     assert (made.num_images, made.classes, made.tokenizer.digest) == (18, ["0", "1"], "unknown")
     assert found.names()[:3] == ["0", "1", "2"]
+
+
+def test_headers_are_parsed_one_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsers of several threads disturb each other in CPython, and whole files were refused."""
+    parse, inside, most = ast.literal_eval, [0], [0]
+
+    def watched(text: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)  # long enough for another thread to come in
+        try:
+            return parse(text)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    imported(folder, tmp_path / "s")
+    assert most == [1]
 
 
 def test_names_come_from_the_images(folder: Path, store: Path, photos: Path, codebook: Path, tmp_path: Path) -> None:

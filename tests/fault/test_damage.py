@@ -244,8 +244,8 @@ def test_a_failing_write_stops_with_its_cause(tmp_path: Path, rank: int, backgro
     assert store.list_steps(run) == [4]
     store.verify(store.folder_of(run, 4))
     assert not list((run / "checkpoints").glob("*.partial-*"))
-    # In the background the loop hears of it when the thread that writes has had a processor, and at the latest where the
-    # next checkpoint waits for this one.
+    # In the background the loop hears of it when the thread that writes has had a processor, and at the latest where
+    # the next checkpoint waits for this one.
     assert not has_step(run, 13 if background else 11)
 
 
