@@ -48,6 +48,10 @@ CASES: dict[str, Case] = {
     "multiplier of each step": captured(schedule={"kind": "cosine", "final": 0.1}),
     # Heads wake after two fifths of an epoch of 14 steps: both kinds of step are captured before the traced ones.
     "asleep, then aligned": captured(foresight={"warmup_epochs": 0.4}) | {"rehearsal": {"warm": 10}},
+    "diagnostics": captured(train={"micro_batch_size": 4}) | {"logging": {"diagnostics": True}},
+    "heads alone, then a ramp": captured(
+        foresight={"warmup_epochs": 0.3, "head_warmup_epochs": 0.3, "ramp_epochs": 1.0}
+    ) | {"rehearsal": {"warm": 10}},
     "multiplier of a step": captured(schedule={"kind": "step", "at_epochs": [0.4]}) | {"rehearsal": {"warm": 10}},
 }  # fmt: skip
 
@@ -85,7 +89,7 @@ def test_a_step_is_one_launch_and_waits_for_nothing(results: dict[str, tuple[Cas
     graph, plain = results[name]
     assert graph["plain"] == ""
     assert graph["graphs"] == 1
-    micro_batches = 2 if name == "accumulation" else 1
+    micro_batches = 2 if name in ("accumulation", "diagnostics") else 1
     assert graph["launches"] + graph["graphs"] + graph["copies"] <= LAUNCHES * micro_batches
     assert plain["launches"] > 500
     assert (graph["waits"], graph["pageable"], graph["mixed"], graph["missing"]) == ({}, 0, {}, {})
