@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -61,6 +62,9 @@ def start_process_group(world: World, timeout_minutes: float) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if dist.is_initialized():
         return
+    # DeepSpeed collects garbage for each report of memory, several times an engine, printed or not: a third of a second
+    # each, were the objects of imported modules, which stay in any case, looked through.
+    gc.freeze()
     export_world(world)
     if world.size > world.local_size:  # several nodes; the control group is gloo's on GPUs too
         choose_gloo_interface(os.environ["MASTER_ADDR"])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import once
 from tests.train.conftest import Done, mirai_ds
 
 SCRIPT = Path(__file__).with_name("local_cluster.sh")
@@ -114,7 +115,7 @@ def log_of(run: Path) -> str:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Three nodes, so that a job of two has a spare; down at the end."""
+    """Three nodes, so that a job of two has a spare; down at the end.  Each worker of pytest has a cluster of its own."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     if missing:
         pytest.skip(
@@ -138,7 +139,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small recipe without Slurm and without interruption: 24 steps on two local ranks."""
-    run = tmp_path_factory.mktemp("slurm-runs") / "whole"
-    done = mirai_ds("train", "digits-mirai-e", *settings("train.max_steps=24"), "--run-dir", str(run), "--ranks", "2")
-    assert done.code == 0, done.err
-    return run
+
+    def train(folder: Path) -> None:
+        run = ["--run-dir", str(folder / "whole"), "--ranks", "2"]
+        done = mirai_ds("train", "digits-mirai-e", *settings("train.max_steps=24"), *run)
+        assert done.code == 0, done.err
+
+    return once(tmp_path_factory, "slurm-whole", train) / "whole"

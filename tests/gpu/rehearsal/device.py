@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.gpu.rehearsal.attention import FORMULAS
 from tests.gpu.rehearsal.library import Replayed, library
@@ -33,6 +32,27 @@ _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "uniqu
 Watcher = Callable[[Any, list[Tensor], list[Tensor]], None]  # of an operator, its inputs and its outputs
 _NAMESPACES = ("aten", "prims", "mirai")
 _LOW = (torch.bfloat16, torch.float16)
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.restype, _memory.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def _leaves(values: Any) -> list[Any]:
+    """What an operator is given, however it is nested.  torch's own `tree_leaves` knows more kinds of containers than
+    operators take, and looking them up was most of a fake step's time."""
+    if not isinstance(values, dict | list | tuple):
+        return [values]
+    inner = values.values() if isinstance(values, dict) else values
+    return [leaf for value in inner for leaf in _leaves(value)]
+
+
+def _mapped(function: Callable[[Any], Any], values: Any) -> Any:
+    """The same containers with `function` of each leaf."""
+    if isinstance(values, dict):
+        return {key: _mapped(function, value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)([_mapped(function, value) for value in values])
+    return function(values)
 
 
 def host_view(tensor: Any) -> Any:
@@ -42,9 +62,8 @@ def host_view(tensor: Any) -> Any:
     storage = tensor.untyped_storage()
     if tensor.numel() == 0 or storage.nbytes() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    raw = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
-    whole = storage.nbytes() // tensor.element_size() * tensor.element_size()
-    flat = torch.frombuffer(raw, dtype=torch.uint8)[:whole].view(tensor.dtype)
+    raw = _memory(storage.data_ptr(), storage.nbytes(), _WRITABLE)
+    flat = torch.frombuffer(raw, dtype=tensor.dtype, count=storage.nbytes() // tensor.element_size())
     return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -100,7 +119,7 @@ class FakeDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator on the fake device and, where it has values, on the CPU."""
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((args, kwargs))
         space, name = func._schema.name.split("::")
         if space not in _NAMESPACES or not any(_names_gpu(leaf) for leaf in leaves):
             return func(*args, **kwargs)
@@ -114,11 +133,11 @@ class FakeDevice(TorchDispatchMode):
         small = sum(t.numel() for t in inputs) <= self.limit
         if name == "equal":
             torch.cuda.current_stream().synchronize()
-            return func(*tree_map(_on_host, args)) if small else True
+            return func(*_mapped(_on_host, args)) if small else True
         if name in _SIZED_BY_VALUES:
             return self._sized_by_values(func, args, kwargs, inputs[0].device)
         # Views are made before: an operator may change the shape of its own argument.
-        host = tree_map(_on_host, (args, {k: v for k, v in kwargs.items() if k != "out"})) if small else None
+        host = _mapped(_on_host, (args, {k: v for k, v in kwargs.items() if k != "out"})) if small else None
         seed = _seed(func, leaves=(args, kwargs), device=_device_of(args, kwargs)) if small else None
         out = func(*args, **kwargs)
         outputs = _tensors(out)
@@ -128,7 +147,7 @@ class FakeDevice(TorchDispatchMode):
         return out
 
     def _sized_by_values(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-        found = func(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+        found = func(*_mapped(_on_host, args), **_mapped(_on_host, kwargs))
         torch.cuda.current_stream().synchronize()
 
         def moved(tensor: Any) -> Any:
@@ -138,7 +157,7 @@ class FakeDevice(TorchDispatchMode):
             host_view(made).copy_(tensor)
             return made
 
-        return tree_map(moved, found)
+        return _mapped(moved, found)
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor], seed: int | None) -> None:
         """Now, or at each launch of the graph that is being captured."""
@@ -183,11 +202,11 @@ class FakeDevice(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _host_out(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"out": tree_map(_on_host, kwargs["out"])} if "out" in kwargs else {}
+    return {"out": _mapped(_on_host, kwargs["out"])} if "out" in kwargs else {}
 
 
 def gives_views(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -201,7 +220,7 @@ def gives_views(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device:
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if _names_gpu(leaf)]
+    leaves = [leaf for leaf in _leaves((args, kwargs)) if _names_gpu(leaf)]
     first = leaves[0].device if isinstance(leaves[0], Tensor) else torch.device(leaves[0])
     return first if first.index is not None else torch.device("cuda", torch.cuda.current_device())
 
@@ -210,7 +229,7 @@ def _seed(func: Any, leaves: Any, device: torch.device) -> int | None:
     """For an operator that draws: a number made of the CUDA generator's state, so that the CPU's own is left alone."""
     if torch.Tag.nondeterministic_seeded not in func.tags or torch.cuda.is_current_stream_capturing():
         return None
-    given = next((g for g in tree_leaves(leaves) if isinstance(g, torch.Generator)), None)
+    given = next((g for g in _leaves(leaves) if isinstance(g, torch.Generator)), None)
     generator = given if given is not None else torch.cuda.default_generators[device.index]
     if generator.device.type != "cuda":
         return None
