@@ -51,7 +51,7 @@ test-exhaustive: $(STAMP) ## what the matrices leave out: more of their products
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal
 
 test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 20 minutes (root; slurmctld slurmd slurm-client munge)
-	$(BIN)/python -m pytest -m slurm -rs
+	$(BIN)/python -m pytest -m slurm -rs -n 2 --dist worksteal
 
 test-study: $(STAMP) ## the small study's main arms on the digits: 12 minutes on one core
 	$(BIN)/python -m pytest -m study
