@@ -115,7 +115,7 @@ def log_of(run: Path) -> str:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Three nodes, so that a job of two has a spare; down at the end.  Each worker of pytest has a cluster of its own."""
+    """Three nodes, so that a job of two has a spare; down at the end.  Each worker of pytest has its own."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     if missing:
         pytest.skip(
