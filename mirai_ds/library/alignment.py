@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mirai_ds.config import ConfigError, ForesightConfig
-from mirai_ds.foresight import alignment_active, alignment_multiplier, index_table, slot_counts
+from mirai_ds.foresight import alignment_active, alignment_multiplier, index_table, method_of, slot_counts
 from mirai_ds.foresight.heads import heads
 from mirai_ds.kernels.foresight_cosine import foresight_cosine
 from mirai_ds.model import initialise
@@ -133,7 +133,8 @@ class ForesightAlignment(nn.Module):
 
     def _check(self, total_epochs: float | None) -> None:
         config = self.config
-        if config.teacher not in ("gpt", "encoder"):
+        method = method_of(config)
+        if method is None or not method.cosine:
             problem = "has no cosine with a teacher's features; use mirai-e or mirai-i"
             raise ConfigError("foresight.method", config.method, problem)
         for name, instead in TRAINER_ONLY.items():
