@@ -50,7 +50,7 @@ test-matrix: $(STAMP) ## the long matrices: gradients and losses over layouts, w
 test-exhaustive: $(STAMP) ## what the matrices leave out: more of their products, longer runs; by hand
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal
 
-test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 20 minutes (root; slurmctld slurmd slurm-client munge)
+test-slurm: $(STAMP) ## jobs on a Slurm cluster in namespaces: 10 minutes (root; slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m slurm -rs -n 2 --dist worksteal
 
 test-study: $(STAMP) ## the small study's main arms on the digits: 12 minutes on one core
@@ -107,7 +107,7 @@ bench-sampling: $(STAMP) ## images/s of sampling GPT-B against plain loops
 bench-memory: $(STAMP) ## peak memory of real steps beside what `mirai-ds plan` says
 	$(BIN)/mirai-ds bench memory --ranks 2 --out docs/results/memory.csv
 
-gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 20 minutes on 2 cores (C++ compiler, CUDA headers)
+gpu-rehearse: $(STAMP) ## the GPU path on a fake GPU: 10 minutes on 2 cores (C++ compiler, CUDA headers)
 	$(BIN)/python -m pytest -m rehearsal tests/gpu/rehearsal -n 2 --dist loadfile
 
 gpu-rehearse-oldest: ## the same with the oldest PyTorch that is supported, in .venv-oldest; by hand, before a release
