@@ -14,7 +14,7 @@ import torch
 from mirai_ds.config import UserError
 from mirai_ds.eval.features import FeatureNetwork, Features, extract_features
 from mirai_ds.eval.image_sources import ImageSource
-from mirai_ds.runtime.disk import replacing
+from mirai_ds.runtime.disk import write_arrays
 from mirai_ds.runtime.weight_files import first_line
 
 
@@ -66,7 +66,6 @@ def _write(path: Path, features: Features, origin: str) -> None:
         arrays["spatial"] = features.spatial
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
+        write_arrays(path, arrays)
     except OSError as error:
         raise UserError(f"--cache {path.parent}: cannot be written ({first_line(error)})") from None

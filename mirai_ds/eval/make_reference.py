@@ -16,7 +16,7 @@ from mirai_ds.eval.metrics.distances import gaussian_statistics
 from mirai_ds.eval.metrics.inception import InceptionFeatures
 from mirai_ds.eval.real_images import open_real_images
 from mirai_ds.eval.reference_file import PROTOCOL, STANDARD_IMAGES
-from mirai_ds.runtime.disk import replacing
+from mirai_ds.runtime.disk import write_arrays
 from mirai_ds.version import __version__
 
 Array = np.ndarray[Any, Any]
@@ -52,8 +52,7 @@ def make_reference(
     arrays[PROTOCOL] = np.array(json.dumps(facts))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
+        write_arrays(out, arrays)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     with_ = f"statistics of all {images.count}" if features is not None else "no statistics (--weights makes them)"

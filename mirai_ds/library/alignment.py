@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -122,6 +123,7 @@ class ForesightAlignment(nn.Module):
         weights = torch.tensor(self.config.weights, dtype=torch.float32)
         self._tables = table.int(), weights, slot_counts(self.config, table, grid * grid)
         self._outside: list[nn.Module] = []  # in a list, so that the teacher is no submodule
+        self._agreed = False  # whether all ranks have rank 0's teacher
         self._teacher_tap: _Tap | None = None
         if self.config.teacher == "gpt":
             self._add_teacher(model, teacher_tap or tap)
@@ -171,12 +173,14 @@ class ForesightAlignment(nn.Module):
         """Features (B, 1 + T, D), no gradient, of the averaged model called with these arguments: all N tokens behind
         their prefix, or all but the last where the configuration's teacher does not see it.
 
-        Raises RuntimeError without a teacher or when the call does not pass the tap, ValueError on too few tokens.
+        Collective at its first call, as `update` is: all ranks take rank 0's average.  Raises RuntimeError without a
+        teacher or when the call does not pass the tap, ValueError on too few tokens.
         """
         if self._teacher_tap is None or self.teacher is None:
             raise RuntimeError(f"{self.config.method} has no average as teacher; give its encoder's features (B, N, C)")
+        self._agree()
         # FSDP counts on a pass that ends; any other is spared what lies behind the tap.
-        self._teacher_tap.stop = not any(isinstance(parameter, DTensor) for parameter in self.teacher.parameters())
+        self._teacher_tap.stop = not self._sharded()
         _, states = self._teacher_tap.states_of(lambda: self.teacher(*args, **kwargs))  # type: ignore[misc]
         states = states[:, self.prefix - 1 :]
         if states.shape[1] < self.rows:
@@ -234,6 +238,7 @@ class ForesightAlignment(nn.Module):
         """
         if self.teacher is None:
             return
+        self._agree()
         own = dict(self.teacher.named_parameters())
         for name, value in weights if weights is not None else self.model.named_parameters():
             average = own.pop(name)
@@ -244,6 +249,19 @@ class ForesightAlignment(nn.Module):
             raise KeyError(f"the average was not given {sorted(own)[:3]} ({len(own)} tensors)")
         for mine, theirs in zip(self.teacher.buffers(), self.model.buffers(), strict=True):
             mine.copy_(theirs)
+
+    def _sharded(self) -> bool:
+        return self.teacher is not None and any(isinstance(p, DTensor) for p in self.teacher.parameters())
+
+    def _agree(self) -> None:
+        """Once, collective: rank 0's teacher on every rank.  DDP and DeepSpeed send the model's weights round when they
+        wrap it, after the teacher was copied from what each rank had begun with."""
+        if self._agreed or self.teacher is None:
+            return
+        self._agreed = True
+        if dist.is_initialized() and dist.get_world_size() > 1 and not self._sharded():
+            for tensor in (*self.teacher.parameters(), *self.teacher.buffers()):
+                dist.broadcast(tensor.data, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ForesightAlignment:
         """Moves the teacher along to another device, in float32 whatever the model becomes."""

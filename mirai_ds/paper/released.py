@@ -17,8 +17,7 @@ from mirai_ds.config.errors import nearest
 from mirai_ds.config.model_config import Section
 from mirai_ds.config.yaml_text import parse
 
-# Of the published value.  Two draws of 50,000 images differ by some hundredths, which nobody publishes; a wrong
-# reference, guidance, precision or resize moves FID by tenths.
+# Of the published value: our choice.  How far two draws of 50,000 images differ, nobody has published or measured here.
 TOLERANCE = 0.1
 EVALUATED_AT = 256  # pixels, of the reference batch
 

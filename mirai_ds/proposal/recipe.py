@@ -12,8 +12,9 @@ from mirai_ds.config.schedule import total_steps
 from mirai_ds.config.yaml_text import parse
 from mirai_ds.proposal.choices import View, Width, held_out_fraction, training_images
 from mirai_ds.proposal.folder import FolderFacts
+from mirai_ds.runtime.published_files import PUBLISHED
 
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION = PUBLISHED["inception"].name
 DRAWN = 1000  # samples of the printed command, at least two of each class
 MEASUREMENTS = 10  # of the held-out loss, in the whole run
 

@@ -6,9 +6,10 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def digest_of_file(path: Path) -> str:
@@ -59,6 +60,14 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
         raise
     if flush:
         sync(path.parent)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a .npz of named arrays, whole or not at all (see `replacing`)."""
+    import numpy as np  # here: the command line starts without it
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

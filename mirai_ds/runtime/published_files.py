@@ -43,12 +43,12 @@ PUBLISHED: dict[str, PublishedFile] = {
         _LLAMAGEN + "vq_ds8_c2i.pt", "LlamaGen's tokenizer, 8 pixels a token",
         "c70d2966ec012f378793214ff0755087e7c5fe6f035b469995143325dca4a4e3", about="281 MB",
     ),
-    "llamagen-b": PublishedFile(_LLAMAGEN + "c2i_B_256.pt", "LlamaGen-B at 256 pixels", about="444 MB"),
+    "llamagen-b-256": PublishedFile(_LLAMAGEN + "c2i_B_256.pt", "LlamaGen-B at 256 pixels", about="444 MB"),
     "llamagen-b-384": PublishedFile(
         _LLAMAGEN + "c2i_B_384.pt", "LlamaGen-B at 384 pixels",
         "7ddf3a659b180e4339e4dab8802183ede1ea8f44c5cfd4359ab27bef979c17ad", 443_736_709,
     ),
-    "llamagen-l": PublishedFile(
+    "llamagen-l-256": PublishedFile(
         _LLAMAGEN + "c2i_L_256.pt", "LlamaGen-L at 256 pixels",
         "15fe788b9c0e8dfe36f3e3fd701b44d0c934e4fd94a0ab599b69669aa8f44a55", 1_371_712_314,
     ),

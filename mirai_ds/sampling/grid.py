@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from mirai_ds.data.sources import load_meaning
 from mirai_ds.data.token_source import TokenDecoder
 from mirai_ds.model import GPT, SamplingRules, gpt_from_weights, sample_tokens
 from mirai_ds.model.rules import rules_of
-from mirai_ds.runtime.disk import write_whole
+from mirai_ds.runtime.disk import write_arrays
 from mirai_ds.tokenizer import open_tokenizer
 from mirai_ds.tracking.pictures import labelled_grid, save_png
 
@@ -53,9 +52,7 @@ def sample_to_folder(
         arrays["images"] = decoder.decode(tokens)
         names = class_names(meaning_of(loaded), labels[::columns].tolist())
         save_png(folder / "grid.png", labelled_grid(arrays["images"], columns, rows=names))
-    content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
-    write_whole(folder / "tokens.npz", content.getvalue())
+    write_arrays(folder / "tokens.npz", arrays)
     written = f"{len(labels)} images from {loaded.origin}, cfg {rules.cfg_scale:g}: {folder}/tokens.npz"
     return f"{written} and grid.png" if "images" in arrays else f"{written} (no pictures: {reason})"
 

@@ -39,14 +39,15 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(way: str) -> tuple[list[float], dict[str, float]]:
+def train(way: str, differs: bool = False) -> tuple[list[float], dict[str, float]]:
     """(losses of the whole batch, sums of the teacher's parameters) of a few steps on this rank's part of the batch.
 
-    way: alone, ddp, fsdp or the stage of ZeRO.
+    way: alone, ddp, fsdp or the stage of ZeRO.  differs: each rank's model begins at weights of its own, until the
+    wrapper sends round those of rank 0.
     """
     rank, world = (0, 1) if way == "alone" else (dist.get_rank(), dist.get_world_size())
     page = example("parallel_mirai.py")
-    mirai = alignment()
+    mirai = alignment(rank if differs else 0)
     network, update = mirai, mirai.update
     if way == "ddp":
         network, update = page.with_ddp(mirai)

@@ -250,6 +250,15 @@ def test_on_two_ranks_it_is_as_alone(way: str, ranks: dict[int, RankPool]) -> No
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("way", ["ddp", "2"])
+def test_all_ranks_have_the_teacher_of_rank_0(way: str, ranks: dict[int, RankPool]) -> None:
+    """The authors' code copies the average before DDP sends weights round, so that each rank's is another."""
+    losses, sums = train("alone")
+    for rank_losses, rank_sums in ranks[2].run(train, way, True):
+        assert rank_losses == pytest.approx(losses, abs=2e-6)
+        assert rank_sums == pytest.approx(sums, rel=1e-5)
+
+
 def test_the_stand_in_has_the_trap_of_llamagen() -> None:
     model = Transformer(ModelConfig(size="custom", block_size=64, **SIZES)).eval()
     tokens, labels = digits(2)
