@@ -51,7 +51,7 @@ def reproduce(
     for option, path in (("tokenizer", tokenizer), ("reference", reference), ("inception", inception)):
         if not path.is_file():
             raise UserError(
-                f"--{option} {path}: no such file; docs/reproducing.md says where it is from, `mirai-ds fetch` brings it"
+                f"--{option} {path}: no such file; docs/reproducing.md says where it is, `mirai-ds fetch` brings it"
             )
     check_weights(row, name, weights)
     samples, scores = out / f"{name}.npz", out / f"{name}-scores.json"
